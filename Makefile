@@ -1,0 +1,56 @@
+# `make help` says what there is. Every target sets up .venv first, and that does nothing the second time.
+FIG ?= A2
+SYSTEM ?= 1
+export PYTHON SYSTEM
+
+python := .venv/bin/python
+reproduce_flags = --fig $(FIG) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data '$(DATA)') \
+	$(if $(OUT),--out '$(OUT)') $(if $(STORE),--store '$(STORE)') $(ARGS)
+
+.PHONY: help setup reproduce test lint bench test-gpu constraints clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make reproduce FIG=A2   set up, then run a figure: PRESET=smoke|quick|paper DATA=... OUT=... STORE=... ARGS='...'"
+	@echo "make test               set up, then run the tests: ARGS='-k masks'"
+	@echo "make lint               ruff and mypy"
+	@echo "make bench              the benchmarks of bench/"
+	@echo "make test-gpu           the short suite for a CUDA machine"
+	@echo "make setup              only set up .venv (scripts/setup.sh --plan says what that would install)"
+	@echo "make constraints        resolve constraints.txt anew from pyproject.toml"
+	@echo "make clean              delete .venv, builds and caches; results and stores stay"
+	@echo
+	@echo "With each: SYSTEM=0 installs no system packages; PYTHON=python3.12 chooses the Python."
+
+setup:
+	@scripts/setup.sh
+
+reproduce: setup
+	$(python) scripts/reproduce.py $(reproduce_flags)
+
+# One thread a process: two workers on two cores are faster than two threads, and results are equal at equal counts.
+test bench: export OMP_NUM_THREADS = 1
+test bench: export OMP_WAIT_POLICY = passive
+test: setup
+	$(python) -m pytest -n 2 $(ARGS)
+
+bench: setup
+	$(python) -m pytest bench --benchmark-enable $(ARGS)
+
+test-gpu: setup
+	$(python) bench/gpu_suite.py $(ARGS)
+
+lint: setup
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	$(python) -m mypy
+
+# One version of each package for every Python that is supported, so that results do not differ by it.
+constraints: setup
+	$(python) -m uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 --all-extras --upgrade \
+		--no-header --no-annotate pyproject.toml --output-file constraints.txt
+
+clean:
+	@if [ -e .venv/.fastprune-setup ]; then rm -rf .venv; fi
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find fastprune kernels loaders scripts bench tests -name __pycache__ -prune -exec rm -rf {} +
