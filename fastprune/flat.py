@@ -1,0 +1,116 @@
+"""Flat parameters: every prunable weight of a model in one buffer, everything else that trains in another.
+
+The optimiser, the masks, pruning and rewinding then are a few operations on long vectors, whatever the model.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.kernels import Segment, masked_sgd_
+
+_ALIGN = 64
+"""Elements: every segment starts on a 256-byte boundary of the fp32 buffer, and on a 64-byte one of the masks."""
+
+
+def prunable(model: nn.Module, linear: bool = False) -> list[tuple[str, Tensor]]:
+    """(name, weight) of every conv, in the model's order; never the bias, and linear layers only when asked."""
+    kinds = (nn.Conv2d, nn.Linear) if linear else (nn.Conv2d,)
+    return [
+        (f"{name}.weight" if name else "weight", module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    ]
+
+
+def layout(named: Iterable[tuple[str, Tensor]]) -> tuple[Segment, ...]:
+    """Segments for these weights, aligned, in order."""
+    segments, offset, position = [], 0, 0
+    for name, weight in named:
+        segment = Segment(name, tuple(weight.shape), offset, position)
+        segments.append(segment)
+        offset += -(-segment.numel // _ALIGN) * _ALIGN
+        position += segment.numel
+    return tuple(segments)
+
+
+class FlatParams:
+    """Moves a model's parameters into flat fp32 buffers; its parameters become views of them, as do their gradients.
+
+    weight, grad, momentum: float32 [n], mask: bool [n] (True keeps; all True but for the padding), each in storage
+    order: segment after segment, conv weights as OHWI. rest_weight, rest_grad, rest_momentum: float32 [m], all other
+    parameters.
+
+    The views stay valid as long as nobody rebinds a parameter: `.to(dtype)`, `load_state_dict(assign=True)`, `deepcopy`
+    and `zero_grad(set_to_none=True)` do. `check_aliased()` finds out.
+    """
+
+    def __init__(self, model: nn.Module, linear: bool = False) -> None:
+        named = prunable(model, linear)
+        prunable_ids = {id(p) for _, p in named}
+        rest = [(name, p) for name, p in model.named_parameters() if id(p) not in prunable_ids]
+        device = next(model.parameters()).device
+        self.segments = layout(named)
+        self.rest_segments = layout((name, p.view(-1)) for name, p in rest)
+        self._model = model
+        self.weight, self.grad, self.momentum = (_buffer(self.segments, device) for _ in range(3))
+        self.rest_weight, self.rest_grad, self.rest_momentum = (_buffer(self.rest_segments, device) for _ in range(3))
+        self.mask = torch.zeros(self.weight.shape, dtype=torch.bool, device=device)
+        for segment, (_, p) in zip(self.segments, named, strict=True):
+            self.mask[segment.span] = True
+            _rebind(p, segment.view(self.weight), segment.view(self.grad))
+        for segment, (_, p) in zip(self.rest_segments, rest, strict=True):
+            _rebind(p, segment.view(self.rest_weight).view(p.shape), segment.view(self.rest_grad).view(p.shape))
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights, padding not counted."""
+        return sum(s.numel for s in self.segments)
+
+    def check_aliased(self) -> None:
+        """RuntimeError unless every parameter and gradient still is its view of the buffers."""
+        parameters = dict(self._model.named_parameters())
+        places = [(s, self.weight, self.grad) for s in self.segments]
+        places += [(s, self.rest_weight, self.rest_grad) for s in self.rest_segments]
+        for segment, weight, grad in places:
+            p = parameters[segment.name]
+            if p.data_ptr() != weight.data_ptr() + weight.element_size() * segment.offset or p.dtype != weight.dtype:
+                raise RuntimeError(f"{segment.name} no longer lies in the flat buffer: something rebound the parameter")
+            if p.grad is None or p.grad.data_ptr() != grad.data_ptr() + grad.element_size() * segment.offset:
+                raise RuntimeError(
+                    f"{segment.name}.grad no longer lies in the flat buffer: was zero_grad(set_to_none=True) called?"
+                )
+
+    def zero_grad(self) -> None:
+        """Sets all gradients to zero, in place."""
+        self.grad.zero_()
+        self.rest_grad.zero_()
+
+    def set_mask(self, mask: Tensor) -> None:
+        """Writes `mask` (bool [n]) in place, and +0 into what it prunes, momentum included."""
+        self.mask.copy_(mask)
+        pruned = ~self.mask
+        self.weight.masked_fill_(pruned, 0.0)
+        self.momentum.masked_fill_(pruned, 0.0)
+
+    def sgd_step(self, *, lr: float, momentum: float, weight_decay: float, nesterov: bool) -> None:
+        """One masked SGD step on all parameters; pruned weights and their momentum are exactly +0 after it."""
+        hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        masked_sgd_(self.weight, self.grad, self.momentum, self.mask, **hyper)  # type: ignore[arg-type]
+        masked_sgd_(self.rest_weight, self.rest_grad, self.rest_momentum, None, **hyper)  # type: ignore[arg-type]
+
+    def packed(self, buffer: Tensor) -> dict[str, Tensor]:
+        """A flat buffer as fresh contiguous CPU tensors of logical shape, by parameter name: what is saved."""
+        return {s.name: s.view(buffer).to("cpu", copy=True).contiguous() for s in self.segments}
+
+
+def _buffer(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
+    size = max((-(-(s.offset + s.numel) // _ALIGN) * _ALIGN for s in segments), default=0)
+    return torch.zeros(size, device=device)
+
+
+def _rebind(p: Tensor, weight: Tensor, grad: Tensor) -> None:
+    weight.copy_(p.detach())
+    p.data = weight
+    p.grad = grad

@@ -1,0 +1,182 @@
+"""Masks, and convs that carry one."""
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastprune.errors import InputError
+from fastprune.flat import layout, prunable
+from fastprune.kernels import Segment, pack_bits, segment_counts, unpack_bits
+from fastprune.kernels.reference import masked_cast
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which weights are kept: bool [n] in the storage order of `segments`, padding False.
+
+    Saved as one bit a weight in logical order, a tensor for each layer, readable without fastprune.
+    """
+
+    keep: Tensor
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def dense(cls, segments: tuple[Segment, ...]) -> "Mask":
+        """The mask that keeps every weight."""
+        keep = torch.zeros(max((s.offset + s.numel for s in segments), default=0), dtype=torch.bool)
+        for s in segments:
+            keep[s.span] = True
+        return cls(keep, segments)
+
+    @property
+    def total(self) -> int:
+        return sum(s.numel for s in self.segments)
+
+    @property
+    def kept(self) -> int:
+        return int(self.keep.sum())
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weights that is kept, in [0, 1]."""
+        return self.kept / self.total if self.total else 1.0
+
+    def layerwise_ratios(self) -> dict[str, float]:
+        """LPR: for each layer the fraction of its weights that is pruned."""
+        counts = segment_counts(self.keep, self.segments).tolist()
+        return {s.name: 1.0 - n / s.numel for s, n in zip(self.segments, counts, strict=True)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """bool tensors of logical shape, by parameter name."""
+        return {s.name: s.view(self.keep).contiguous() for s in self.segments}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Mask":
+        """From bool tensors of logical shape, in their order."""
+        mask = cls.dense(layout(tensors.items()))
+        for s in mask.segments:
+            s.view(mask.keep).copy_(tensors[s.name])
+        return mask
+
+    def save(self, path: Path) -> None:
+        """Writes uint8 tensors of packed bits (lowest bit first, logical order); shapes stand in the metadata."""
+        packed = {name: pack_bits(t.flatten()) for name, t in self.tensors().items()}
+        shapes = {s.name: ",".join(map(str, s.shape)) for s in self.segments}
+        save_file(packed, path, metadata={"format": "fastprune mask 1", "order": ";".join(shapes), **shapes})
+
+    @classmethod
+    def load(cls, path: Path) -> "Mask":
+        """Reads what `save` wrote. InputError if it is something else."""
+        try:
+            with safe_open(path, "pt") as f:
+                shapes = f.metadata() or {}
+            packed = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a readable mask ({error})") from error
+        if shapes.get("format") != "fastprune mask 1":
+            raise InputError(f"{path}: not a mask of fastprune, or of another version")
+        tensors = {}
+        for name in filter(None, shapes["order"].split(";")):
+            shape = tuple(map(int, shapes[name].split(",")))
+            tensors[name] = unpack_bits(packed[name], torch.Size(shape).numel()).view(shape)
+        return cls.from_tensors(tensors)
+
+    def ratios_csv(self) -> str:
+        """layer,weights,kept,pruned_fraction lines, readable without fastprune."""
+        out = io.StringIO()
+        rows = csv.writer(out, lineterminator="\n")
+        rows.writerow(["layer", "weights", "kept", "pruned_fraction"])
+        for (name, ratio), n in zip(
+            self.layerwise_ratios().items(), segment_counts(self.keep, self.segments).tolist(), strict=True
+        ):
+            numel = next(s.numel for s in self.segments if s.name == name)
+            rows.writerow([name, numel, n, repr(ratio)])
+        return out.getvalue()
+
+
+class _Masked(nn.Module):
+    """What masked layers share: `mask` (bool, the weight's shape) is a buffer written in place, or None for dense."""
+
+    mask: Tensor | None
+    weight: Any  # a Parameter, annotated differently by the two kinds of layer
+
+    @classmethod
+    def wrap(cls, module: nn.Module) -> Self:
+        """`module` itself, made a masked layer in place: same parameters, hyperparameters and hooks."""
+        if type(module) is not cls.__bases__[1]:
+            raise ValueError(f"only a plain {cls.__bases__[1].__name__} can be masked, not {type(module).__name__}")
+        module.__class__ = cls
+        module.register_buffer("mask", None)
+        return module  # type: ignore[return-value]
+
+    def set_mask(self, keep: Tensor) -> None:
+        """Writes the mask in place (a captured graph stays valid) and +0 into the weights that it prunes."""
+        if keep.shape != self.weight.shape:
+            raise ValueError(f"mask of shape {tuple(keep.shape)} for a weight of shape {tuple(self.weight.shape)}")
+        if self.mask is None:
+            self.mask = torch.empty_like(self.weight, dtype=torch.bool)
+        self.mask.copy_(keep)
+        with torch.no_grad():
+            self.weight.masked_fill_(~self.mask, 0.0)
+
+    def _masked_weight(self) -> Tensor:
+        return self.weight if self.mask is None else masked_cast(self.weight, self.mask, self.weight.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.mask is None and prefix + "mask" in state_dict:
+            self.mask = torch.empty_like(self.weight, dtype=torch.bool)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class MaskedConv2d(_Masked, nn.Conv2d):
+    """A conv that computes with where(mask, weight, 0); without a mask it is nn.Conv2d to the bit.
+
+    The gradient of a pruned weight is 0, and its value does not matter.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self._masked_weight(), self.bias)
+
+
+class MaskedLinear(_Masked, nn.Linear):
+    """A linear layer that computes with where(mask, weight, 0); see MaskedConv2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self._masked_weight(), self.bias)
+
+
+def attach(model: nn.Module, mask: Mask | None = None, *, linear: bool = False) -> nn.Module:
+    """Gives every conv of `model` (and linear layers when asked) a mask, in place; returns the model.
+
+    Without a `mask` it computes what it computed before, bit for bit. A second call writes the masks in place.
+    ValueError if the mask's layers or shapes are not the model's, or a conv is of a kind that cannot be masked.
+    """
+    named = prunable(model, linear)
+    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in named}
+    for name, module in layers.items():
+        if not isinstance(module, _Masked):
+            layers[name] = (MaskedConv2d if isinstance(module, nn.Conv2d) else MaskedLinear).wrap(module)
+    if mask is not None:
+        tensors = mask.tensors()
+        if set(tensors) != set(layers):
+            raise ValueError(f"the mask's layers are not the model's: {sorted(set(tensors) ^ set(layers))[:4]}")
+        for name, keep in tensors.items():
+            layers[name].set_mask(keep)  # type: ignore[operator]
+    return model
+
+
+def masks_of(model: nn.Module, *, linear: bool = False) -> Mask:
+    """The masks that an attached model carries; a layer without one counts as dense."""
+    tensors = {}
+    for name, weight in prunable(model, linear):
+        keep = getattr(model.get_submodule(name.rpartition(".")[0]), "mask", None)
+        tensors[name] = torch.ones_like(weight, dtype=torch.bool).cpu() if keep is None else keep.cpu()
+    return Mask.from_tensors(tensors)

@@ -1,0 +1,202 @@
+"""What a run is: frozen records with a key. Standard library only, so that planning imports nothing heavy.
+
+A record's key is the hash of all its semantic fields, of its parents' keys and of SEMANTICS. Whatever cannot change a
+result (paths, workers, loader, device, versions) is no field here; the store keeps it as provenance.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+SEMANTICS = 1
+"""Version of what the fields mean and of what training and pruning compute from them; part of every key."""
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+SCORES = ("magnitude", "random")
+ALLOCATIONS = ("global",)
+
+
+class Record:
+    """A frozen dataclass of plain values; `identity()` is what its key hashes."""
+
+    def identity(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.metadata.get("semantic", True)}  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Node):
+        return value.key
+    if isinstance(value, Record):
+        return value.identity()
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+@dataclass(frozen=True)
+class ModelSpec(Record):
+    """A torchvision ResNet. stem: "imagenet" (7x7 stride 2 and max-pool) or "small" (3x3, no pool); width: channels of
+    the first stage, 64 in the original."""
+
+    name: str
+    classes: int
+    stem: str = "imagenet"
+    width: int = 64
+
+
+@dataclass(frozen=True)
+class DataSpec(Record):
+    """Which images: `fingerprint` names labels and pixels of the whole set; the subset takes the first `classes`
+    classes and the first images of each (None: all). Counts are those after the subset, for planning only."""
+
+    name: str
+    fingerprint: str
+    classes: int
+    train_per_class: int | None
+    val_per_class: int | None
+    train_count: int
+    val_count: int
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.fingerprint,
+            "classes": self.classes,
+            "train_per_class": self.train_per_class,
+            "val_per_class": self.val_per_class,
+        }
+
+
+@dataclass(frozen=True)
+class ScheduleSpec(Record):
+    """Learning rate over `epochs`: linear warmup from 0 over `warmup_epochs`, then x gamma at each milestone."""
+
+    lr: float
+    epochs: int
+    milestones: tuple[int, ...]
+    gamma: float
+    warmup_epochs: int = 0
+
+    def lr_at(self, epoch: int, progress: float = 0.0) -> float:
+        """The rate at fraction `progress` of `epoch` (both from 0)."""
+        if epoch < self.warmup_epochs:
+            return self.lr * (epoch + progress) / self.warmup_epochs
+        return float(self.lr * self.gamma ** sum(epoch >= m for m in self.milestones))
+
+
+@dataclass(frozen=True)
+class OptimizerSpec(Record):
+    """SGD as torch.optim.SGD defines it; weight decay on all parameters."""
+
+    batch_size: int
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    nesterov: bool = False
+    label_smoothing: float = 0.0
+
+
+class Node(Record):
+    """A record that the store can hold. Equality and hash are by key."""
+
+    kind: str
+
+    @cached_property
+    def key(self) -> str:
+        """32 hex digits."""
+        described = {"kind": self.kind, "semantics": SEMANTICS, **self.identity()}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+    def parents(self) -> "Iterator[Train | Prune]":
+        """The nodes that must exist before this one."""
+        return iter(())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Node) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@dataclass(frozen=True, eq=False)
+class Init(Node):
+    """The initial weights that `seed` draws for `model`: a start point, never stored."""
+
+    model: ModelSpec
+    seed: int
+    kind = "init"
+
+
+@dataclass(frozen=True)
+class StateRef(Record):
+    """The state of a training run after `epoch` epochs."""
+
+    node: "Train"
+    epoch: int
+
+
+@dataclass(frozen=True, eq=False)
+class Train(Node):
+    """A training run from `start` under `mask` (None: dense), stopped after `stop` epochs of its schedule.
+
+    seed: data order and augmentation. precision: one of PRECISIONS.
+    """
+
+    data: DataSpec
+    start: Init
+    mask: "Prune | None"
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
+    stop: int
+    seed: int
+    precision: str
+    kind = "train"
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.start.model
+
+    @property
+    def final(self) -> StateRef:
+        return StateRef(self, self.stop)
+
+    def parents(self) -> "Iterator[Train | Prune]":
+        if self.mask is not None:
+            yield self.mask
+
+
+@dataclass(frozen=True, eq=False)
+class Prune(Node):
+    """A mask: `prior` (None: dense) less `fraction` of what it keeps, the lowest scores of `source` first.
+
+    score: "magnitude" of the source's weights, or "random", drawn from `seed` for each round anew.
+    """
+
+    source: StateRef | Init
+    prior: "Prune | None"
+    fraction: float
+    score: str
+    allocation: str
+    seed: int
+    kind = "prune"
+
+    @cached_property
+    def round(self) -> int:
+        """1 for the first prune step."""
+        return 1 if self.prior is None else self.prior.round + 1
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.source.model if isinstance(self.source, Init) else self.source.node.model
+
+    def parents(self) -> "Iterator[Train | Prune]":
+        if isinstance(self.source, StateRef):
+            yield self.source.node
+        if self.prior is not None:
+            yield self.prior
+
+
+def n_to_prune(remaining: int, fraction: float) -> int:
+    """round(fraction x remaining), the number that one round prunes; halves go to the even number, as Python rounds."""
+    return round(fraction * remaining)
