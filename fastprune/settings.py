@@ -1,0 +1,115 @@
+"""What can be set about a figure: the paper's protocol, presets over it, the command line over both. Data, no logic.
+
+Standard library only.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fastprune.errors import InputError
+from fastprune.specs import DataSpec, ModelSpec, OptimizerSpec, ScheduleSpec
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every hyperparameter of a figure. Rates are per batch, `fraction` is pruned of what remains in each round.
+
+    milestones are epochs of a run of `protocol_epochs`; a run of other length scales them (see `schedule`).
+    """
+
+    model: str
+    stem: str
+    width: int
+    dataset: str
+    epochs: int
+    milestones: tuple[int, ...]
+    gamma: float
+    protocol_epochs: int
+    lr_find: tuple[float, ...]
+    lr_eval: tuple[float, ...]
+    seeds: int = 5
+    rounds: int = 30
+    fraction: float = 0.2
+    batch_size: int = 512
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.0
+    warmup_epochs: int = 0
+    precision: str = "bf16"
+    classes: int | None = None
+    train_per_class: int | None = None
+    val_per_class: int | None = None
+
+    def optimizer(self) -> OptimizerSpec:
+        return OptimizerSpec(self.batch_size, self.momentum, self.weight_decay, self.nesterov, self.label_smoothing)
+
+    def schedule(self, lr: float) -> ScheduleSpec:
+        """The protocol's decay, its milestones at the same fractions of the run; those on epoch 0 are dropped."""
+        scaled = (round(m * self.epochs / self.protocol_epochs) for m in self.milestones)
+        return ScheduleSpec(lr, self.epochs, tuple(m for m in scaled if m > 0), self.gamma, self.warmup_epochs)
+
+    def network(self, data: DataSpec) -> ModelSpec:
+        return ModelSpec(self.model, data.classes, self.stem, self.width)
+
+    def override(self, **changes: Any) -> "Settings":
+        """These settings with what is not None changed; milestones given by hand are taken as they are."""
+        changes = {k: v for k, v in changes.items() if v is not None}
+        unknown = set(changes) - {f.name for f in fields(self)}
+        if unknown:
+            raise InputError(f"unknown settings: {', '.join(sorted(unknown))}")
+        if "milestones" in changes:
+            changes["protocol_epochs"] = changes.get("epochs", self.epochs)
+        return check(replace(self, **changes))
+
+
+def check(s: Settings) -> Settings:
+    """InputError, one line, for settings that make no sense."""
+    positive = ("width", "epochs", "gamma", "seeds", "rounds", "batch_size")
+    for name in positive:
+        if not getattr(s, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(s, name)}, expected a number above 0")
+    for name in ("classes", "train_per_class", "val_per_class"):
+        value = getattr(s, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    if not 0 < s.fraction < 1:
+        raise InputError(f"--fraction is {s.fraction}, expected a number between 0 and 1")
+    for name in ("momentum", "weight_decay", "label_smoothing", "warmup_epochs"):
+        if not getattr(s, name) >= 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(s, name)}, expected 0 or more")
+    for name in ("lr_find", "lr_eval"):
+        rates = getattr(s, name)
+        if not rates or any(not 0 < r < float("inf") for r in rates):
+            raise InputError(f"--{name.replace('_', '-')} needs one or more rates above 0")
+        if len(set(rates)) < len(rates):
+            raise InputError(f"--{name.replace('_', '-')} names a rate twice")
+    return s
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on two CPU cores: every part of the machinery once, on ten classes and a network of an eighth the width.
+    "smoke": {
+        "seeds": 2,
+        "rounds": 4,
+        "fraction": 0.6,
+        "epochs": 4,
+        "batch_size": 64,
+        "width": 8,
+        "precision": "fp32",
+        "classes": 10,
+        "train_per_class": 200,
+        "val_per_class": 50,
+    },
+    # The real data set and network on one GPU: 12 rounds to 0.8^30 of the weights, a tenth of the epochs, 3 seeds.
+    "quick": {"seeds": 3, "rounds": 12, "fraction": 1 - 0.8 ** (30 / 12), "epochs": 11},
+    "paper": {},
+}
+DEFAULT_DATA = {"smoke": "synthetic", "quick": "tiny-imagenet", "paper": "tiny-imagenet"}
+
+
+def preset(protocol: Settings, name: str) -> Settings:
+    """The protocol under a preset. InputError for an unknown one."""
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    return protocol.override(**PRESETS[name])

@@ -1,0 +1,208 @@
+"""The run store: one folder per node, published whole or not at all, never changed afterwards.
+
+    store.json                          the store's format
+    nodes/<kk>/<key>/node.json          what the node is, what it gave, where and how it was computed
+                     metrics.csv        a training run: one line an epoch
+                     mask.safetensors   a prune step: one bit a weight, and layers.csv, its LPR
+                     state-<epoch>.safetensors   weights and momentum after an epoch, where an edge asks for them
+    partial/<key>.*.safetensors         checkpoint of an interrupted run, and states it has passed
+    locks/ tmp/ logs/ data/ cache/      housekeeping
+
+Standard library and filelock only: tensors are written by callables that the caller hands in.
+"""
+
+import csv
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastprune.errors import InputError
+from fastprune.specs import SEMANTICS, Node, Prune, StateRef, Train
+
+FORMAT = 1
+
+
+class RunStore:
+    """A folder of published nodes. Opening it creates it, unless it is only to be read.
+
+    InputError for one that cannot be written or is of another format.
+    """
+
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        self.root = root
+        check_format(root)
+        if read_only:
+            return
+        marker = root / "store.json"
+        try:
+            for name in ("nodes", "partial", "locks", "tmp", "logs", "data", "cache"):
+                (root / name).mkdir(parents=True, exist_ok=True)
+            if not marker.exists():
+                _write_atomically(marker, lambda p: p.write_text(json.dumps({"format": FORMAT}) + "\n"))
+            with tempfile.TemporaryFile(dir=root / "tmp"):
+                pass
+        except OSError as error:
+            raise InputError(f"store {root}: cannot be written ({error.strerror}); choose another --store") from error
+
+    def path(self, node: Node) -> Path:
+        """The folder of a node, published or not."""
+        return self.root / "nodes" / node.key[:2] / node.key
+
+    def has(self, node: Node) -> bool:
+        return (self.path(node) / "node.json").exists()
+
+    def has_state(self, ref: StateRef) -> bool:
+        """Whether the node is published with its state after `ref.epoch`; a run that diverged keeps only its last."""
+        return self.state_path(ref) is not None
+
+    def state_path(self, ref: StateRef) -> Path | None:
+        """The file of a state, or None. A run that diverged before the epoch stands there with its last state."""
+        if not self.has(ref.node):
+            return None
+        epoch = min(ref.epoch, self.node(ref.node)["result"]["epochs"])
+        path = self.path(ref.node) / f"state-{epoch}.safetensors"
+        return path if path.exists() else None
+
+    def node(self, node: Node) -> dict[str, Any]:
+        """node.json of a published node. InputError if it is damaged."""
+        path = self.path(node) / "node.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"{path}: damaged or unreadable ({error}); delete its folder to train it again") from error
+
+    def mask_path(self, node: Prune) -> Path:
+        return self.path(node) / "mask.safetensors"
+
+    def partial_path(self, node: Train, name: str) -> Path:
+        """What a run in progress keeps: its "checkpoint", and the states that it has passed ("state-<epoch>")."""
+        return self.root / "partial" / f"{node.key}.{name}.safetensors"
+
+    def publish(
+        self,
+        node: Node,
+        result: dict[str, Any],
+        provenance: dict[str, Any],
+        files: dict[str, Callable[[Path], Any]],
+    ) -> None:
+        """Makes the node's folder appear whole: written aside, flushed to disk, renamed. The first published wins.
+
+        files: name -> function that writes it at the path it is given. A node that is there already only gains the
+        states that it lacks.
+        """
+        described = {
+            "kind": node.kind,
+            "key": node.key,
+            "semantics": SEMANTICS,
+            "spec": node.identity(),
+            "result": result,
+            "provenance": provenance,
+        }
+        final = self.path(node)
+        if self.has(node):
+            for name, write in files.items():
+                if name.startswith("state-") and not (final / name).exists():
+                    _write_atomically(final / name, write)
+            return
+        final.parent.mkdir(exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{node.key}-", dir=self.root / "tmp"))
+        try:
+            for name, write in files.items():
+                write(folder / name)
+                _fsync(folder / name)
+            (folder / "node.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")
+            _fsync(folder / "node.json")
+            _fsync(folder)
+            folder.chmod(0o755)
+            try:
+                os.rename(folder, final)
+            except OSError:
+                if not self.has(node):
+                    raise
+            _fsync(final.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def save_partial(self, node: Train, name: str, write: Callable[[Path], Any]) -> None:
+        """Writes or replaces a file of a run in progress, atomically."""
+        _write_atomically(self.partial_path(node, name), write)
+
+    def drop_partial(self, node: Train) -> None:
+        """Removes what a run in progress kept, once it is published."""
+        for path in (self.root / "partial").glob(f"{node.key}.*"):
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def lease(self, node: Node) -> Iterator[bool]:
+        """Whether this process may compute the node now: False while another does. Released when the holder dies.
+
+        Whoever gets it removes what a dead holder left half-written.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.root / "locks" / f"{node.key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            for folder in (self.root / "tmp").glob(f"{node.key}-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+            for half_written in (self.root / "partial").glob(f".{node.key}.*"):
+                half_written.unlink(missing_ok=True)
+            yield True
+        finally:
+            lock.release()
+
+    def log(self, node: Node, text: str) -> Path:
+        """Keeps what a failed node said; returns the file."""
+        path = self.root / "logs" / f"{node.key}.log"
+        path.write_text(text)
+        return path
+
+
+def check_format(root: Path) -> None:
+    """InputError if a store of another format stands at `root`; nothing is written."""
+    marker = root / "store.json"
+    if not marker.exists():
+        return
+    try:
+        found = json.loads(marker.read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{marker}: not a store of fastprune; choose another --store") from error
+    if found != FORMAT:
+        raise InputError(
+            f"store {root}: written in format {found}, this version reads format {FORMAT}; choose another --store"
+        )
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows of one shape, floats so that they read back exactly."""
+    with path.open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(aside)
+        _fsync(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

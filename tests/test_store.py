@@ -1,0 +1,162 @@
+"""The store: whole or not at all, first published wins, bad stores are named."""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from fastprune.errors import InputError
+from fastprune.figures import a2
+from fastprune.figures.plan import Chains
+from fastprune.graph import Graph
+from fastprune.settings import preset
+from fastprune.specs import DataSpec, StateRef
+from fastprune.store import RunStore, write_csv
+
+DATA = DataSpec("tiny-imagenet", "f" * 64, 200, None, None, 100_000, 10_000)
+CHAINS = Chains(preset(a2.PROTOCOL, "paper").override(rounds=2), DATA, 0)
+TRAIN, PRUNE = CHAINS.find_runs(0.2)[0], CHAINS.masks(0.2)[0]
+
+
+def publish(store: RunStore, node=TRAIN, text: str = "one", states: tuple[int, ...] = ()) -> None:
+    files = {f"state-{e}.safetensors": lambda p: p.write_text(text) for e in states}
+    store.publish(node, {"epochs": 110}, {"by": text}, {"metrics.csv": lambda p: p.write_text(text), **files})
+
+
+def leftovers(store: RunStore) -> list[Path]:
+    return [*(store.root / "tmp").iterdir(), *(store.root / "partial").iterdir()]
+
+
+def test_a_node_is_published_whole_and_never_changed(tmp_path):
+    store = RunStore(tmp_path)
+    assert not store.has(TRAIN)
+    publish(store)
+    publish(store, text="two")
+    assert store.node(TRAIN)["provenance"] == {"by": "one"}
+    assert (store.path(TRAIN) / "metrics.csv").read_text() == "one"
+    assert store.node(TRAIN)["spec"]["schedule"]["lr"] == 0.2
+    assert leftovers(store) == []
+
+
+def test_a_write_that_fails_publishes_nothing(tmp_path):
+    store = RunStore(tmp_path)
+
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="space"):
+        store.publish(TRAIN, {}, {}, {"metrics.csv": fail})
+    with pytest.raises(OSError, match="space"):
+        store.save_partial(TRAIN, "checkpoint", fail)
+    assert not store.has(TRAIN)
+    assert leftovers(store) == []
+
+
+def test_a_published_node_gains_states_that_are_asked_for_later(tmp_path):
+    store = RunStore(tmp_path)
+    publish(store)
+    assert not store.has_state(TRAIN.final)
+    assert TRAIN in Graph.of([PRUNE]).todo(store)
+    publish(store, text="later", states=(110,))
+    assert store.state_path(TRAIN.final).read_text() == "later"
+    assert (store.path(TRAIN) / "metrics.csv").read_text() == "one"
+    assert Graph.of([PRUNE]).todo(store) == [PRUNE]
+
+
+def test_a_run_that_diverged_stands_with_its_last_state(tmp_path):
+    store = RunStore(tmp_path)
+    store.publish(TRAIN, {"epochs": 3}, {}, {"state-3.safetensors": lambda p: p.write_text("x")})
+    assert store.has_state(TRAIN.final)
+    assert not store.has_state(StateRef(TRAIN, 2))
+
+
+def test_a_trained_parent_is_not_trained_again_for_a_finished_prune(tmp_path):
+    store = RunStore(tmp_path)
+    publish(store)  # without the state that the prune step once read
+    publish(store, PRUNE)
+    assert Graph.of([PRUNE]).todo(store) == []
+
+
+def test_damaged_node_is_named(tmp_path):
+    store = RunStore(tmp_path)
+    publish(store)
+    (store.path(TRAIN) / "node.json").write_text("{")
+    with pytest.raises(InputError, match=TRAIN.key) as error:
+        store.node(TRAIN)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"format": 99}', "format 99"), ("{}", "not a store"), ("junk", "not a store"), ("[]", "not a")],
+)
+def test_a_store_of_another_version_is_refused_and_left_alone(tmp_path, content, message):
+    (tmp_path / "store.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        RunStore(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["store.json"]
+
+
+def test_a_store_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        RunStore(tmp_path / "file")
+    with pytest.raises(InputError, match="cannot be written"):
+        RunStore(Path("/proc/fastprune"))
+
+
+def test_reading_creates_nothing(tmp_path):
+    assert not RunStore(tmp_path / "none", read_only=True).has(TRAIN)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _hold(root: Path, pipe) -> None:
+    store = RunStore(root)
+    with store.lease(TRAIN) as mine:
+        (root / "tmp" / f"{TRAIN.key}-half").mkdir()
+        (root / "partial" / f".{TRAIN.key}.checkpoint.safetensors.123").write_text("half")
+        pipe.send(mine)
+        pipe.recv()
+        os._exit(9)
+
+
+def test_one_holder_at_a_time_and_a_dead_one_leaves_nothing(tmp_path):
+    store = RunStore(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_hold, args=(tmp_path, theirs))
+    process.start()
+    assert mine.recv() is True
+    with store.lease(TRAIN) as got:
+        assert got is False
+    with store.lease(PRUNE) as other:
+        assert other is True
+    mine.send("die")
+    process.join()
+    assert leftovers(store)
+    with store.lease(TRAIN) as got:
+        assert got is True
+        assert leftovers(store) == []
+
+
+def test_partial_files_go_when_the_run_is_published(tmp_path):
+    store = RunStore(tmp_path)
+    store.save_partial(TRAIN, "checkpoint", lambda p: p.write_text("a"))
+    store.save_partial(TRAIN, "checkpoint", lambda p: p.write_text("b"))
+    store.save_partial(TRAIN, "state-3", lambda p: p.write_text("c"))
+    assert store.partial_path(TRAIN, "checkpoint").read_text() == "b"
+    store.drop_partial(TRAIN)
+    assert leftovers(store) == []
+
+
+def test_csv_floats_read_back_exactly(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"epoch": 1, "loss": 0.1 + 0.2}])
+    assert (tmp_path / "a.csv").read_text() == "epoch,loss\n1,0.30000000000000004\n"
+
+
+def test_store_json_is_plain(tmp_path):
+    RunStore(tmp_path)
+    assert json.loads((tmp_path / "store.json").read_text()) == {"format": 1}
