@@ -32,7 +32,7 @@ reproduce: setup
 test bench: export OMP_NUM_THREADS = 1
 test bench: export OMP_WAIT_POLICY = passive
 test: setup
-	$(python) -m pytest -n 2 $(ARGS)
+	$(python) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 bench: setup
 	$(python) -m pytest bench --benchmark-enable $(ARGS)

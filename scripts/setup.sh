@@ -112,7 +112,7 @@ if ! ((venv_module)); then
     [[ -z $no_apt ]] || die "$exe has no venv module, and $no_apt: install the package $need_venv first"
 fi
 if [[ -z $cannot && -n $need && -n $no_apt ]]; then
-    cannot="$no_apt, and these packages are missing: $need"
+    cannot="$no_apt, and packages are missing (the next call adds FFCV if you install them): $need"
 fi
 [[ -z $cannot ]] || need=''
 
@@ -127,7 +127,7 @@ fi
 to_apt="$need_venv $need"
 to_apt=${to_apt# }
 [[ -z ${to_apt// /} ]] ||
-    say "system packages to install with apt-get (SYSTEM=0 does not): $to_apt"
+    say "system packages to install with apt-get (up to 1.6 GB; SYSTEM=0 installs none): $to_apt"
 say "Python packages to install in $venv, from constraints.txt (about 6 GB): fastprune, torch $(
     sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt
 ), its other dependencies and the development tools, with $exe ($version)"
