@@ -102,8 +102,6 @@ def test_installed_wheel_imports_from_where_it_is(built: Built, tmp_path: Path) 
     run(*pip, "--target", target, built.wheel, cwd=tmp_path, PIP_DISABLE_PIP_VERSION_CHECK="1")
     assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"fastprune"}
     code = "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]))"
-        "import fastprune as f, fastprune.kernels as k, fastprune.loaders as l; print(f.__file__, k.__file__, l.__file__)"
-    )
     packages = ["fastprune", "fastprune.kernels", "fastprune.loaders"]
     where = run(sys.executable, "-c", code, *packages, cwd=tmp_path, PYTHONPATH=str(target)).split()
     assert where == [str(target.joinpath(*package.split("."), "__init__.py")) for package in packages]
