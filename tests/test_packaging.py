@@ -98,9 +98,10 @@ def test_sdist_is_the_tree(built: Built) -> None:
 
 def test_installed_wheel_imports_from_where_it_is(built: Built, tmp_path: Path) -> None:
     target = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    run(*pip, "--target", target, built.wheel, cwd=tmp_path, PIP_DISABLE_PIP_VERSION_CHECK="1")
-    assert {path.name for path in target.iterdir() if path.suffix != ".dist-info"} == {"fastprune"}
+    install = [sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, "--offline", "--no-deps"]
+    run(*install, "--target", target, built.wheel, cwd=tmp_path)
+    top = {path.name for path in target.iterdir() if path.name[0] != "." and path.suffix != ".dist-info"}
+    assert top == {"fastprune"}
     code = "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]))"
     packages = ["fastprune", "fastprune.kernels", "fastprune.loaders"]
     where = run(sys.executable, "-c", code, *packages, cwd=tmp_path, PYTHONPATH=str(target)).split()
