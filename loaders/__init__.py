@@ -1,0 +1,41 @@
+"""Where batches come from: prepared data sets (FFCV), image folders (torchvision), generated images.
+
+    manifest, folder = locate("path/to/tiny-imagenet-200", "runs")
+    source = open_data(manifest, folder)
+    batches = source.train(seed=0, batch_size=512)
+    batches.set_epoch(3)
+    for images, labels in batches: ...
+
+Knows nothing of models or pruning. Names are loaded when they are first used: reading a manifest needs neither numpy
+nor torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Manifest": "manifest",
+    "Subset": "manifest",
+    "load_manifest": "manifest",
+    "save_manifest": "manifest",
+    "SyntheticData": "synthetic",
+    "known": "places",
+    "locate": "places",
+    "prepare": "publish",
+    "check_beton": "beton",
+    "philox4x32": "augment",
+    "epoch_order": "augment",
+    "boxes": "augment",
+    "Batches": "source",
+    "DataSource": "source",
+    "LoaderChoice": "choice",
+    "choose_loader": "choice",
+    "open_data": "source",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,110 @@
+"""The one source of chance in the data: the order of an epoch, and each sample's crop and mirror.
+
+Everything is a pure function of (seed, epoch, sample), drawn from the counter-based generator Philox4x32-10 (Salmon et
+al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So a batch depends neither on the loader nor on workers
+nor on where a run was resumed, and (seed 0, epoch 1) has nothing in common with (seed 1, epoch 0). Needs numpy alone.
+Another machine's `exp` may differ in its last bit, which moves an edge by one pixel in about one box of 10**13.
+"""
+
+import numpy as np
+
+SCALE = (0.08, 1.0)  # fraction of the image's area; with RATIO and ATTEMPTS torchvision's RandomResizedCrop defaults
+RATIO = (3 / 4, 4 / 3)  # width / height
+ATTEMPTS = 10
+
+_ORDER, _FLIP, _BOX = 0, 1, 2  # what a counter is for; attempt k of a box is _BOX + k
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+Words = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def philox4x32(
+    c0: np.ndarray | int,
+    c1: np.ndarray | int,
+    c2: np.ndarray | int,
+    c3: np.ndarray | int,
+    k0: int,
+    k1: int,
+) -> Words:
+    """Four uint32 arrays, the ten-round Philox of the counters c0..c3 (which broadcast) under the 64-bit key k0, k1.
+
+    Counters and keys are taken as unsigned 32-bit words. Matches Random123's known answers.
+    """
+    a, b, c, d = (np.asarray(word, dtype=np.uint64) for word in (c0, c1, c2, c3))
+    for _ in range(10):
+        first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, b = (second >> _HALF) ^ b ^ np.uint64(k0), second & _LOW
+        c, d = (first >> _HALF) ^ d ^ np.uint64(k1), first & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    a, b, c, d = np.broadcast_arrays(a, b, c, d)
+    return a.astype(np.uint32), b.astype(np.uint32), c.astype(np.uint32), d.astype(np.uint32)
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order in which `n` samples are visited: a permutation, int64 [n].
+
+    The stable sort of one 64-bit word a sample, so it is the same under any numpy and on any machine.
+    """
+    high, low, _, _ = _words(seed, epoch, np.arange(n), _ORDER)
+    return np.argsort((high.astype(np.uint64) << _HALF) | low, kind="stable")
+
+
+def boxes(
+    seed: int, epoch: int, sample: np.ndarray, height: np.ndarray | int, width: np.ndarray | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random resized crops: boxes int32 [n, 4] = top, left, height, width in pixels, and flip bool [n] (p = 0.5).
+
+    sample: int64 [n], positions in the stored data set.  height, width: of the whole images, ints or int arrays [n].
+    Drawn in float64 exactly as torchvision's `RandomResizedCrop.get_params` draws, ten attempts and fallback included.
+    """
+    sample = np.asarray(sample, dtype=np.int64)
+    tall = np.broadcast_to(np.asarray(height, dtype=np.int64), sample.shape)
+    wide = np.broadcast_to(np.asarray(width, dtype=np.int64), sample.shape)
+    result = _fallback(tall, wide)
+    rest = np.arange(len(sample))
+    for attempt in range(ATTEMPTS):
+        box, fits = _attempt(_words(seed, epoch, sample[rest], _BOX + attempt), tall[rest], wide[rest])
+        result[rest[fits]] = box[fits]
+        rest = rest[~fits]
+        if not len(rest):
+            break
+    coin, _, _, _ = _words(seed, epoch, sample, _FLIP)
+    return result, coin < np.uint32(1 << 31)
+
+
+def _words(seed: int, epoch: int, sample: np.ndarray, purpose: int) -> Words:
+    if not (0 <= seed < 1 << 64 and 0 <= epoch < 1 << 32):
+        raise ValueError(f"seed {seed} is not in [0, 2**64) or epoch {epoch} not in [0, 2**32)")
+    position = sample.astype(np.uint64)
+    return philox4x32(position & _LOW, position >> _HALF, epoch, purpose, seed & 0xFFFFFFFF, seed >> 32)
+
+
+def _attempt(words: Words, tall: np.ndarray, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One draw: boxes int32 [n, 4], and bool [n], whether they fit into the image."""
+    area, ratio, down, right = words
+    target = tall * wide * _between(area, *SCALE)
+    aspect = np.exp(_between(ratio, *np.log(RATIO)))
+    width = np.rint(np.sqrt(target * aspect)).astype(np.int64)
+    height = np.rint(np.sqrt(target / aspect)).astype(np.int64)
+    fits = (width > 0) & (width <= wide) & (height > 0) & (height <= tall)
+    top, left = _below(down, tall - height + 1), _below(right, wide - width + 1)
+    return np.stack([top, left, height, width], axis=1).astype(np.int32), fits
+
+
+def _fallback(tall: np.ndarray, wide: np.ndarray) -> np.ndarray:
+    """The largest central box of an allowed ratio, int32 [n, 4]: what no attempt fits gets."""
+    ratio = wide / tall
+    height = np.where(ratio < RATIO[0], np.rint(wide / RATIO[0]), tall).astype(np.int64)
+    width = np.where(ratio > RATIO[1], np.rint(tall * RATIO[1]), wide).astype(np.int64)
+    return np.stack([(tall - height) // 2, (wide - width) // 2, height, width], axis=1).astype(np.int32)
+
+
+def _between(word: np.ndarray, low: float, high: float) -> np.ndarray:
+    """A uniform word as float64 in [low, high), in steps of 2**-32 of the range."""
+    return low + (high - low) * (word * 2.0**-32)
+
+
+def _below(word: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """A uniform word as int64 in [0, number)."""
+    return (word.astype(np.int64) * number) >> 32

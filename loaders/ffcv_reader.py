@@ -1,0 +1,126 @@
+"""Whole images out of .beton files through FFCV, cropped as soon as they come.
+
+FFCV's own crops and flips are unseeded, its random order mixes seed and epoch badly, its batches are views that it
+overwrites, and when its thread fails the caller waits for ever: so it is asked for whole images in a given order, and
+everything else happens here.
+"""
+
+import queue
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastprune.errors import InputError
+from fastprune.loaders.beton import Beton, check_beton
+from fastprune.loaders.manifest import Manifest
+from fastprune.loaders.memory_reader import normalised
+
+
+class FfcvReader:
+    """Reader of train.beton and val.beton: one FFCV loader a split, compiled once (half a second), for every epoch,
+    order and batch size.
+    """
+
+    def __init__(self, manifest: Manifest, files: dict[str, Beton]) -> None:
+        self._manifest, self._files = manifest, files
+        self._loaders: dict[str, Any] = {}
+        self.labels = {split: file.labels for split, file in files.items()}
+
+    def images(
+        self, split: str, samples: np.ndarray, crops: np.ndarray, flips: np.ndarray, batch_size: int
+    ) -> Generator[torch.Tensor, None, None]:
+        every = np.arange(batch_size)
+        with _epoch(self._loader(split), samples, batch_size) as batches:
+            for start, whole in zip(range(0, len(samples), batch_size), batches, strict=True):
+                part = slice(start, start + len(whole))
+                yield normalised(torch.from_numpy(whole), every[: len(whole)], crops[part], flips[part], self._manifest)
+
+    def _loader(self, split: str) -> Any:
+        if split not in self._loaders:
+            self._loaders[split] = _open_loader(self._files[split].path)
+        return self._loaders[split]
+
+
+def open_reader(manifest: Manifest, folder: Path | None, workers: int) -> FfcvReader:
+    """Check both files. InputError where one is missing, truncated, foreign, or not the manifest's."""
+    assert folder is not None
+    files = {}
+    for split in ("train", "val"):
+        name, _ = manifest.file(split)
+        if name is None:
+            raise InputError(f"the manifest in {folder} names no {split} file: prepare the data again")
+        files[split] = check_beton(folder / name, manifest, split)
+    return FfcvReader(manifest, files)
+
+
+def _open_loader(path: Path) -> Any:
+    """FFCV's loader over the images of a file; labels and order are kept here."""
+    threads = torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # FFCV's, about what it imports
+        try:
+            from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+            from ffcv.loader import Loader
+        except (ImportError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"ffcv cannot be imported ({reason}): install it again, or use the loader torchvision"
+            ) from None
+        loader = Loader(
+            str(path),
+            batch_size=1,  # set for each epoch
+            num_workers=1,
+            os_cache=True,
+            seed=0,  # unused, but otherwise drawn from numpy's global generator
+            pipelines={"image": [SimpleRGBImageDecoder()], "label": None, "index": None},
+            drop_last=False,
+        )
+    torch.set_num_threads(threads)  # importing and opening set it to 1
+    return loader
+
+
+@contextmanager
+def _epoch(loader: Any, samples: np.ndarray, batch_size: int) -> Iterator[Iterator[np.ndarray]]:
+    """FFCV's thread over `samples`, as batches uint8 [B, H, W, 3] that are valid until the next one is asked for.
+
+    However it is left, the thread is ended: one that waits to hand over a batch would live, and keep its buffers.
+    """
+    from ffcv.loader.epoch_iterator import EpochIterator
+
+    threads = torch.get_num_threads()
+    loader.batch_size = batch_size
+    thread = EpochIterator(loader, samples)
+
+    def batches() -> Iterator[np.ndarray]:
+        for number in range(-(-len(samples) // batch_size)):
+            (images,) = _next(thread)
+            if number == 0:
+                torch.set_num_threads(threads)  # the thread has set it to 1 before its first batch
+            yield images
+
+    try:
+        yield batches()
+    finally:
+        thread.close()
+        while thread.is_alive():
+            while not thread.output_queue.empty():
+                thread.output_queue.get()
+            thread.join(timeout=0.01)
+
+
+def _next(thread: Any) -> tuple[np.ndarray, ...]:
+    while True:
+        try:
+            batch = thread.output_queue.get(timeout=1.0)
+        except queue.Empty:
+            if not thread.is_alive() and thread.output_queue.empty():
+                raise RuntimeError("FFCV's reading thread failed; what it printed says why") from None
+            continue
+        if batch is None:
+            raise RuntimeError("FFCV delivered fewer batches than it was asked for")
+        return batch[1]

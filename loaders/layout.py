@@ -1,0 +1,164 @@
+"""The Tiny ImageNet folder as it is distributed: which images there are, in which order, with which label.
+
+    train/<wnid>/images/*.JPEG     val/images/*.JPEG     val/val_annotations.txt     [wnids.txt]
+
+No image is opened here. Standard library only.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastprune.errors import InputError
+
+FOLDER_NAME = "tiny-imagenet-200"
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
+DISTRIBUTED = (200, 500, 50)  # classes, images of each in train, in val
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A scanned folder. classes: sorted; files of a split: paths below `root`, ordered; labels: indices into classes.
+
+    Train is ordered as torchvision's ImageFolder orders it, by class and then by name; val by name.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    files: dict[str, tuple[str, ...]]
+    labels: dict[str, tuple[int, ...]]
+
+    def per_class(self, split: str) -> tuple[int, ...]:
+        """Number of images of each class."""
+        count = Counter(self.labels[split])
+        return tuple(count[label] for label in range(len(self.classes)))
+
+    def listing(self) -> str:
+        """SHA-256 (hex) over names, labels, sizes and times: unchanged means that no image has to be read again."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for split, files in self.files.items():
+            for name, label in zip(files, self.labels[split], strict=True):
+                status = os.stat(self.root / name)
+                digest.update(f"{split}\0{name}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def remark(self) -> str | None:
+        """One line where the counts are not those of Tiny ImageNet as distributed (which is allowed), else None."""
+        number, train, val = DISTRIBUTED
+        held = {split: self.per_class(split) for split in self.files}
+        if held == {"train": (train,) * number, "val": (val,) * number}:
+            return None
+        spans = ", ".join(f"{_span(counts)} {split}" for split, counts in held.items())
+        return (
+            f"{self.root} holds {len(self.classes)} classes with {spans} images each, not the {number} classes with "
+            f"{train} and {val} of Tiny ImageNet as distributed: going on with what is there"
+        )
+
+
+def scan(folder: str | os.PathLike[str]) -> Layout:
+    """Read the folder, or the `tiny-imagenet-200` inside it. InputError names the first thing that is wrong there."""
+    root = _root(Path(folder))
+    classes = _classes(root)
+    files: list[str] = []
+    labels: list[int] = []
+    for label, wnid in enumerate(classes):
+        below = f"train/{wnid}/images"
+        names = _images(root / below)
+        if not names:
+            raise InputError(f"no images in {root / below}: remove the class or unpack the data set again")
+        files += [f"{below}/{name}" for name in names]
+        labels += [label] * len(names)
+    val = _val_labels(root, classes)
+    return Layout(
+        root=root,
+        classes=classes,
+        files={"train": tuple(files), "val": tuple(f"val/images/{name}" for name in val)},
+        labels={"train": tuple(labels), "val": tuple(val.values())},
+    )
+
+
+def _root(folder: Path) -> Path:
+    if not folder.exists():
+        raise InputError(f"no such data folder: {folder}")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    try:
+        if not any(folder.iterdir()):
+            raise InputError(f"the data folder {folder} is empty")
+    except OSError as error:
+        raise InputError(f"cannot read the data folder {folder}: {error.strerror}") from None
+    for root in (folder, folder / FOLDER_NAME):
+        if (root / "train").is_dir() and (root / "val").is_dir():
+            return root.resolve()
+    raise InputError(f"{folder} does not hold Tiny ImageNet: expected train/<wnid>/images and val/val_annotations.txt")
+
+
+def _classes(root: Path) -> tuple[str, ...]:
+    classes = tuple(sorted(entry.name for entry in os.scandir(root / "train") if _visible_folder(entry)))
+    if not classes:
+        raise InputError(f"no class folders in {root / 'train'}: expected train/<wnid>/images")
+    wnids = root / "wnids.txt"
+    if wnids.is_file():
+        named = set(wnids.read_text(encoding="utf-8").split())
+        if odd := sorted(named ^ set(classes)):
+            where = "wnids.txt only" if odd[0] in named else "train only"
+            raise InputError(f"{wnids} and {root / 'train'} disagree on {len(odd)} classes, first {odd[0]} ({where})")
+    return classes
+
+
+def _visible_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _images(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise InputError(f"missing folder {folder}: is the data set unpacked completely?")
+    names = (entry.name for entry in os.scandir(folder))
+    return sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+
+
+def _val_labels(root: Path, classes: tuple[str, ...]) -> dict[str, int]:
+    """Label of every image in val/images, in the order of their names."""
+    path = root / "val" / "val_annotations.txt"
+    present = _images(root / "val" / "images")
+    index = {wnid: label for label, wnid in enumerate(classes)}
+    labels: dict[str, int] = {}
+    for number, name, wnid in _annotations(path):
+        if wnid not in index:
+            raise InputError(f"{path}, line {number}: class {wnid} has no folder in {root / 'train'}")
+        if name in labels:
+            raise InputError(f"{path}, line {number}: {name} is annotated twice")
+        labels[name] = index[wnid]
+    if missing := sorted(labels.keys() - set(present)):
+        raise InputError(
+            f"{path} names {len(missing)} images that are not in {root / 'val/images'}, first {missing[0]}"
+        )
+    if unlabelled := sorted(set(present) - labels.keys()):
+        raise InputError(f"{len(unlabelled)} images in {root / 'val/images'} are not in {path}, first {unlabelled[0]}")
+    if not labels:
+        raise InputError(f"no images in {root / 'val/images'}")
+    return {name: labels[name] for name in present}
+
+
+def _annotations(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line number, file name and class of every line; what follows (a bounding box) is not used."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise InputError(f"missing {path}: without it the images of val have no labels") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        columns = line.split("\t")
+        if len(columns) >= 2:
+            yield number, columns[0], columns[1]
+        elif line.strip():
+            raise InputError(f"{path}, line {number}: expected a file name, a tab and a class")
+
+
+def _span(counts: tuple[int, ...]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}-{high}"

@@ -1,0 +1,75 @@
+"""`scripts/prepare_data.py`: from the command line to a prepared folder."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fastprune.errors import InputError
+from fastprune.loaders.manifest import FILE_NAME, Manifest
+
+DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
+DATASETS = ("tiny-imagenet",)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = _Parser(
+        prog="prepare_data.py",
+        description="Turn an image folder into train.beton, val.beton and a manifest. A second call does nothing.",
+    )
+    p.add_argument(
+        "--dataset", choices=DATASETS, default=DATASETS[0], help="layout of the folder (default %(default)s)"
+    )
+    p.add_argument("--source", type=Path, metavar="DIR", help="the folder as distributed, or one that contains it")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the prepared data set goes")
+    p.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch the data set into --source (default: OUT/raw) from its official address, unless it is there",
+    )
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done, 2 bad usage or input, 130 interrupted."""
+    try:
+        args = parser().parse_args(argv)
+        if args.workers is not None and args.workers < 1:
+            raise InputError(f"--workers is {args.workers}, expected 1 or more")
+        if args.source is None and not args.download:
+            raise InputError("--source is missing: name the image folder, or give --download to fetch it")
+        existed = (args.out / FILE_NAME).exists()
+        manifest = _run(args)
+    except InputError as error:
+        print(f"prepare_data.py: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted: nothing was published, the same command starts again", file=sys.stderr)
+        return INTERRUPTED
+    print(("already there: " if existed else "") + _summary(manifest, args.out))
+    return DONE
+
+
+def _run(args: argparse.Namespace) -> Manifest:
+    from fastprune.loaders.download import fetch_tiny_imagenet
+    from fastprune.loaders.publish import prepare
+
+    source = args.source or args.out / "raw"
+    if args.download:
+        fetch_tiny_imagenet(source)
+    return prepare(source, args.out, workers=args.workers)
+
+
+def _summary(manifest: Manifest, out: Path) -> str:
+    megabytes = ((manifest.train_bytes or 0) + (manifest.val_bytes or 0)) / 1e6
+    return (
+        f"{out}: {manifest.train_count:,} train and {manifest.val_count:,} val images of {len(manifest.classes)} "
+        f"classes, {manifest.height}x{manifest.width}, {megabytes:,.0f} MB, fingerprint {manifest.fingerprint[:16]}"
+    )
