@@ -15,6 +15,7 @@ _HOME = {
     "Mask": "fastprune.masks",
     "MaskedConv2d": "fastprune.masks",
     "attach": "fastprune.masks",
+    "masks_of": "fastprune.masks",
     "prune": "fastprune.pruning",
     "Trainer": "fastprune.train",
     "RunStore": "fastprune.store",

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.flat import layout, prunable
 from fastprune.kernels import Segment, pack_bits, segment_counts, unpack_bits
 from fastprune.kernels.reference import masked_cast
+from fastprune.tensors import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -69,25 +68,19 @@ class Mask:
     def save(self, path: Path) -> None:
         """Writes uint8 tensors of packed bits (lowest bit first, logical order); shapes stand in the metadata."""
         packed = {name: pack_bits(t.flatten()) for name, t in self.tensors().items()}
-        shapes = {s.name: ",".join(map(str, s.shape)) for s in self.segments}
-        save_file(packed, path, metadata={"format": "fastprune mask 1", "order": ";".join(shapes), **shapes})
+        write_tensors(path, packed, {"mask": 1, "shapes": {s.name: list(s.shape) for s in self.segments}})
 
     @classmethod
     def load(cls, path: Path) -> "Mask":
         """Reads what `save` wrote. InputError if it is something else."""
+        packed, facts = read_tensors(path)
         try:
-            with safe_open(path, "pt") as f:
-                shapes = f.metadata() or {}
-            packed = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a readable mask ({error})") from error
-        if shapes.get("format") != "fastprune mask 1":
-            raise InputError(f"{path}: not a mask of fastprune, or of another version")
-        tensors = {}
-        for name in filter(None, shapes["order"].split(";")):
-            shape = tuple(map(int, shapes[name].split(",")))
-            tensors[name] = unpack_bits(packed[name], torch.Size(shape).numel()).view(shape)
-        return cls.from_tensors(tensors)
+            if facts["mask"] != 1:
+                raise InputError(f"{path}: a mask of format {facts['mask']}, this version reads format 1")
+            shapes = {name: torch.Size(shape) for name, shape in facts["shapes"].items()}
+            return cls.from_tensors({n: unpack_bits(packed[n], s.numel()).view(s) for n, s in shapes.items()})
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{path}: not a mask of fastprune; delete its folder to make it again") from error
 
     def ratios_csv(self) -> str:
         """layer,weights,kept,pruned_fraction lines, readable without fastprune."""

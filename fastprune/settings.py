@@ -91,14 +91,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two CPU cores: every part of the machinery once, on ten classes and a network of an eighth the width.
     "smoke": {
         "seeds": 2,
-        "rounds": 4,
-        "fraction": 0.6,
+        "rounds": 3,
+        "fraction": 0.8,
         "epochs": 4,
-        "batch_size": 64,
+        "batch_size": 128,
         "width": 8,
         "precision": "fp32",
         "classes": 10,
-        "train_per_class": 200,
+        "train_per_class": 160,
         "val_per_class": 50,
     },
     # The real data set and network on one GPU: 12 rounds to 0.8^30 of the weights, a tenth of the epochs, 3 seeds.

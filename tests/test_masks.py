@@ -125,7 +125,7 @@ def test_saved_mask_is_one_bit_a_weight_and_comes_back(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\x00" * 100, b"junk"])
 def test_a_damaged_mask_is_bad_input(tmp_path, content):
     (tmp_path / "m").write_bytes(content)
-    with pytest.raises(InputError, match="mask"):
+    with pytest.raises(InputError, match="damaged"):
         Mask.load(tmp_path / "m")
 
 

@@ -1,6 +1,7 @@
 """Figure A2: ResNet-18 on Tiny ImageNet, masks found with three learning rates and at random, evaluated with two."""
 
-from fastprune.figures.plan import Chains, Point, evaluation_panel, find_panel
+from fastprune.figures.claims import Claim, Comparison
+from fastprune.figures.plan import Chains, Point, evaluation_panel, find_panel, series_name
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec
 
@@ -20,6 +21,10 @@ PROTOCOL = Settings(
 )
 
 
+MASKED = (0.001, 0.8)
+"""Densities over which masks are compared: every round from the first, down to 0.8 ** 30."""
+
+
 def panels(settings: Settings) -> dict[str, str]:
     """Panel letter -> title, one for each LR_eval."""
     return {chr(ord("a") + i): f"LR_eval = {lr:g}" for i, lr in enumerate(settings.lr_eval)}
@@ -34,3 +39,25 @@ def points(settings: Settings, data: DataSpec) -> list[Point]:
         for panel, lr_eval in zip(panels(settings), settings.lr_eval, strict=True):
             found += evaluation_panel(panel, chains, (*settings.lr_find, None), lr_eval)
     return found
+
+
+def series(settings: Settings) -> dict[str, str]:
+    """Series -> label, in the legend's order."""
+    return {series_name(lr): f"LR_find = {lr:g}" for lr in settings.lr_find} | {"random": "random pruning"}
+
+
+def claims(settings: Settings) -> list[Claim]:
+    """What the caption says, of each panel."""
+    eval_panels = tuple(panels(settings))
+
+    def better(left: str, right: str) -> tuple[Comparison, ...]:
+        return tuple(Comparison(p, "better", left, right, densities=MASKED) for p in eval_panels)
+
+    similar = tuple(Comparison(p, "similar", "0.05", "0.2", densities=MASKED) for p in eval_panels)
+    dense = tuple(Comparison("find", "better", "0.8", other, rounds=(0, 0)) for other in ("0.05", "0.2"))
+    return [
+        Claim("similar", "LR_find 0.05 and 0.2 are very similar", similar),
+        Claim("small-is-better", "LR_find 0.05 and 0.2 are better than 0.8", better("0.05", "0.8") + better("0.2", "0.8")),
+        Claim("best-dense", "0.8 trains the best dense network", dense),
+        Claim("below-random", "LR_find 0.8 is worse than random pruning", better("random", "0.8")),
+    ]

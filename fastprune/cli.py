@@ -1,0 +1,109 @@
+"""`scripts/reproduce.py`: from the command line to a figure. Imports nothing heavy before it must."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+from fastprune.errors import InputError
+from fastprune.figures import FIGURES, load
+from fastprune.reproduce import BAD_INPUT, INTERRUPTED, Request, plan, redraw, run
+from fastprune.settings import DEFAULT_DATA, PRESETS, Settings, preset
+from fastprune.specs import PRECISIONS
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = _Parser(
+        prog="reproduce.py",
+        description="Reproduce a figure of the paper on learning rates for global magnitude pruning.",
+        epilog="Without further flags a small run on generated images shows the machinery. The paper's figure: "
+        "--preset paper --data DIR (Tiny ImageNet). The same command continues whatever was interrupted.",
+    )
+    p.add_argument("--fig", required=True, metavar="NAME", help=f"figure: {', '.join(FIGURES)}")
+    p.add_argument("--preset", default="smoke", metavar="NAME", help=f"{', '.join(PRESETS)} (default smoke)")
+    p.add_argument("--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; or 'synthetic'")
+    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="figures (default results)")
+    p.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="runs (default runs)")
+    p.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
+    p.add_argument("--redraw", action="store_true", help="draw again from results.csv alone")
+
+    run = p.add_argument_group("how it runs (changes no result)")
+    run.add_argument("--loader", choices=["auto", "ffcv", "torchvision", "synthetic"], default="auto")
+    run.add_argument("--device", help="cpu, cuda or cuda:N (default: every GPU there is, else the CPU)")
+    run.add_argument(
+        "--workers", type=_positive, metavar="N", help="runs at once (default: one a GPU, or a core up to 8)"
+    )
+    run.add_argument("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints of a run")
+
+    h = p.add_argument_group("hyperparameters (default: the protocol's, as the preset changes them)")
+    h.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
+    h.add_argument("--rounds", type=int, metavar="N", help="prune rounds after the dense one")
+    h.add_argument("--fraction", type=float, metavar="F", help="pruned of what remains, each round")
+    h.add_argument("--epochs", type=int, metavar="N", help="per training; the milestones scale along")
+    h.add_argument("--milestones", type=int, nargs="+", metavar="E", help="epochs after which the rate decays")
+    h.add_argument("--gamma", type=float, help="factor at each milestone")
+    h.add_argument("--warmup-epochs", type=int, metavar="N", help="linear, from 0")
+    h.add_argument("--lr-find", type=float, nargs="+", metavar="LR")
+    h.add_argument("--lr-eval", type=float, nargs="+", metavar="LR")
+    h.add_argument("--batch-size", type=int, metavar="N")
+    h.add_argument("--momentum", type=float)
+    h.add_argument("--nesterov", action="store_true", default=None)
+    h.add_argument("--weight-decay", type=float)
+    h.add_argument("--label-smoothing", type=float)
+    h.add_argument("--model", choices=["resnet18", "resnet34", "resnet50"])
+    h.add_argument("--stem", choices=["imagenet", "small"])
+    h.add_argument("--width", type=int, metavar="N", help="channels of the first stage (64)")
+    h.add_argument("--precision", choices=PRECISIONS)
+    h.add_argument("--classes", type=int, metavar="N", help="use the first N classes only")
+    h.add_argument("--train-per-class", type=int, metavar="N", help="use the first N images of each class only")
+    h.add_argument("--val-per-class", type=int, metavar="N")
+    return p
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done, 1 a run failed, 2 bad usage or input, 130 interrupted."""
+    try:
+        return _main(parser().parse_args(argv))
+    except InputError as error:
+        print(f"reproduce.py: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _main(args: argparse.Namespace) -> int:
+    figure = load(args.fig)
+    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
+    settings = preset(figure.PROTOCOL, args.preset).override(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    )
+    request = Request(
+        name=args.fig,
+        preset=args.preset,
+        settings=settings,
+        data=args.data or DEFAULT_DATA[args.preset],
+        out=args.out / args.fig,
+        store=args.store,
+        loader=args.loader,
+        device=args.device,
+        workers=args.workers,
+        checkpoint_seconds=args.checkpoint_seconds,
+    )
+    if args.redraw:
+        return redraw(request)
+    return plan(request) if args.plan else run(request)

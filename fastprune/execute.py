@@ -1,0 +1,312 @@
+"""Runs a graph: each node once, parents first, the longest chain first; in this process or in several warm workers."""
+
+import contextlib
+import errno
+import heapq
+import multiprocessing as mp
+import os
+import signal
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from fastprune.errors import InputError
+from fastprune.graph import Graph, Runnable
+from fastprune.specs import Prune, StateRef, Train
+from fastprune.store import RunStore
+from fastprune.work import Report, WorkConfig, Worker
+
+_BUSY_SECONDS = 1.0
+"""How long a node that another process computes is left alone before it is looked at again."""
+_LOST_LIMIT = 2
+"""A node whose worker died this often has failed."""
+_STORE_IS_UNUSABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+
+
+class View(Protocol):
+    """What is told of the work as it goes."""
+
+    def started(self, worker: int, node: Runnable) -> None: ...
+    def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None: ...
+    def finished(self, worker: int, node: Runnable, result: dict[str, Any]) -> None: ...
+    def failed(self, worker: int, node: Runnable, reason: str) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """What became of the nodes that were to do: keys computed here, and by key why a node failed."""
+
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    not_reached: int = 0
+    seconds: float = 0.0
+
+
+class Queue:
+    """The nodes still to do, handed out when their parents are there, longest remaining chain first."""
+
+    def __init__(self, graph: Graph, store: RunStore) -> None:
+        self.graph, self.store = graph, store
+        todo = graph.todo(store)
+        self._open = {n.key for n in todo}
+        self._waiting: dict[str, set[str]] = {}
+        self._children: dict[str, list[str]] = {}
+        self._ready: list[tuple[int, int, str]] = []
+        self._busy: list[tuple[float, str]] = []
+        self._order = {n.key: i for i, n in enumerate(graph.nodes)}
+        for node in todo:
+            missing = {p.key for p in node.parents()} & self._open
+            self._waiting[node.key] = missing
+            for parent in missing:
+                self._children.setdefault(parent, []).append(node.key)
+            if not missing:
+                self._push(node.key)
+
+    def _push(self, key: str) -> None:
+        heapq.heappush(self._ready, (-self.graph.height[key], self._order[key], key))
+
+    @property
+    def left(self) -> int:
+        """Nodes neither done nor failed."""
+        return len(self._open)
+
+    def next(self) -> Runnable | None:
+        """A node that can run now, or None."""
+        now = time.monotonic()
+        while self._busy and self._busy[0][0] <= now:
+            self._push(heapq.heappop(self._busy)[1])
+        if not self._ready:
+            return None
+        return self.graph.by_key[heapq.heappop(self._ready)[2]]
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether nodes are being computed by other processes."""
+        return bool(self._busy)
+
+    def busy(self, node: Runnable) -> None:
+        """Another process computes this node: look again later."""
+        heapq.heappush(self._busy, (time.monotonic() + _BUSY_SECONDS, node.key))
+
+    def again(self, node: Runnable) -> None:
+        self._push(node.key)
+
+    def done(self, node: Runnable) -> None:
+        self._open.discard(node.key)
+        for child in self._children.get(node.key, []):
+            self._waiting[child].discard(node.key)
+            if not self._waiting[child] and child in self._open:
+                self._push(child)
+
+    def fail(self, node: Runnable) -> int:
+        """Gives up a node and all that rests on it; returns how many others that are."""
+        lost, stack = -1, [node.key]
+        while stack:
+            key = stack.pop()
+            if key in self._open:
+                self._open.discard(key)
+                lost += 1
+                stack.extend(self._children.get(key, []))
+        return max(lost, 0)
+
+
+def execute(
+    graph: Graph, config: WorkConfig, view: View, *, workers: int = 1, devices: list[str] | None = None
+) -> Outcome:
+    """Computes what the store lacks of the graph. A node that fails is reported and the others go on.
+
+    InputError (a damaged data file, a full disk) ends the whole run; so does KeyboardInterrupt. Both leave a store that
+    the same command continues from.
+    """
+    began = time.monotonic()
+    queue = Queue(graph, RunStore(config.store))
+    outcome = Outcome()
+    count = max(1, min(workers, queue.left))
+    if count == 1:
+        _run_here(queue, replace(config, device=devices[0] if devices else config.device), view, outcome)
+    else:
+        _Pool(queue, config, view, outcome, count, devices or [config.device]).run()
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def _compute(worker: Worker, node: Runnable, states: list[int], report: Report) -> tuple[str, Any]:
+    """("done", result), ("busy", None), ("input", line) or ("failed", traceback) of one node."""
+    try:
+        with worker.store.lease(node) as mine:
+            if not mine:
+                return "busy", None
+            if worker.store.has(node) and (
+                isinstance(node, Prune) or all(worker.store.has_state(StateRef(node, e)) for e in states)
+            ):
+                return "done", worker.store.node(node)["result"]  # another process was faster
+            return "done", worker.run(node, states, report)
+    except InputError as error:
+        return "input", str(error)
+    except OSError as error:
+        if error.errno in _STORE_IS_UNUSABLE:
+            where = error.filename or worker.config.store
+            return "input", f"{where}: cannot be written ({error.strerror}); make room or choose another --store"
+        return "failed", traceback.format_exc()
+    except Exception:
+        return "failed", traceback.format_exc()
+
+
+def _settle(queue: Queue, view: View, outcome: Outcome, worker: int, node: Runnable, answer: tuple[str, Any]) -> None:
+    kind, value = answer
+    if kind == "busy":
+        queue.busy(node)
+    elif kind == "input":
+        raise InputError(value)
+    elif kind == "done":
+        outcome.done.append(node.key)
+        queue.done(node)
+        view.finished(worker, node, value)
+    else:
+        log = queue.store.log(node, value)
+        reason = f"{value.strip().splitlines()[-1]} (log: {log})"
+        outcome.failed[node.key] = reason
+        outcome.not_reached += queue.fail(node)
+        view.failed(worker, node, reason)
+
+
+def _run_here(queue: Queue, config: WorkConfig, view: View, outcome: Outcome) -> None:
+    worker = Worker(config)
+    while queue.left:
+        node = queue.next()
+        if node is None:
+            time.sleep(0.05)
+            continue
+        view.started(0, node)
+        states = queue.graph.states_wanted(node) if isinstance(node, Train) else []
+
+        def report(epoch: int, images: int, node: Runnable = node) -> None:
+            view.progress(0, node, epoch, images)
+
+        _settle(queue, view, outcome, 0, node, _compute(worker, node, states, report))
+
+
+class _Pool:
+    """Worker processes, each with one pipe: a node goes in, progress and the answer come out."""
+
+    def __init__(
+        self, queue: Queue, config: WorkConfig, view: View, outcome: Outcome, count: int, devices: list[str]
+    ) -> None:
+        self.queue, self.view, self.outcome = queue, view, outcome
+        self.configs = [replace(config, device=devices[i % len(devices)]) for i in range(count)]
+        self.context = mp.get_context("spawn")
+        self.lost: dict[str, int] = {}
+        self.processes: list[Any] = [None] * count
+        self.pipes: list[Connection | None] = [None] * count
+        self.nodes: list[Runnable | None] = [None] * count
+
+    def run(self) -> None:
+        try:
+            for i in range(len(self.configs)):
+                self._start(i)
+            while self.queue.left:
+                self._hand_out()
+                self._listen()
+        finally:
+            self._stop()
+
+    def _start(self, i: int) -> None:
+        mine, theirs = self.context.Pipe()
+        self.processes[i] = self.context.Process(
+            target=_worker_main, args=(theirs, self.configs[i], self.queue.graph), daemon=False
+        )
+        self.processes[i].start()
+        theirs.close()
+        self.pipes[i] = mine
+
+    def _hand_out(self) -> None:
+        for i, busy_with in enumerate(self.nodes):
+            if busy_with is None and (node := self.queue.next()) is not None:
+                self.nodes[i] = node
+                self.view.started(i, node)
+                with contextlib.suppress(OSError):  # a dead worker is noticed in _listen
+                    self.pipes[i].send(node.key)  # type: ignore[union-attr]
+
+    def _listen(self) -> None:
+        ready = wait([p for p in self.pipes if p is not None], timeout=0.2)
+        for i, pipe in enumerate(self.pipes):
+            if pipe is None or pipe not in ready:
+                continue
+            try:
+                kind, *rest = pipe.recv()
+            except (EOFError, OSError):
+                self._lost(i)
+                continue
+            node = self.nodes[i]
+            if node is None:
+                continue
+            if kind == "progress":
+                self.view.progress(i, node, *rest)
+            else:
+                self.nodes[i] = None
+                _settle(self.queue, self.view, self.outcome, i, node, (str(kind), rest[0]))
+
+    def _lost(self, i: int) -> None:
+        """A worker died (killed, out of memory): another takes its place, and its node is tried once more."""
+        self.processes[i].join()
+        code, node = self.processes[i].exitcode, self.nodes[i]
+        self.nodes[i] = None
+        if node is not None:
+            self.lost[node.key] = self.lost.get(node.key, 0) + 1
+            if self.lost[node.key] < _LOST_LIMIT:
+                self.queue.again(node)
+            else:
+                reason = f"its worker died {_LOST_LIMIT} times, last with exit code {code}: out of memory?"
+                _settle(self.queue, self.view, self.outcome, i, node, ("failed", reason))
+        elif code:
+            raise RuntimeError(f"a worker could not start (exit code {code})")
+        if self.queue.left:
+            self._start(i)
+        else:
+            self.pipes[i] = None
+
+    def _stop(self) -> None:
+        for process in self.processes:
+            if process is not None:
+                process.terminate()
+        for process in self.processes:
+            if process is not None:
+                process.join(10)
+                if process.is_alive():
+                    process.kill()
+
+
+def _worker_main(pipe: Connection, config: WorkConfig, graph: Graph) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    worker = Worker(config)
+    while True:
+        try:
+            key = pipe.recv()
+        except EOFError:
+            return
+        node = graph.by_key[key]
+        sent, images = time.monotonic(), 0
+
+        def report(epoch: int, more: int) -> None:
+            nonlocal sent, images
+            images += more
+            if time.monotonic() - sent > 0.2:
+                pipe.send(("progress", epoch, images))
+                sent, images = time.monotonic(), 0
+
+        states = graph.states_wanted(node) if isinstance(node, Train) else []
+        answer = _compute(worker, node, states, report)
+        pipe.send(("progress", 0, images))
+        pipe.send(answer)
+
+
+def _die_with_parent() -> None:
+    """Ends this worker when its parent is gone, however it went: two owners of one run would waste both."""
+    parent = mp.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)

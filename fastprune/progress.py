@@ -1,0 +1,73 @@
+"""What a person sees while a graph runs: one bar over all training images, one line for each worker."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from fastprune.graph import Cost, Graph, Runnable
+from fastprune.specs import Train
+
+
+class Bars:
+    """A View of tqdm bars on stderr: images/s and time left over all that is to do, and what each worker does.
+
+    Where stderr is no terminal, the overall bar alone, a line every ten seconds.
+    """
+
+    def __init__(self, graph: Graph, todo: list[Runnable], workers: int) -> None:
+        self.graph = graph
+        live = sys.stderr.isatty()
+        self.trainings = sum(isinstance(n, Train) for n in todo)
+        self.trained = 0
+        self.total = tqdm(
+            total=Cost.of(todo).images,
+            unit=" images",
+            unit_scale=True,
+            desc=f"0/{self.trainings} trainings",
+            mininterval=0.2 if live else 10.0,
+            dynamic_ncols=live,
+            smoothing=0.05,
+        )
+        self.lines = [
+            tqdm(total=0, bar_format="  {desc}", position=i + 1, leave=False) for i in range(workers if live else 0)
+        ]
+        self.images: dict[str, int] = {}
+
+    def started(self, worker: int, node: Runnable) -> None:
+        self._say(worker, self.graph.label(node))
+
+    def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None:
+        self.images[node.key] = self.images.get(node.key, 0) + images
+        self.total.update(images)
+        if isinstance(node, Train) and epoch:
+            self._say(worker, f"{self.graph.label(node)} · epoch {epoch}/{node.stop}")
+
+    def finished(self, worker: int, node: Runnable, result: dict[str, Any]) -> None:
+        self._say(worker, "")
+        if isinstance(node, Train):
+            self.trained += 1
+            # A resumed or diverged run needs fewer images than planned.
+            self.total.total = max(
+                self.total.n, self.total.total - Cost.of([node]).images + self.images.get(node.key, 0)
+            )
+            self.total.set_description(f"{self.trained}/{self.trainings} trainings", refresh=False)
+            if result["diverged"]:
+                self.note(f"diverged: {self.graph.label(node)}, in epoch {result['epochs']}")
+
+    def failed(self, worker: int, node: Runnable, reason: str) -> None:
+        self._say(worker, "")
+        self.note(f"failed: {self.graph.label(node)}: {reason}")
+
+    def note(self, text: str) -> None:
+        """A line above the bars."""
+        tqdm.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        for line in self.lines:
+            line.close()
+        self.total.close()
+
+    def _say(self, worker: int, text: str) -> None:
+        if self.lines:
+            self.lines[worker].set_description_str(text)

@@ -1,0 +1,295 @@
+"""From a request to a figure: data, graph, runs, results. What is heavy is imported where it is needed."""
+
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastprune.errors import InputError
+from fastprune.figures import load
+from fastprune.figures.plan import Point
+from fastprune.figures.results import Row
+from fastprune.graph import Cost, Graph
+from fastprune.loaders.manifest import Manifest, Subset
+from fastprune.loaders.places import known
+from fastprune.loaders.synthetic import SyntheticData
+from fastprune.settings import Settings
+from fastprune.specs import DataSpec, Prune
+from fastprune.store import RunStore
+
+if TYPE_CHECKING:
+    from fastprune.execute import Outcome
+    from fastprune.loaders.source import LoaderChoice
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+TINY_IMAGENET = "tiny-imagenet"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of reproduce.py, its settings resolved. `data` is a folder or "synthetic"; `out` the figure's folder."""
+
+    name: str
+    preset: str
+    settings: Settings
+    data: str
+    out: Path
+    store: Path
+    loader: str = "auto"
+    device: str | None = None
+    workers: int | None = None
+    checkpoint_seconds: float = 60.0
+
+
+def points_and_graph(request: Request, data: DataSpec) -> tuple[list[Point], Graph]:
+    """The figure's points, and the graph of all runs that they need."""
+    points = load(request.name).points(request.settings, data)
+    labels: dict[str, str] = {}
+    for point in points:
+        labels.setdefault(point.node.key, point.label)
+        if isinstance(mask := point.node.mask, Prune):
+            series = "random" if point.lr_find is None else f"LR_find {point.series}"
+            labels.setdefault(mask.key, f"prune · {series} · seed {point.seed} · round {mask.round}")
+    return points, Graph.of((p.node for p in points), labels)
+
+
+def plan(request: Request) -> int:
+    """Prints what would run and what it would cost; writes nothing and reads no image."""
+    data = _planned_data(request)
+    points, graph = points_and_graph(request, data)
+    store = RunStore(request.store, read_only=True)
+    cost, left = Cost.of(graph.nodes), Cost.of(graph.todo(store))
+    per_seed = sorted(set(cost.per_seed.values()))
+    print(f"Figure {request.name}, preset {request.preset}: {_describe(request.settings, data)}")
+    print(f"  trainings    {cost.trainings:>15,}   {' or '.join(map(str, per_seed))} a seed")
+    seen: set[str] = set()
+    for panel in dict.fromkeys(p.panel for p in points):
+        fresh = {p.node.key for p in points if p.panel == panel} - seen
+        seen |= fresh
+        title = "to find masks" if panel == "find" else f"for panel {panel}, not shared with the above"
+        print(f"               {len(fresh):>15,}   {title}")
+    print(f"  prune steps  {len(graph.nodes) - cost.trainings:>15,}")
+    print(f"  epochs       {cost.epochs:>15,}")
+    print(f"  images       {cost.images:>15,}")
+    print(f"  in the store {cost.trainings - left.trainings:>15,}   trainings; {left.trainings:,} to do")
+    rate = _measured_rate(graph, store)
+    if data.fingerprint == _UNKNOWN:
+        print("  The images are not prepared yet, so nothing counts as being in the store.")
+    if rate:
+        print(
+            f"  time left    {_duration(left.images / rate):>15}   on one worker, at {rate:,.0f} images/s measured here"
+        )
+    else:
+        print("  time left            unknown   no run of this figure has been measured in this store")
+    return DONE
+
+
+def run(request: Request) -> int:
+    """Trains what the store lacks, then draws, judges and reports. Returns the exit code."""
+    began = time.monotonic()
+    with _writable(request.out):
+        store = RunStore(request.store)
+        _keep_caches_in(request.store / "cache")
+        manifest, folder, choice = _find_data(request)
+        data = data_spec(manifest, request.settings)
+        points, graph = points_and_graph(request, data)
+        devices = _devices(request.device)
+        workers = request.workers or (len(devices) if devices[0] != "cpu" else min(8, len(os.sched_getaffinity(0))))
+        print(f"Figure {request.name}, preset {request.preset}: {_describe(request.settings, data)}")
+        where = ", ".join(dict.fromkeys(devices))
+        print(f"  loader {choice.name} ({choice.why}), on {where}, up to {workers} runs at once", flush=True)
+        outcome, cached = _execute(request, store, graph, manifest, folder, choice.name, devices, workers)
+        rows = collect(request.name, points, store)
+    if outcome.failed:
+        for key, reason in outcome.failed.items():
+            print(f"failed: {graph.label(graph.by_key[key])}: {reason}", file=sys.stderr)
+        print(f"{len(outcome.failed)} failed, {outcome.not_reached} rest on them; the same command tries again")
+        return FAILED
+    return DONE
+
+
+def collect(figure: str, points: list[Point], store: RunStore) -> list[Row]:
+    """The rows of results.csv: every point whose run is published."""
+    rows = []
+    for p in points:
+        if not store.has(p.node):
+            continue
+        result = store.node(p.node)["result"]
+        density = 1.0 if p.node.mask is None else store.node(p.node.mask)["result"]["density"]
+        accuracy, diverged = result["accuracy"], result["diverged"]
+        rows.append(
+            Row(
+                figure,
+                p.panel,
+                p.series,
+                p.seed,
+                p.round,
+                density,
+                accuracy,
+                p.lr_find,
+                p.lr_eval,
+                diverged,
+                p.node.key,
+            )
+        )
+    return rows
+
+
+def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
+    """The part of a data set that the settings use. InputError if it has too few classes or images."""
+    part = subset(settings)
+    train, val = (part.count(manifest, split) for split in ("train", "val"))
+    if settings.batch_size > train:
+        raise InputError(f"--batch-size is {settings.batch_size}, but there are only {train} training images")
+    classes = settings.classes or len(manifest.classes)
+    return DataSpec(
+        manifest.name, manifest.fingerprint, classes, settings.train_per_class, settings.val_per_class, train, val
+    )
+
+
+def subset(settings: Settings) -> Subset:
+    return Subset(settings.classes, settings.train_per_class, settings.val_per_class)
+
+
+def _data(request: Request) -> str | SyntheticData:
+    """What the loaders are asked for: a folder, or as many generated images as the settings use."""
+    if request.data != "synthetic":
+        return request.data
+    s = request.settings
+    return SyntheticData(s.classes or 10, s.train_per_class or 500, s.val_per_class or 50, size=64)
+
+
+_UNKNOWN = "unknown"
+
+
+def _planned_data(request: Request) -> DataSpec:
+    """The data a plan counts with: what is known without reading an image, else Tiny ImageNet's own numbers."""
+    s = request.settings
+    manifest = known(_data(request), request.store) if request.data != TINY_IMAGENET else None
+    if manifest is not None:
+        return data_spec(manifest, s)
+    classes = s.classes or 200
+    train, val = (classes * min(n or most, most) for n, most in ((s.train_per_class, 500), (s.val_per_class, 50)))
+    return DataSpec(TINY_IMAGENET, _UNKNOWN, classes, s.train_per_class, s.val_per_class, train, val)
+
+
+def _devices(asked: str | None) -> list[str]:
+    import torch
+
+    if asked is None:
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    kind, _, number = asked.partition(":")
+    if asked == "cpu":
+        return ["cpu"]
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise InputError(f"unknown device {asked!r}: choose cpu, cuda or cuda:N")
+    if int(number or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {asked}: there are {torch.cuda.device_count()} CUDA devices here")
+    return [asked] if number else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def _execute(
+    request: Request,
+    store: RunStore,
+    graph: Graph,
+    manifest: Manifest,
+    folder: Path | None,
+    loader: str,
+    devices: list[str],
+    workers: int,
+) -> "tuple[Outcome, Cost]":
+    from fastprune.execute import execute
+    from fastprune.progress import Bars
+    from fastprune.work import WorkConfig
+
+    todo = graph.todo(store)
+    cached = Cost.of(set(graph.nodes) - set(todo))
+    config = WorkConfig(
+        store=request.store.resolve(),
+        manifest=manifest,
+        folder=folder,
+        loader=loader,
+        device=devices[0],
+        checkpoint_seconds=request.checkpoint_seconds,
+    )
+    bars = Bars(graph, todo, min(workers, len(todo)))
+    try:
+        return execute(graph, config, bars, workers=workers, devices=devices), cached
+    finally:
+        bars.close()
+
+
+def _find_data(request: Request) -> "tuple[Manifest, Path | None, LoaderChoice]":
+    """The data set, prepared where it was not, and the loader that will read it."""
+    from fastprune.loaders import choose_loader, locate
+
+    if request.data == TINY_IMAGENET:
+        raise InputError(f"preset {request.preset} trains on Tiny ImageNet: say where it is with --data DIR")
+    manifest, folder = locate(_data(request), request.store, loader=request.loader)
+    return manifest, folder, choose_loader(manifest, folder, request.loader)
+
+
+@contextlib.contextmanager
+def _writable(out: Path) -> Iterator[None]:
+    """Finds out before the work that the output folder can take the results."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as f:
+            f.write(bytes(1 << 16))
+            f.flush()
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+    yield
+
+
+def _keep_caches_in(folder: Path) -> None:
+    """Compilers and matplotlib keep what they cache in the store, not in the home folder."""
+    for variable, name in {
+        "MPLCONFIGDIR": "matplotlib",
+        "NUMBA_CACHE_DIR": "numba",
+        "TRITON_CACHE_DIR": "triton",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    }.items():
+        os.environ.setdefault(variable, str((folder / name).resolve()))
+    # One thread a process; it sleeps when it has nothing to do, beside as many others.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def _describe(s: Settings, data: DataSpec) -> str:
+    rates = (
+        f"LR_find {' '.join(f'{r:g}' for r in s.lr_find)} and random, LR_eval {' '.join(f'{r:g}' for r in s.lr_eval)}"
+    )
+    return (
+        f"{s.model} (stem {s.stem}, width {s.width}) on {data.name} ({data.classes} classes, {data.train_count:,} images), "
+        f"{rates}; seeds {s.seeds}, rounds {s.rounds} of {100 * s.fraction:.3g} %, epochs {s.epochs}, "
+        f"batch {s.batch_size}, {s.precision}"
+    )
+
+
+def _measured_rate(graph: Graph, store: RunStore) -> float | None:
+    """Mean images/s of this figure's runs in the store."""
+    rates = [store.node(n)["provenance"]["images_per_second"] for n in graph.trainings if store.has(n)]
+    return sum(rates) / len(rates) if rates else None
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+def redraw(request: Request) -> int:
+    """Draws again from results.csv alone."""
+    from fastprune.figures.report import redraw as draw_again
+
+    with _writable(request.out), tempfile.TemporaryDirectory(dir=request.out) as caches:
+        _keep_caches_in(Path(caches))
+        for path in draw_again(request.out):
+            print(path)
+    return DONE

@@ -1,0 +1,35 @@
+"""safetensors files: the same bytes for the same content, and errors that a person can act on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastprune.errors import InputError
+
+_KEY = "fastprune"
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any = None) -> None:
+    """Writes contiguous CPU tensors, and `facts` as JSON in the file's metadata.
+
+    Python writes the bytes, so that a full disk is an OSError; one metadata entry, because safetensors orders several
+    at random.
+    """
+    path.write_bytes(save(dict(tensors), {_KEY: json.dumps(facts)}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    """(tensors, facts) of what write_tensors wrote. InputError for anything else."""
+    try:
+        with safe_open(path, "pt") as f:
+            facts = json.loads((f.metadata() or {})[_KEY])
+        return load_file(path), facts
+    except KeyError:
+        raise InputError(f"{path}: a safetensors file, but none of fastprune's") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: missing, damaged or foreign ({error}); delete it to make it again") from error

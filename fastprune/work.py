@@ -1,0 +1,206 @@
+"""Computes one node. A Worker stays warm: it keeps a Trainer per network and the opened data set over many nodes."""
+
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastprune
+from fastprune.flat import layout, prunable
+from fastprune.graph import Runnable
+from fastprune.loaders import DataSource, Subset, open_data
+from fastprune.loaders.manifest import Manifest
+from fastprune.masks import Mask
+from fastprune.models import build, initial_model
+from fastprune.pruning import magnitude_scores, prune, random_scores
+from fastprune.specs import DataSpec, Init, ModelSpec, Prune, Train
+from fastprune.store import RunStore, write_csv
+from fastprune.tensors import read_tensors, write_tensors
+from fastprune.train import EpochMetrics, Trainer
+
+Report = Callable[[int, int], None]
+"""Called with (epochs done, training images since the last call)."""
+
+
+@dataclass(frozen=True)
+class WorkConfig:
+    """What a worker needs to know beside the node: nothing in here changes a result."""
+
+    store: Path
+    manifest: Manifest
+    folder: Path | None
+    loader: str
+    device: str = "cpu"
+    threads: int = 1
+    checkpoint_seconds: float = 60.0
+
+
+class Worker:
+    """Runs nodes one after another in this process."""
+
+    def __init__(self, config: WorkConfig) -> None:
+        self.config = config
+        self.store = RunStore(config.store)
+        if config.device == "cpu":
+            torch.set_num_threads(config.threads)
+        self._source: DataSource | None = None
+        self._trainers: dict[tuple[ModelSpec, str], Trainer] = {}
+        self._initial: dict[str, dict[str, Tensor]] = {}
+
+    def run(self, node: Runnable, states: list[int], report: Report) -> dict[str, Any]:
+        """Computes and publishes a node whose parents are published; returns its result.
+
+        states: epochs after which a training run's state is kept.
+        """
+        if isinstance(node, Prune):
+            return self._prune(node)
+        return self._train(node, states, report)
+
+    def _train(self, node: Train, states: list[int], report: Report) -> dict[str, Any]:
+        trainer = self._trainer(node.model, node.precision)
+        history = self._start(trainer, node)
+        trainer.set_mask(None if node.mask is None else Mask.load(self.store.mask_path(node.mask)))
+        train, val = self._batches(node.data, node.seed, node.optimizer.batch_size)
+        saved_at = time.monotonic()
+        report(len(history), 0)
+
+        def on_epoch(metrics: EpochMetrics) -> None:
+            nonlocal saved_at
+            history.append(metrics)
+            report(len(history), 0)
+            if metrics.epoch in states and metrics.epoch < node.stop:
+                self.store.save_partial(node, f"state-{metrics.epoch}", lambda p: write_tensors(p, trainer.state()))
+            if metrics.epoch < node.stop and time.monotonic() - saved_at >= self.config.checkpoint_seconds:
+                done = [m.as_dict() for m in history]
+                self.store.save_partial(node, "checkpoint", lambda p: write_tensors(p, trainer.state(), done))
+                saved_at = time.monotonic()
+
+        if len(history) < node.stop and not (history and history[-1].diverged):
+            trainer.fit(
+                train,
+                val,
+                node.optimizer,
+                node.schedule,
+                start=len(history),
+                stop=node.stop,
+                on_batch=lambda images: report(len(history), images),
+                on_epoch=on_epoch,
+            )
+        last = history[-1]
+        files: dict[str, Callable[[Path], Any]] = {
+            "metrics.csv": lambda p: write_csv(p, [m.as_dict() for m in history])
+        }
+        for epoch in states:
+            if epoch < last.epoch:
+                source = self.store.partial_path(node, f"state-{epoch}")
+                files[f"state-{epoch}.safetensors"] = lambda p, source=source: shutil.copyfile(source, p)  # type: ignore
+            else:
+                files[f"state-{last.epoch}.safetensors"] = lambda p: write_tensors(p, trainer.state())
+        result = {
+            "epochs": last.epoch,
+            "diverged": last.diverged,
+            "accuracy": None if last.diverged else last.val_accuracy,
+            "loss": last.val_loss if math.isfinite(last.val_loss) else None,
+        }
+        rate = sum(m.images_per_second for m in history) / len(history)
+        seconds = sum(m.seconds for m in history)
+        self.store.publish(node, result, self._provenance(seconds, rate), files)
+        self.store.drop_partial(node)
+        return result
+
+    def _start(self, trainer: Trainer, node: Train) -> list[EpochMetrics]:
+        """Puts the trainer where the run begins, or where its checkpoint left it; returns the epochs done."""
+        path = self.store.partial_path(node, "checkpoint")
+        if path.exists():
+            try:
+                state, done = read_tensors(path)
+                trainer.load_state(state)
+                return [EpochMetrics(**m) for m in done]
+            except (TypeError, ValueError) as error:
+                print(f"unusable checkpoint, this run starts from its beginning: {error}", file=sys.stderr)
+        trainer.load_state(self._initial_state(node.start), momentum=False)
+        return []
+
+    def _prune(self, node: Prune) -> dict[str, Any]:
+        began = time.perf_counter()
+        if node.prior is not None:
+            mask = Mask.load(self.store.mask_path(node.prior))
+        else:
+            with torch.device("meta"):
+                model = build(node.model)
+            mask = Mask.dense(layout(prunable(model)))
+        if node.score == "random":
+            scores = random_scores(mask, node.seed, node.round)
+        else:
+            scores = magnitude_scores(self._weights(node), mask)
+        new = prune(scores, mask, node.fraction)
+        result = {
+            "round": node.round,
+            "total": new.total,
+            "kept": new.kept,
+            "density": new.density,
+            "layerwise_ratios": new.layerwise_ratios(),
+        }
+        self.store.publish(
+            node,
+            result,
+            self._provenance(time.perf_counter() - began, None),
+            {"mask.safetensors": new.save, "layers.csv": lambda p: p.write_text(new.ratios_csv())},
+        )
+        return result
+
+    def _weights(self, node: Prune) -> dict[str, Tensor]:
+        if isinstance(node.source, Init):
+            state = self._initial_state(node.source)
+        else:
+            path = self.store.state_path(node.source)
+            if path is None:
+                raise RuntimeError(f"training {node.source.node.key} has no state after epoch {node.source.epoch}")
+            state, _ = read_tensors(path)
+        return {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+
+    def _trainer(self, model: ModelSpec, precision: str) -> Trainer:
+        if (model, precision) not in self._trainers:
+            self._trainers[model, precision] = Trainer(build(model), device=self.config.device, precision=precision)
+        return self._trainers[model, precision]
+
+    def _initial_state(self, init: Init) -> dict[str, Tensor]:
+        if init.key not in self._initial:
+            state = initial_model(init).state_dict()
+            self._initial = {init.key: {f"model.{name}": tensor for name, tensor in state.items()}}
+        return self._initial[init.key]
+
+    def _batches(self, data: DataSpec, seed: int, batch_size: int) -> tuple[Any, Any]:
+        if self._source is None:
+            self._source = open_data(self.config.manifest, self.config.folder, loader=self.config.loader)
+        subset = Subset(data.classes, data.train_per_class, data.val_per_class)
+        train = self._source.train(seed=seed, batch_size=batch_size, subset=subset)
+        return train, self._source.val(batch_size=batch_size, subset=subset)
+
+    def _provenance(self, seconds: float, rate: float | None) -> dict[str, Any]:
+        return {**environment(self.config), "wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
+
+
+def environment(config: WorkConfig) -> dict[str, Any]:
+    """Where a result was computed: versions, device, threads, loader. Recorded, never part of a key."""
+    cuda = config.device.startswith("cuda")
+    return {
+        "fastprune": fastprune.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "device": torch.cuda.get_device_name(config.device) if cuda else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "loader": config.loader,
+    }

@@ -1,0 +1,11 @@
+"""Reproduces a figure of the paper: `python scripts/reproduce.py --fig A2`. See --help, and the README."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without an install
+
+from fastprune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

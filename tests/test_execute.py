@@ -1,0 +1,265 @@
+"""The scheduler, with workers that die, runs that fail, and a data set of tensors in place of images."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastprune import execute as execution
+from fastprune import work
+from fastprune.errors import InputError
+from fastprune.execute import Outcome, Queue, execute
+from fastprune.figures import a2
+from fastprune.figures.plan import Chains
+from fastprune.graph import Graph
+from fastprune.loaders.manifest import Manifest
+from fastprune.settings import preset
+from fastprune.specs import DataSpec, Prune, Train
+from fastprune.store import RunStore
+from fastprune.work import WorkConfig, Worker
+
+SETTINGS = preset(a2.PROTOCOL, "smoke").override(seeds=1, rounds=2, fraction=0.6, epochs=3, batch_size=8)
+DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
+
+
+class Source:
+    """Gaussian images whose mean tells the class."""
+
+    def train(self, *, seed, batch_size, subset):
+        return Epochs(seed, batch_size)
+
+    def val(self, *, batch_size, subset):
+        return Epochs(99, batch_size)
+
+
+class Epochs:
+    def __init__(self, seed: int, batch_size: int) -> None:
+        self.seed, self.batch_size, self.epoch = seed, batch_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return 3
+
+    def __iter__(self):
+        g = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        for _ in range(3):
+            labels = torch.randint(4, (self.batch_size,), generator=g)
+            yield torch.randn(self.batch_size, 3, 32, 32, generator=g) + labels.view(-1, 1, 1, 1), labels
+
+
+class Silent:
+    """A View that remembers."""
+
+    def __init__(self) -> None:
+        self.finished_nodes: list = []
+        self.failures: list = []
+        self.images = 0
+
+    def started(self, worker, node): ...
+
+    def progress(self, worker, node, epoch, images):
+        self.images += images
+
+    def finished(self, worker, node, result):
+        self.finished_nodes.append(node)
+
+    def failed(self, worker, node, reason):
+        self.failures.append((node, reason))
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> WorkConfig:
+    monkeypatch.setattr(work, "open_data", lambda *args, **kwargs: Source())
+    manifest = Manifest.__new__(Manifest)  # nothing looks into it
+    return WorkConfig(tmp_path, manifest, None, "made up", checkpoint_seconds=0.0)
+
+
+def chains(**changes) -> Chains:
+    return Chains(SETTINGS.override(**changes), DATA, 0)
+
+
+def contents(store: RunStore) -> dict[str, bytes]:
+    """All that a run may not change: masks, states, and metrics without their times."""
+    found = {}
+    for path in sorted(store.root.glob("nodes/*/*/*")):
+        name = f"{path.parent.name}/{path.name}"
+        if path.name == "metrics.csv":
+            found[name] = b"\n".join(line.rsplit(b",", 2)[0] for line in path.read_bytes().splitlines())
+        elif path.name != "node.json":
+            found[name] = path.read_bytes()
+    return found
+
+
+def test_a_chain_of_rounds_by_hand(config):
+    c = chains()
+    graph = Graph.of([*c.find_runs(0.2), c.masks(0.2)[-1]])
+    view = Silent()
+    outcome = execute(graph, config, view)
+    assert outcome.done == [n.key for n in graph.nodes]
+    store = RunStore(config.store)
+    first, second = (store.node(m)["result"] for m in c.masks(0.2))
+    assert first["kept"] == first["total"] - round(0.6 * first["total"])
+    assert second["kept"] == first["kept"] - round(0.6 * first["kept"])
+    assert view.images == 2 * 3 * 24
+    assert (store.path(c.masks(0.2)[0]) / "layers.csv").read_text().startswith("layer,weights,kept")
+    assert not list((config.store / "partial").iterdir())
+    assert execute(graph, config, Silent()).done == []
+
+
+def test_only_what_is_missing_is_computed(config):
+    c = chains()
+    graph = Graph.of(c.eval_runs(None, 0.5))
+    execute(Graph.of(c.eval_runs(None, 0.5)[:2]), config, Silent())
+    view = Silent()
+    execute(graph, config, view)
+    assert {n.key for n in view.finished_nodes} == {c.eval_runs(None, 0.5)[2].key, c.masks(None)[1].key}
+
+
+class Killed(BaseException):
+    """What a SIGKILL looks like to a test that wants to go on."""
+
+
+@pytest.mark.parametrize("after", range(1, 12))
+def test_interrupted_anywhere_it_ends_the_same(config, monkeypatch, after, tmp_path_factory):
+    c = chains()
+    graph = Graph.of(c.find_runs(0.2))
+    whole = replace(config, store=tmp_path_factory.mktemp("whole"))
+    execute(graph, whole, Silent())
+    left = after
+
+    def report_until(original):
+        def wrapped(self, node, states, report):
+            def counted(epoch, images):
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    raise Killed
+                report(epoch, images)
+
+            return original(self, node, states, counted)
+
+        return wrapped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "run", report_until(Worker.run))
+        with pytest.raises(Killed):
+            execute(graph, config, Silent())
+    done_before = {n.key for n in graph.nodes if RunStore(config.store).has(n)}
+    view = Silent()
+    execute(graph, config, view)
+    assert not done_before & {n.key for n in view.finished_nodes}
+    assert contents(RunStore(config.store)) == contents(RunStore(whole.store))
+
+
+def test_a_resumed_run_trains_only_the_epochs_it_lacks(config, monkeypatch):
+    c = chains()
+    run = c.find_runs(0.2)[0]
+    graph = Graph.of([run])
+    original = work.Trainer.fit
+
+    def stop_after_one(self, *args, on_epoch, **kwargs):
+        def and_die(metrics):
+            on_epoch(metrics)
+            raise Killed
+
+        return original(self, *args, on_epoch=and_die, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Trainer, "fit", stop_after_one)
+        with pytest.raises(Killed):
+            execute(graph, config, Silent())
+    view = Silent()
+    execute(graph, config, view)
+    assert view.images == 2 * 24
+    lines = (RunStore(config.store).path(run) / "metrics.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2", "3"]
+
+
+def test_a_damaged_checkpoint_is_said_and_the_run_starts_again(config, capsys):
+    run = chains().find_runs(0.2)[0]
+    store = RunStore(config.store)
+    store.save_partial(run, "checkpoint", lambda p: p.write_bytes(b"damaged"))
+    view = Silent()
+    execute(Graph.of([run]), config, view)
+    assert view.images == 3 * 24
+    assert "unusable checkpoint" in capsys.readouterr().err
+
+
+def test_divergence_is_a_result(config):
+    c = chains(lr_find=(1e30,))
+    graph = Graph.of(c.eval_runs(1e30, 0.5))
+    view = Silent()
+    outcome = execute(graph, config, view)
+    assert outcome.failed == {}
+    store = RunStore(config.store)
+    result = store.node(c.find_runs(1e30)[0])["result"]
+    assert result["diverged"] is True
+    assert result["accuracy"] is None
+    assert result["epochs"] < 3
+    mask = store.node(c.masks(1e30)[0])["result"]
+    assert mask["kept"] == mask["total"] - round(0.6 * mask["total"])
+
+
+def test_a_failure_is_kept_and_the_others_go_on(config, monkeypatch):
+    c = chains()
+    graph = Graph.of([*c.find_runs(0.2), *c.eval_runs(None, 0.5)])
+    original = Worker._train
+
+    def fail_on_find(self, node, states, report):
+        if node.schedule.lr == 0.2:
+            raise RuntimeError("planted")
+        return original(self, node, states, report)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "_train", fail_on_find)
+        view = Silent()
+        outcome = execute(graph, config, view)
+    assert list(outcome.failed) == [c.find_runs(0.2)[0].key]
+    assert outcome.not_reached == 2
+    assert "planted" in view.failures[0][1]
+    log = next((config.store / "logs").iterdir()).read_text()
+    assert "Traceback" in log
+    assert len(outcome.done) == 5
+    assert execute(graph, config, Silent()).failed == {}
+
+
+def test_a_full_disk_is_bad_input(config, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(work, "write_csv", full)
+    with pytest.raises(InputError, match="No space left") as error:
+        execute(Graph.of(chains().find_runs(0.2)[:1]), config, Silent())
+    assert "\n" not in str(error.value)
+    assert not list((config.store / "tmp").iterdir())
+
+
+def test_the_longest_chain_goes_first(config):
+    c = chains(rounds=3)
+    graph = Graph.of([*c.eval_runs(None, 0.5), *c.find_runs(0.2)])
+    queue = Queue(graph, RunStore(config.store))
+    first = queue.next()
+    assert isinstance(first, Train)
+    assert first.key == c.find_runs(0.2)[0].key
+    assert isinstance(queue.next(), Prune)
+
+
+def test_a_node_that_another_process_computes_is_waited_for(config, monkeypatch):
+    run = chains().find_runs(0.2)[0]
+    graph = Graph.of([run])
+    monkeypatch.setattr(execution, "_BUSY_SECONDS", 0.01)
+    store = RunStore(config.store)
+
+    with store.lease(run) as mine:
+        assert mine
+        queue = Queue(graph, store)
+        outcome = Outcome()
+        node = queue.next()
+        answer = execution._compute(Worker(config), node, [], lambda epoch, images: None)
+        assert answer == ("busy", None)
+        execution._settle(queue, Silent(), outcome, 0, node, answer)
+        assert queue.left == 1
+    execution._run_here(queue, config, Silent(), outcome)
+    assert outcome.done == [run.key]

@@ -1,0 +1,245 @@
+"""A whole figure from the command line: what it leaves, what it survives, what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastprune.cli import main
+from fastprune.figures import a2
+from fastprune.figures.results import read_csv
+from fastprune.reproduce import Request, points_and_graph
+from fastprune.settings import preset
+from fastprune.specs import DataSpec
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    *("--fig A2 --seeds 1 --rounds 2 --epochs 2 --classes 3 --train-per-class 24 --val-per-class 8").split(),
+    *("--batch-size 24 --workers 1 --device cpu").split(),
+]
+
+
+def folders(root: Path) -> list[str]:
+    return ["--out", str(root / "out"), "--store", str(root / "store")]
+
+
+def published(root: Path) -> dict[str, int]:
+    """Key of each published node -> when."""
+    return {p.parent.name: p.stat().st_mtime_ns for p in (root / "store").glob("nodes/*/*/node.json")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One small figure, made by one process."""
+    root = tmp_path_factory.mktemp("figure")
+    environment = dict(os.environ)
+    try:
+        assert main([*TINY, *folders(root)]) == 0
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    return root
+
+
+def test_what_a_run_leaves(finished):
+    out = finished / "out" / "A2"
+    assert {p.name for p in out.iterdir()} == {"figure.png", "figure.pdf", "results.csv", "summary.json"}
+    rows = read_csv(out / "results.csv")
+    assert {(r.panel, r.series) for r in rows} == {
+        *((p, s) for p in "ab" for s in ("0.05", "0.2", "0.8", "random")),
+        *(("find", s) for s in ("0.05", "0.2", "0.8")),
+    }
+    assert len(rows) == 2 * 4 * 3 + 3 * 2
+    assert {r.x for r in rows if r.round == 0} == {1.0}
+    total = next(iter((finished / "store").glob("nodes/*/*/layers.csv"))).read_text().splitlines()[1:]
+    weights = sum(int(line.split(",")[1]) for line in total)
+    left = weights - round(0.8 * weights)
+    assert {r.x for r in rows if r.round == 1} == {left / weights}
+    assert {r.x for r in rows if r.round == 2} == {(left - round(0.8 * left)) / weights}
+    summary = json.loads((out / "summary.json").read_text())
+    assert {c["verdict"] for c in summary["claims"]} == {"undecided"}
+    assert [c["id"] for c in summary["claims"]] == [c.id for c in a2.claims(preset(a2.PROTOCOL, "smoke"))]
+
+
+def test_find_and_eval_at_one_rate_are_one_run(finished):
+    rows = read_csv(finished / "out" / "A2" / "results.csv")
+    find = {r.round: r.node for r in rows if (r.panel, r.series) == ("find", "0.8")}
+    evaluated = {r.round: r.node for r in rows if (r.panel, r.series) == ("b", "0.8")}
+    assert find.items() <= evaluated.items()
+    assert len({r.node for r in rows}) == 3 * 2 + 1 + 4 * 2 + 3 * 2 + 1
+
+
+def test_the_second_call_trains_nothing(finished, capsys):
+    before = published(finished)
+    csv = (finished / "out/A2/results.csv").read_bytes()
+    assert main([*TINY, *folders(finished)]) == 0
+    assert published(finished) == before
+    assert (finished / "out/A2/results.csv").read_bytes() == csv
+
+
+def test_smoke_says_what_it_is_and_how_to_get_the_real_one(finished, capsys):
+    main([*TINY, *folders(finished)])
+    said = capsys.readouterr().out
+    assert "machinery" in said
+    assert "--preset paper" in said
+    assert "loader synthetic" in said
+
+
+def test_redraw_needs_results_alone(finished, tmp_path, capsys):
+    out = tmp_path / "A2"
+    out.mkdir()
+    for name in ("results.csv", "summary.json"):
+        (out / name).write_bytes((finished / "out/A2" / name).read_bytes())
+    assert main(["--fig", "A2", "--redraw", "--out", str(tmp_path), "--store", str(tmp_path / "none")]) == 0
+    for name in ("figure.png", "figure.pdf"):
+        assert (out / name).read_bytes() == (finished / "out/A2" / name).read_bytes()
+    assert not (tmp_path / "none").exists()
+
+
+def command(root: Path, *more: str) -> list[str]:
+    return [sys.executable, str(ROOT / "scripts/reproduce.py"), *TINY, *folders(root), *more]
+
+
+@pytest.mark.slow
+def test_nothing_is_written_elsewhere(finished, tmp_path):
+    home, cwd = tmp_path / "home", tmp_path / "cwd"
+    home.mkdir()
+    cwd.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV")}
+    environment |= {"HOME": str(home), "TMPDIR": str(tmp_path / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+    (tmp_path / "tmp").mkdir()
+    subprocess.run(command(tmp_path, "--workers", "2"), cwd=cwd, env=environment, check=True, capture_output=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"home", "cwd", "tmp", "out", "store"}
+    for folder in (home, cwd, tmp_path / "tmp"):
+        assert list(folder.rglob("*")) == []
+    assert (tmp_path / "out/A2/results.csv").read_bytes() == (finished / "out/A2/results.csv").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
+    """SIGKILL to the whole process group, at moments spread over the work, two workers."""
+    expected = (finished / "out/A2/results.csv").read_bytes()
+    done: dict[str, int] = {}
+    arguments = command(tmp_path, "--workers", "2", "--checkpoint-seconds", "0")
+    for kill in range(6):
+        process = subprocess.Popen(
+            arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        target = len(done) + 1 + kill % 3
+        deadline = time.monotonic() + 100
+        while len(published(tmp_path)) < target and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05 * kill)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        now = published(tmp_path)
+        assert now.items() >= done.items()
+        done = now
+    assert 0 < len(done) < 30
+    subprocess.run(arguments, check=True, capture_output=True)
+    now = published(tmp_path)
+    assert now.items() >= done.items()
+    assert (tmp_path / "out/A2/results.csv").read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_when_the_master_alone_is_killed_its_workers_end(tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--workers", "2"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 100
+    while not published(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    process.kill()
+    process.wait()
+    for _ in range(100):
+        alive = [
+            c for c in children if Path(f"/proc/{c}").exists() and " Z " not in Path(f"/proc/{c}/stat").read_text()
+        ]
+        if not alive:
+            break
+        time.sleep(0.1)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_an_interrupt_is_130_and_continues(finished, tmp_path):
+    process = subprocess.Popen(
+        command(tmp_path, "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while not published(tmp_path):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("interrupted")
+    assert "Traceback" not in said
+
+
+BAD = {
+    "figure": (["--fig", "A9"], "unknown figure 'A9'"),
+    "preset": (["--fig", "A2", "--preset", "huge"], "unknown preset 'huge'"),
+    "flag": (["--fig", "A2", "--bogus"], "--bogus"),
+    "no figure": ([], "--fig"),
+    "number": (["--fig", "A2", "--seeds", "many"], "--seeds"),
+    "seeds": (["--fig", "A2", "--seeds", "0"], "--seeds is 0"),
+    "fraction": (["--fig", "A2", "--fraction", "1.5"], "--fraction is 1.5"),
+    "rate": (["--fig", "A2", "--lr-find", "-1"], "--lr-find"),
+    "workers": (["--fig", "A2", "--workers", "0"], "--workers"),
+    "precision": (["--fig", "A2", "--precision", "int8"], "--precision"),
+    "device": (["--fig", "A2", "--device", "tpu"], "unknown device 'tpu'"),
+    "no such gpu": (["--fig", "A2", "--device", "cuda:99"], "--device cuda:99"),
+    "batch": ([*TINY, "--batch-size", "100"], "--batch-size is 100"),
+    "folder": (["--fig", "A2", "--data", "/nowhere"], "/nowhere"),
+    "preset needs data": (["--fig", "A2", "--preset", "paper"], "--data"),
+    "loader": (["--fig", "A2", "--loader", "dali"], "--loader"),
+    "out": (["--fig", "A2", "--out", "/proc/out"], "/proc/out"),
+    "store": (["--fig", "A2", "--store", "/proc/store"], "/proc/store"),
+    "redraw": (["--fig", "A2", "--redraw"], "results.csv"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_line_and_2(what, tmp_path, capsys, monkeypatch):
+    arguments, expected = BAD[what]
+    for flag, name in (("--out", "out"), ("--store", "store")):
+        if flag not in arguments:
+            arguments = [*arguments, flag, str(tmp_path / name)]
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert expected in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_store_of_another_version(tmp_path, capsys):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "store.json").write_text('{"format": 2}')
+    for plan in ([], ["--plan"]):
+        assert main([*TINY, *folders(tmp_path), *plan]) == 2
+        assert "format 2" in capsys.readouterr().err
+
+
+def test_a_diverged_rate_is_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    assert main([*TINY, *folders(tmp_path), "--rounds", "1", "--lr-find", "1e30", "--lr-eval", "0.5"]) == 0
+    rows = read_csv(tmp_path / "out/A2/results.csv")
+    assert [r.diverged for r in rows if r.panel == "find"] == [True]
+    assert not any(r.diverged for r in rows if r.panel == "a")
+
+
+def test_every_node_has_a_name():
+    data = DataSpec("x", "f", 10, None, None, 1000, 100)
+    request = Request("A2", "smoke", preset(a2.PROTOCOL, "smoke"), "synthetic", Path("o"), Path("s"))
+    _, graph = points_and_graph(request, data)
+    labels = [graph.label(n) for n in graph.nodes]
+    assert len(set(labels)) == len(labels)
+    assert all("seed" in label and "round" in label for label in labels)
