@@ -37,10 +37,17 @@ class View(Protocol):
 
 @dataclass
 class Outcome:
-    """What became of the nodes that were to do: keys computed here, and by key why a node failed."""
+    """What became of the nodes that were to do: keys computed here, and by key why a node failed.
 
+    trained: trainings among the done. images: training images seen by all workers. not_reached: nodes that rest on a
+    failed one. seconds: wall time.
+    """
+
+    devices: list[str]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    trained: int = 0
+    images: int = 0
     not_reached: int = 0
     seconds: float = 0.0
 
@@ -123,12 +130,12 @@ def execute(
     """
     began = time.monotonic()
     queue = Queue(graph, RunStore(config.store))
-    outcome = Outcome()
+    outcome = Outcome(devices or [config.device])
     count = max(1, min(workers, queue.left))
     if count == 1:
-        _run_here(queue, replace(config, device=devices[0] if devices else config.device), view, outcome)
+        _run_here(queue, replace(config, device=outcome.devices[0]), view, outcome)
     else:
-        _Pool(queue, config, view, outcome, count, devices or [config.device]).run()
+        _Pool(queue, config, view, outcome, count).run()
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -163,6 +170,7 @@ def _settle(queue: Queue, view: View, outcome: Outcome, worker: int, node: Runna
         raise InputError(value)
     elif kind == "done":
         outcome.done.append(node.key)
+        outcome.trained += isinstance(node, Train)
         queue.done(node)
         view.finished(worker, node, value)
     else:
@@ -184,6 +192,7 @@ def _run_here(queue: Queue, config: WorkConfig, view: View, outcome: Outcome) ->
         states = queue.graph.states_wanted(node) if isinstance(node, Train) else []
 
         def report(epoch: int, images: int, node: Runnable = node) -> None:
+            outcome.images += images
             view.progress(0, node, epoch, images)
 
         _settle(queue, view, outcome, 0, node, _compute(worker, node, states, report))
@@ -192,11 +201,9 @@ def _run_here(queue: Queue, config: WorkConfig, view: View, outcome: Outcome) ->
 class _Pool:
     """Worker processes, each with one pipe: a node goes in, progress and the answer come out."""
 
-    def __init__(
-        self, queue: Queue, config: WorkConfig, view: View, outcome: Outcome, count: int, devices: list[str]
-    ) -> None:
+    def __init__(self, queue: Queue, config: WorkConfig, view: View, outcome: Outcome, count: int) -> None:
         self.queue, self.view, self.outcome = queue, view, outcome
-        self.configs = [replace(config, device=devices[i % len(devices)]) for i in range(count)]
+        self.configs = [replace(config, device=outcome.devices[i % len(outcome.devices)]) for i in range(count)]
         self.context = mp.get_context("spawn")
         self.lost: dict[str, int] = {}
         self.processes: list[Any] = [None] * count
@@ -244,7 +251,9 @@ class _Pool:
             if node is None:
                 continue
             if kind == "progress":
-                self.view.progress(i, node, *rest)
+                epoch, images = rest
+                self.outcome.images += images
+                self.view.progress(i, node, epoch, images)
             else:
                 self.nodes[i] = None
                 _settle(self.queue, self.view, self.outcome, i, node, (str(kind), rest[0]))

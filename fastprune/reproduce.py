@@ -6,13 +6,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastprune.errors import InputError
 from fastprune.figures import load
+from fastprune.figures.draw import Drawing
 from fastprune.figures.plan import Point
+from fastprune.figures.report import CSV, Report, terminal_summary, write_all
+from fastprune.figures.report import redraw as draw_again
 from fastprune.figures.results import Row
 from fastprune.graph import Cost, Graph
 from fastprune.loaders.manifest import Manifest, Subset
@@ -24,7 +27,7 @@ from fastprune.store import RunStore
 
 if TYPE_CHECKING:
     from fastprune.execute import Outcome
-    from fastprune.loaders.source import LoaderChoice
+    from fastprune.loaders import LoaderChoice
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 TINY_IMAGENET = "tiny-imagenet"
@@ -104,13 +107,53 @@ def run(request: Request) -> int:
         where = ", ".join(dict.fromkeys(devices))
         print(f"  loader {choice.name} ({choice.why}), on {where}, up to {workers} runs at once", flush=True)
         outcome, cached = _execute(request, store, graph, manifest, folder, choice.name, devices, workers)
-        rows = collect(request.name, points, store)
+        report = _report(request, data, collect(request.name, points, store), choice.name, outcome, cached)
+        files = write_all(report, request.out)
+        print(terminal_summary(report))
+        print(f"\n{outcome.trained} trainings run, {cached.trainings} were in the store", end="; ")
+        rate = f", {outcome.images / outcome.seconds:,.0f} images/s" if outcome.images else ""
+        print(f"{_duration(time.monotonic() - began)} in all{rate}")
+        print("\n".join(f"  {path}" for path in files))
+        if request.preset == "smoke":
+            print(
+                f"Preset smoke shows the machinery, not the paper's result. For that: python scripts/reproduce.py "
+                f"--fig {request.name} --preset paper --data DIR (Tiny ImageNet); --plan says what it costs."
+            )
     if outcome.failed:
         for key, reason in outcome.failed.items():
             print(f"failed: {graph.label(graph.by_key[key])}: {reason}", file=sys.stderr)
         print(f"{len(outcome.failed)} failed, {outcome.not_reached} rest on them; the same command tries again")
         return FAILED
     return DONE
+
+
+def _drawing(request: Request, data: DataSpec) -> Drawing:
+    figure, s = load(request.name), request.settings
+    note = f"Preset {request.preset}, {data.name}, {data.classes} classes, {s.model} of width {s.width}."
+    if request.preset == "smoke":
+        note += " Shows the machinery, not the paper's result."
+    return Drawing(figure.TITLE, figure.panels(s), figure.series(s), chance=1 / data.classes, note=note)
+
+
+def _report(request: Request, data: DataSpec, rows: list[Row], loader: str, outcome: "Outcome", cached: Cost) -> Report:
+    from fastprune.work import environment
+
+    facts = {
+        "preset": request.preset,
+        "settings": asdict(request.settings),
+        "data": asdict(data),
+        "cost": {
+            "trained": outcome.trained,
+            "cached": cached.trainings,
+            "failed": len(outcome.failed),
+            "images": outcome.images,
+            "seconds": outcome.seconds,
+            "images_per_second": outcome.images / outcome.seconds if outcome.images else None,
+        },
+        "environment": environment(loader, outcome.devices),
+    }
+    claims = load(request.name).claims(request.settings)
+    return Report(request.name, rows, _drawing(request, data), claims, request.preset != "smoke", facts)
 
 
 def collect(figure: str, points: list[Point], store: RunStore) -> list[Row]:
@@ -266,8 +309,8 @@ def _describe(s: Settings, data: DataSpec) -> str:
         f"LR_find {' '.join(f'{r:g}' for r in s.lr_find)} and random, LR_eval {' '.join(f'{r:g}' for r in s.lr_eval)}"
     )
     return (
-        f"{s.model} (stem {s.stem}, width {s.width}) on {data.name} ({data.classes} classes, {data.train_count:,} images), "
-        f"{rates}; seeds {s.seeds}, rounds {s.rounds} of {100 * s.fraction:.3g} %, epochs {s.epochs}, "
+        f"{s.model} (stem {s.stem}, width {s.width}) on {data.name} "
+        f"({data.classes} classes, {data.train_count:,} images), {rates}; seeds {s.seeds}, rounds {s.rounds} of {100 * s.fraction:.3g} %, epochs {s.epochs}, "
         f"batch {s.batch_size}, {s.precision}"
     )
 
@@ -286,10 +329,10 @@ def _duration(seconds: float) -> str:
 
 def redraw(request: Request) -> int:
     """Draws again from results.csv alone."""
-    from fastprune.figures.report import redraw as draw_again
-
+    if not (request.out / CSV).exists():
+        raise InputError(f"no {CSV} in {request.out}: run the figure first, or give its folder's parent as --out")
     with _writable(request.out), tempfile.TemporaryDirectory(dir=request.out) as caches:
         _keep_caches_in(Path(caches))
-        for path in draw_again(request.out):
+        for path in draw_again(request.out, _drawing(request, _planned_data(request))):
             print(path)
     return DONE

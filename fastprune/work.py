@@ -188,19 +188,23 @@ class Worker:
         return train, self._source.val(batch_size=batch_size, subset=subset)
 
     def _provenance(self, seconds: float, rate: float | None) -> dict[str, Any]:
-        return {**environment(self.config), "wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
+        where = environment(self.config.loader, [self.config.device])
+        return {**where, "wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
 
 
-def environment(config: WorkConfig) -> dict[str, Any]:
-    """Where a result was computed: versions, device, threads, loader. Recorded, never part of a key."""
-    cuda = config.device.startswith("cuda")
+def environment(loader: str, devices: list[str]) -> dict[str, Any]:
+    """Where results are computed: versions, devices, threads, loader. Recorded, never part of a key."""
+
+    def name(device: str) -> str:
+        return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
+
     return {
         "fastprune": fastprune.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "device": torch.cuda.get_device_name(config.device) if cuda else f"cpu ({platform.machine()})",
+        "devices": [name(device) for device in devices],
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "loader": config.loader,
+        "loader": loader,
     }

@@ -255,7 +255,7 @@ def test_a_node_that_another_process_computes_is_waited_for(config, monkeypatch)
     with store.lease(run) as mine:
         assert mine
         queue = Queue(graph, store)
-        outcome = Outcome()
+        outcome = Outcome(["cpu"])
         node = queue.next()
         answer = execution._compute(Worker(config), node, [], lambda epoch, images: None)
         assert answer == ("busy", None)

@@ -57,7 +57,9 @@ def claims(settings: Settings) -> list[Claim]:
     dense = tuple(Comparison("find", "better", "0.8", other, rounds=(0, 0)) for other in ("0.05", "0.2"))
     return [
         Claim("similar", "LR_find 0.05 and 0.2 are very similar", similar),
-        Claim("small-is-better", "LR_find 0.05 and 0.2 are better than 0.8", better("0.05", "0.8") + better("0.2", "0.8")),
+        Claim(
+            "small-is-better", "LR_find 0.05 and 0.2 are better than 0.8", better("0.05", "0.8") + better("0.2", "0.8")
+        ),
         Claim("best-dense", "0.8 trains the best dense network", dense),
         Claim("below-random", "LR_find 0.8 is worse than random pruning", better("random", "0.8")),
     ]
