@@ -1,6 +1,6 @@
 """One command on a CUDA machine, without network or FFCV: checks every operation, times it, trains a few rounds.
 
-    PYTHONPATH=. python bench/gpu_suite.py [--json FILE]
+    PYTHONPATH=. python bench/gpu_suite.py [--json FILE]   (or make test-gpu)
 
 Prints a short table and exits with 1 if a check failed. `--device cpu --small` runs the same on a laptop. Times are
 medians of CUDA events over rotating buffers where they fit in the cache; nothing is timed before all checks pass.

@@ -1,6 +1,7 @@
 """`scripts/reproduce.py`: from the command line to a figure. Imports nothing heavy before it must."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -9,8 +10,8 @@ from typing import NoReturn
 
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, load
-from fastprune.reproduce import BAD_INPUT, INTERRUPTED, Request, plan, redraw, run
-from fastprune.settings import DEFAULT_DATA, PRESETS, Settings, preset
+from fastprune.reproduce import BAD_INPUT, DONE, INTERRUPTED, Request, plan, redraw, run
+from fastprune.settings import PRESETS, Settings, preset
 from fastprune.specs import PRECISIONS
 
 
@@ -28,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--fig", required=True, metavar="NAME", help=f"figure: {', '.join(FIGURES)}")
     p.add_argument("--preset", default="smoke", metavar="NAME", help=f"{', '.join(PRESETS)} (default smoke)")
-    p.add_argument("--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; or 'synthetic'")
+    p.add_argument("--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; or 'synthetic' (smoke's default)")
     p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="figures (default results)")
     p.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="runs (default runs)")
     p.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
@@ -81,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # the reader of a plan has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         return INTERRUPTED
@@ -96,7 +100,7 @@ def _main(args: argparse.Namespace) -> int:
         name=args.fig,
         preset=args.preset,
         settings=settings,
-        data=args.data or DEFAULT_DATA[args.preset],
+        data=args.data or ("synthetic" if args.preset == "smoke" else None),
         out=args.out / args.fig,
         store=args.store,
         loader=args.loader,

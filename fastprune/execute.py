@@ -39,14 +39,15 @@ class View(Protocol):
 class Outcome:
     """What became of the nodes that were to do: keys computed here, and by key why a node failed.
 
-    trained: trainings among the done. images: training images seen by all workers. not_reached: nodes that rest on a
-    failed one. seconds: wall time.
+    trained, epochs: trainings among the done, and their epochs. images: training images seen by all workers.
+    not_reached: nodes that rest on a failed one. seconds: wall time.
     """
 
     devices: list[str]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     trained: int = 0
+    epochs: int = 0
     images: int = 0
     not_reached: int = 0
     seconds: float = 0.0
@@ -170,7 +171,9 @@ def _settle(queue: Queue, view: View, outcome: Outcome, worker: int, node: Runna
         raise InputError(value)
     elif kind == "done":
         outcome.done.append(node.key)
-        outcome.trained += isinstance(node, Train)
+        if isinstance(node, Train):
+            outcome.trained += 1
+            outcome.epochs += value["epochs"]
         queue.done(node)
         view.finished(worker, node, value)
     else:

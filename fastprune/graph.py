@@ -81,8 +81,9 @@ class Graph:
 
 @dataclass(frozen=True)
 class Cost:
-    """Trainings, epochs and training images (validation not counted) of some nodes."""
+    """Nodes, trainings, epochs and training images (validation not counted)."""
 
+    nodes: int
     trainings: int
     epochs: int
     images: int
@@ -90,6 +91,13 @@ class Cost:
 
     @classmethod
     def of(cls, nodes: Iterable[Node]) -> "Cost":
+        nodes = list(nodes)
         runs = [n for n in nodes if isinstance(n, Train)]
         images = sum(n.stop * (n.data.train_count // n.optimizer.batch_size) * n.optimizer.batch_size for n in runs)
-        return cls(len(runs), sum(n.stop for n in runs), images, dict(sorted(Counter(n.seed for n in runs).items())))
+        return cls(
+            len(nodes),
+            len(runs),
+            sum(n.stop for n in runs),
+            images,
+            dict(sorted(Counter(n.seed for n in runs).items())),
+        )

@@ -1,7 +1,7 @@
 """What a person sees while a graph runs: one bar over all training images, one line for each worker."""
 
 import sys
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ class Bars:
 
     def __init__(self, graph: Graph, todo: list[Runnable], workers: int) -> None:
         self.graph = graph
-        live = sys.stderr.isatty()
+        live = bool(todo) and sys.stderr.isatty()
         self.trainings = sum(isinstance(n, Train) for n in todo)
         self.trained = 0
         self.total = tqdm(
@@ -27,6 +27,7 @@ class Bars:
             desc=f"0/{self.trainings} trainings",
             mininterval=0.2 if live else 10.0,
             dynamic_ncols=live,
+            disable=not todo,
             smoothing=0.05,
         )
         self.lines = [
@@ -63,7 +64,10 @@ class Bars:
         """A line above the bars."""
         tqdm.write(text, file=sys.stderr)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for line in self.lines:
             line.close()
         self.total.close()

@@ -8,14 +8,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import InputError
 from fastprune.figures import load
+from fastprune.figures.claims import judge
 from fastprune.figures.draw import Drawing
 from fastprune.figures.plan import Point
-from fastprune.figures.report import CSV, Report, terminal_summary, write_all
 from fastprune.figures.report import redraw as draw_again
+from fastprune.figures.report import summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
 from fastprune.graph import Cost, Graph
 from fastprune.loaders.manifest import Manifest, Subset
@@ -30,17 +31,19 @@ if TYPE_CHECKING:
     from fastprune.loaders import LoaderChoice
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-TINY_IMAGENET = "tiny-imagenet"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One call of reproduce.py, its settings resolved. `data` is a folder or "synthetic"; `out` the figure's folder."""
+    """One call of reproduce.py, its settings resolved. `out` is the figure's folder.
+
+    data: a folder, "synthetic", or None where none was given: enough to plan.
+    """
 
     name: str
     preset: str
     settings: Settings
-    data: str
+    data: str | None
     out: Path
     store: Path
     loader: str = "auto"
@@ -95,6 +98,7 @@ def plan(request: Request) -> int:
 def run(request: Request) -> int:
     """Trains what the store lacks, then draws, judges and reports. Returns the exit code."""
     began = time.monotonic()
+    _data(request)  # before anything is created
     with _writable(request.out):
         store = RunStore(request.store)
         _keep_caches_in(request.store / "cache")
@@ -107,18 +111,12 @@ def run(request: Request) -> int:
         where = ", ".join(dict.fromkeys(devices))
         print(f"  loader {choice.name} ({choice.why}), on {where}, up to {workers} runs at once", flush=True)
         outcome, cached = _execute(request, store, graph, manifest, folder, choice.name, devices, workers)
-        report = _report(request, data, collect(request.name, points, store), choice.name, outcome, cached)
-        files = write_all(report, request.out)
-        print(terminal_summary(report))
-        print(f"\n{outcome.trained} trainings run, {cached.trainings} were in the store", end="; ")
-        rate = f", {outcome.images / outcome.seconds:,.0f} images/s" if outcome.images else ""
-        print(f"{_duration(time.monotonic() - began)} in all{rate}")
-        print("\n".join(f"  {path}" for path in files))
-        if request.preset == "smoke":
-            print(
-                f"Preset smoke shows the machinery, not the paper's result. For that: python scripts/reproduce.py "
-                f"--fig {request.name} --preset paper --data DIR (Tiny ImageNet); --plan says what it costs."
-            )
+        rows = collect(request.name, points, store)
+        summary = _summary(request, data, rows, choice.name, outcome, cached, time.monotonic() - began)
+        write_all(request.out, rows, drawing(request, data), summary)
+    print()
+    print(terminal_summary(summary, request.out))
+    print(f"\n{outcome.trained} trainings run, {cached.trainings} were in the store", flush=True)
     if outcome.failed:
         for key, reason in outcome.failed.items():
             print(f"failed: {graph.label(graph.by_key[key])}: {reason}", file=sys.stderr)
@@ -127,33 +125,46 @@ def run(request: Request) -> int:
     return DONE
 
 
-def _drawing(request: Request, data: DataSpec) -> Drawing:
+def drawing(request: Request, data: DataSpec) -> Drawing:
+    """How the figure is shown: panels and series of its module, and a note on what was trained."""
     figure, s = load(request.name), request.settings
-    note = f"Preset {request.preset}, {data.name}, {data.classes} classes, {s.model} of width {s.width}."
+    note = f"Preset {request.preset}: {data.classes} classes, width {s.width}, {s.epochs} epochs."
     if request.preset == "smoke":
-        note += " Shows the machinery, not the paper's result."
-    return Drawing(figure.TITLE, figure.panels(s), figure.series(s), chance=1 / data.classes, note=note)
+        note += " It shows the machinery, not the paper's result."
+    names = {"resnet18": "ResNet-18", "resnet34": "ResNet-34", "resnet50": "ResNet-50"}
+    images = {"synthetic": "generated images", "tiny-imagenet-200": "Tiny ImageNet"}
+    title = f"{names[s.model]} on {images.get(data.name, data.name)}"
+    return Drawing(title, figure.panels(s), figure.series(s), chance=1 / data.classes, note=note)
 
 
-def _report(request: Request, data: DataSpec, rows: list[Row], loader: str, outcome: "Outcome", cached: Cost) -> Report:
+def _summary(
+    request: Request, data: DataSpec, rows: list[Row], loader: str, outcome: "Outcome", cached: Cost, seconds: float
+) -> dict[str, Any]:
     from fastprune.work import environment
 
-    facts = {
-        "preset": request.preset,
-        "settings": asdict(request.settings),
-        "data": asdict(data),
-        "cost": {
-            "trained": outcome.trained,
-            "cached": cached.trainings,
-            "failed": len(outcome.failed),
-            "images": outcome.images,
-            "seconds": outcome.seconds,
-            "images_per_second": outcome.images / outcome.seconds if outcome.images else None,
-        },
-        "environment": environment(loader, outcome.devices),
-    }
+    smoke = request.preset == "smoke"
     claims = load(request.name).claims(request.settings)
-    return Report(request.name, rows, _drawing(request, data), claims, request.preset != "smoke", facts)
+    return summarize(
+        rows,
+        drawing(request, data),
+        [judge(claim, rows, chance=1 / data.classes, decisive=not smoke) for claim in claims],
+        figure=request.name,
+        preset=request.preset,
+        settings=asdict(request.settings),
+        data=asdict(data),
+        cost={
+            "nodes": len(outcome.done) + cached.nodes,
+            "cached": cached.nodes,
+            "trained": outcome.trained,
+            "failed": len(outcome.failed),
+            "epochs": outcome.epochs,
+            "images": outcome.images,
+            "images_per_s": outcome.images / outcome.seconds if outcome.images else None,
+            "wall_s": seconds,
+        },
+        environment=environment(loader, outcome.devices),
+        real_command=f"python scripts/reproduce.py --fig {request.name} --preset paper --data DIR" if smoke else None,
+    )
 
 
 def collect(figure: str, points: list[Point], store: RunStore) -> list[Row]:
@@ -201,6 +212,8 @@ def subset(settings: Settings) -> Subset:
 
 def _data(request: Request) -> str | SyntheticData:
     """What the loaders are asked for: a folder, or as many generated images as the settings use."""
+    if request.data is None:
+        raise InputError(f"preset {request.preset} trains on Tiny ImageNet: say where it is with --data DIR")
     if request.data != "synthetic":
         return request.data
     s = request.settings
@@ -213,12 +226,12 @@ _UNKNOWN = "unknown"
 def _planned_data(request: Request) -> DataSpec:
     """The data a plan counts with: what is known without reading an image, else Tiny ImageNet's own numbers."""
     s = request.settings
-    manifest = known(_data(request), request.store) if request.data != TINY_IMAGENET else None
+    manifest = None if request.data is None else known(_data(request), request.store)
     if manifest is not None:
         return data_spec(manifest, s)
     classes = s.classes or 200
     train, val = (classes * min(n or most, most) for n, most in ((s.train_per_class, 500), (s.val_per_class, 50)))
-    return DataSpec(TINY_IMAGENET, _UNKNOWN, classes, s.train_per_class, s.val_per_class, train, val)
+    return DataSpec("tiny-imagenet-200", _UNKNOWN, classes, s.train_per_class, s.val_per_class, train, val)
 
 
 def _devices(asked: str | None) -> list[str]:
@@ -260,19 +273,14 @@ def _execute(
         device=devices[0],
         checkpoint_seconds=request.checkpoint_seconds,
     )
-    bars = Bars(graph, todo, min(workers, len(todo)))
-    try:
+    with Bars(graph, todo, min(workers, len(todo))) as bars:
         return execute(graph, config, bars, workers=workers, devices=devices), cached
-    finally:
-        bars.close()
 
 
 def _find_data(request: Request) -> "tuple[Manifest, Path | None, LoaderChoice]":
     """The data set, prepared where it was not, and the loader that will read it."""
     from fastprune.loaders import choose_loader, locate
 
-    if request.data == TINY_IMAGENET:
-        raise InputError(f"preset {request.preset} trains on Tiny ImageNet: say where it is with --data DIR")
     manifest, folder = locate(_data(request), request.store, loader=request.loader)
     return manifest, folder, choose_loader(manifest, folder, request.loader)
 
@@ -310,8 +318,8 @@ def _describe(s: Settings, data: DataSpec) -> str:
     )
     return (
         f"{s.model} (stem {s.stem}, width {s.width}) on {data.name} "
-        f"({data.classes} classes, {data.train_count:,} images), {rates}; seeds {s.seeds}, rounds {s.rounds} of {100 * s.fraction:.3g} %, epochs {s.epochs}, "
-        f"batch {s.batch_size}, {s.precision}"
+        f"({data.classes} classes, {data.train_count:,} images), {rates}; seeds {s.seeds}, "
+        f"rounds {s.rounds} of {100 * s.fraction:.3g} %, epochs {s.epochs}, batch {s.batch_size}, {s.precision}"
     )
 
 
@@ -329,10 +337,10 @@ def _duration(seconds: float) -> str:
 
 def redraw(request: Request) -> int:
     """Draws again from results.csv alone."""
-    if not (request.out / CSV).exists():
-        raise InputError(f"no {CSV} in {request.out}: run the figure first, or give its folder's parent as --out")
+    if not request.out.is_dir():
+        raise InputError(f"no results.csv in {request.out}: run the figure first, or give its folder's parent as --out")
     with _writable(request.out), tempfile.TemporaryDirectory(dir=request.out) as caches:
         _keep_caches_in(Path(caches))
-        for path in draw_again(request.out, _drawing(request, _planned_data(request))):
+        for path in draw_again(request.out, drawing(request, _planned_data(request))):
             print(path)
     return DONE

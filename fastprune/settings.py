@@ -20,7 +20,6 @@ class Settings:
     model: str
     stem: str
     width: int
-    dataset: str
     epochs: int
     milestones: tuple[int, ...]
     gamma: float
@@ -105,7 +104,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"seeds": 3, "rounds": 12, "fraction": 1 - 0.8 ** (30 / 12), "epochs": 11},
     "paper": {},
 }
-DEFAULT_DATA = {"smoke": "synthetic", "quick": "tiny-imagenet", "paper": "tiny-imagenet"}
 
 
 def preset(protocol: Settings, name: str) -> Settings:

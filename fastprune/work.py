@@ -198,13 +198,17 @@ def environment(loader: str, devices: list[str]) -> dict[str, Any]:
     def name(device: str) -> str:
         return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
 
-    return {
+    versions = {
         "fastprune": fastprune.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "devices": [name(device) for device in devices],
+    }
+    return {
+        "device": ", ".join(dict.fromkeys(map(name, devices))),
+        "devices": len(devices),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "loader": loader,
+        "versions": versions,
     }

@@ -5,13 +5,10 @@ from fastprune.figures.plan import Chains, Point, evaluation_panel, find_panel, 
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec
 
-TITLE = "ResNet-18 on Tiny ImageNet: masks found with different learning rates"
-
 PROTOCOL = Settings(
     model="resnet18",
     stem="imagenet",
     width=64,
-    dataset="tiny-imagenet",
     epochs=110,
     milestones=(80, 100),
     gamma=0.1,

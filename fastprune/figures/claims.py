@@ -7,8 +7,8 @@ For each comparison:
 2. A diverged run counts as chance accuracy.
 3. A round is dropped when the mean over seeds of *both* series is at most `CHANCE_MARGIN` above chance.
 4. Per seed, left minus right is averaged over the remaining rounds, each with the same weight.
-5. The 95 % t-interval of these differences over seeds decides. "better": above 0 holds, below 0 fails. "similar": within
-   +-1 point, ends included, holds; wholly outside fails. Everything else is undecided.
+5. The 95 % t-interval of these differences over seeds decides. "better": above 0 holds, below 0 fails. "similar":
+   within +-1 point, ends included, holds; wholly outside fails. Everything else is undecided.
 
 Fewer than three seeds, a run that stops before the sparse end of the stated range, and a preset that only shows the
 machinery are always undecided; the effect is reported all the same.
@@ -25,7 +25,7 @@ from fastprune.figures.results import Row
 CHANCE_MARGIN = 0.01  # accuracy, as a fraction
 SIMILAR_POINTS = 1.0  # accuracy points
 MIN_SEEDS = 3
-# Counts are rounded to whole weights: a density may miss 0.8**round by a little. Far below the step from round to round.
+# Counts are rounded to whole weights: a density may miss 0.8**round by a little, far less than the step to the next.
 SLACK = 0.01
 STEP = 0.8
 
@@ -36,8 +36,8 @@ Outcome = Literal["holds", "fails", "undecided"]
 class Comparison:
     """`left` is better than `right`, or the two are similar, over a range of densities or of rounds.
 
-    `densities` and `rounds` are (low, high), ends included; give one of them. Low density 0 means to wherever the run
-    ends. At round 0 all series of an eval panel are one and the same dense network: a comparison of masks leaves it out.
+    `densities` and `rounds` are (low, high), ends included; give one of them. Low density 0: wherever the run ends.
+    At round 0 all series of an eval panel are one and the same dense network: a comparison of masks leaves it out.
     """
 
     panel: str
@@ -127,7 +127,7 @@ def judge(claim: Claim, rows: Iterable[Row], *, chance: float, decisive: bool) -
 
 def t_interval(values: list[float]) -> tuple[float, float]:
     """95 % t-interval of the mean of at least two values; a single point where they are all equal."""
-    from scipy import stats  # type: ignore[import-untyped]  # here, so that planning needs no scipy
+    from scipy import stats  # here, so that planning needs no scipy
 
     half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
@@ -206,8 +206,10 @@ def _decide(kind: str, interval: tuple[float, float] | None) -> tuple[Outcome, s
 def _points(rows: list[Row], panel: str, series: str) -> dict[tuple[int, int], Row]:
     points: dict[tuple[int, int], Row] = {}
     for row in rows:
-        if (row.panel, row.series) == (panel, series) and points.setdefault((row.seed, row.round), row) is not row:
-            raise ValueError(f"two results for panel {panel}, series {series}, seed {row.seed}, round {row.round}")
+        if (row.panel, row.series) == (panel, series):
+            if (row.seed, row.round) in points:
+                raise ValueError(f"two results for panel {panel}, series {series}, seed {row.seed}, round {row.round}")
+            points[row.seed, row.round] = row
     return points
 
 

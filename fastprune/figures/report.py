@@ -1,104 +1,251 @@
-"""What a run leaves in its folder, and the plain summary on the terminal."""
+"""What a finished figure leaves: results.csv, the pictures, summary.json, and the lines on the terminal."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
-from fastprune.figures.claims import Claim, Verdict, judge
+from fastprune.figures.claims import Verdict
 from fastprune.figures.draw import Drawing, density_curves
-from fastprune.figures.results import Row, curve, read_csv, write_atomic, write_csv
+from fastprune.figures.results import Row, curve, natural_key, read_csv, series_of, write_atomic, write_csv
 
-CSV, SUMMARY = "results.csv", "summary.json"
+COLUMNS = 100  # of the terminal
+_SHOWN_ROUNDS = 6
+_MACHINERY = "This shows that the machinery works. It is not the paper's result; that takes the real run:"
 
 
-@dataclass(frozen=True)
-class Report:
-    """A finished figure: rows, how they are drawn, what is claimed, and what it took.
+def summarize(
+    rows: Sequence[Row],
+    drawing: Drawing,
+    verdicts: Iterable[Verdict],
+    *,
+    figure: str,
+    preset: str,
+    settings: Mapping[str, Any],
+    data: Mapping[str, Any],
+    cost: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    real_command: str | None = None,
+) -> dict[str, Any]:
+    """The content of summary.json.
 
-    decisive: False where the preset only shows the machinery. facts: what else belongs into summary.json (settings,
-    data, cost, environment), plain values by name.
+    `cost`: `nodes`, `cached`, `epochs`, `images_per_s`, `wall_s` are shown on the terminal, in this order, others only
+    kept; so are `device`, `threads` and `versions` (name -> version) of `environment`. `real_command` is given when the
+    run shows the machinery only. Numbers that are not finite become null. Raises TypeError for what JSON cannot hold.
     """
-
-    figure: str
-    rows: Sequence[Row]
-    drawing: Drawing
-    claims: Sequence[Claim]
-    decisive: bool
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def verdicts(self) -> list[Verdict]:
-        chance = self.drawing.chance
-        assert chance is not None, "claims about accuracy need the accuracy of guessing"
-        return [judge(claim, self.rows, chance=chance, decisive=self.decisive) for claim in self.claims]
-
-
-def write_all(report: Report, folder: Path) -> list[Path]:
-    """Writes results.csv, summary.json, figure.png and figure.pdf, each atomically; returns their paths.
-
-    InputError where the folder cannot be written.
-    """
-    write_csv(folder / CSV, report.rows)
     summary = {
-        "figure": report.figure,
-        "claims": [asdict(verdict) for verdict in report.verdicts],
-        "drawing": asdict(report.drawing),
-        **report.facts,
+        "figure": figure,
+        "preset": preset,
+        "settings": settings,
+        "data": data,
+        "claims": [asdict(verdict) for verdict in verdicts],
+        "panels": {panel: _panel(rows, panel, drawing.chance) for panel in sorted({row.panel for row in rows})},
+        "diverged": len({row.node or row for row in rows if row.diverged}),
+        "cost": cost,
+        "environment": environment,
+        "drawing": asdict(drawing),
+        "real_command": real_command,
     }
-    write_atomic(folder / SUMMARY, (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
-    return [folder / CSV, folder / SUMMARY, *density_curves(report.rows, report.drawing, folder)]
+    plain: dict[str, Any] = _plain(summary)
+    return plain
 
 
-def redraw(folder: Path, default: Drawing) -> list[Path]:
-    """Draws again from results.csv, as summary.json says it was drawn, or as `default` where that is gone."""
-    rows = read_csv(folder / CSV)
-    drawing = default
-    if (folder / SUMMARY).exists():
-        try:
-            drawing = Drawing(**json.loads((folder / SUMMARY).read_text())["drawing"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / SUMMARY} is damaged ({error!r}): delete it to draw without it") from error
+def write_all(folder: Path, rows: Sequence[Row], drawing: Drawing, summary: Mapping[str, Any]) -> list[Path]:
+    """Write results.csv, figure.png, figure.pdf and summary.json into `folder`, each at one stroke; return their paths.
+
+    Raises InputError when `folder` cannot be written.
+    """
+    results, described = folder / "results.csv", folder / "summary.json"
+    write_csv(results, rows)
+    pictures = density_curves(rows, drawing, folder)
+    content = json.dumps(_plain(summary), sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
+    write_atomic(described, f"{content}\n".encode())
+    return [results, *pictures, described]
+
+
+def redraw(folder: Path, drawing: Drawing | None = None) -> list[Path]:
+    """Draw again from results.csv in `folder`; return the paths of the pictures.
+
+    Titles, chance level and note are those of summary.json; without that file those of `drawing`; without that, bare
+    ones. Raises InputError for missing, foreign or damaged files.
+    """
+    rows = read_csv(folder / "results.csv")
+    drawing = _recorded_drawing(folder / "summary.json") or drawing or _bare_drawing(rows)
     return list(density_curves(rows, drawing, folder))
 
 
-def terminal_summary(report: Report) -> str:
-    """Per panel a few rounds of each series, then the claims: plain text, at most 100 columns."""
+def _recorded_drawing(path: Path) -> Drawing | None:
+    try:
+        recorded = json.loads(path.read_bytes())["drawing"]
+        return Drawing(**{field.name: recorded[field.name] for field in fields(Drawing)})
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged or foreign; remove it to draw from results.csv alone") from error
+
+
+def _bare_drawing(rows: Sequence[Row]) -> Drawing:
+    names = sorted({row.figure for row in rows})
+    panels = sorted({row.panel for row in rows} - {"find"}) or ["find"]
+    return Drawing(title=f"Figure {', '.join(names)}".strip(), panels=dict.fromkeys(panels, ""))
+
+
+def terminal_summary(summary: Mapping[str, Any], folder: Path | None = None) -> str:
+    """The run in plain text of at most 100 columns: accuracies, claims, cost, and where the files are."""
+    titles: Mapping[str, str] = summary["drawing"]["panels"]
+    blocks = [f"Figure {summary['figure']}, preset {summary['preset']}: {summary['drawing']['title']}"]
+    for panel, title in titles.items():
+        blocks.append(_table(f"{panel}  {title}".rstrip(), summary["panels"].get(panel, []), summary["drawing"]))
+    if summary["diverged"]:
+        counted = "is left out" if summary["drawing"]["chance"] is None else "counts as chance"
+        blocks.append(f"! marks diverged runs ({summary['diverged']} in all); a diverged run {counted}")
+    if summary["claims"]:
+        blocks.append(_claims(summary["claims"]))
+    blocks.append(_cost(summary["cost"], summary["environment"]))
+    if folder is not None:
+        blocks.append(f"Files   {folder}/: figure.png, figure.pdf, results.csv, summary.json")
+    if summary["real_command"]:
+        blocks.append(f"{_MACHINERY}\n  {summary['real_command']}")
+    return "\n\n".join(block for block in blocks if block)
+
+
+def _panel(rows: Sequence[Row], panel: str, chance: float | None) -> list[dict[str, Any]]:
+    """Per round: density and, by series, mean and standard deviation over seeds, as fractions."""
+    table: dict[int, dict[str, Any]] = {}
+    for name in series_of(rows, [panel]):
+        for point in curve(rows, panel, name, chance):
+            entry = table.setdefault(point.round, {"round": point.round, "density": point.x, "series": {}})
+            cell = {"mean": point.mean, "std": point.std, "runs": point.runs, "diverged": point.diverged}
+            entry["series"][name] = cell
+    return [entry for _, entry in sorted(table.items())]
+
+
+def _table(title: str, rounds: list[dict[str, Any]], drawing: Mapping[str, Any]) -> str:
+    if not rounds:
+        return f"{title}\n  no results"
+    labels: Mapping[str, str] = drawing["series"]
+    present = sorted({name for entry in rounds for name in entry["series"]}, key=natural_key)
+    names = [name for name in labels if name in present] + [name for name in present if name not in labels]
+    last = len(rounds) - 1
+    picked = sorted({round(index * last / (_SHOWN_ROUNDS - 1)) for index in range(_SHOWN_ROUNDS)})
+    width = max(14, *(len(labels.get(name, name)) + 2 for name in names))
+    per_block = max(1, (COLUMNS - 16) // width)
+    by = f" by {drawing['legend_title']}" if drawing["legend_title"] else ""
+    lines = [f"{title}: top-1 accuracy in %{by}"]
+    for start in range(0, len(names), per_block):
+        block = names[start : start + per_block]
+        lines.append(f"  {'weights left':<14}" + "".join(f"{labels.get(name, name):>{width}}" for name in block))
+        for index in picked:
+            entry = rounds[index]
+            cells = "".join(f"{_cell(entry['series'].get(name)):>{width}}" for name in block)
+            lines.append(f"  {_density(entry['density']):<14}{cells}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(cell: Mapping[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    mark = "!" if cell["diverged"] else " "
+    if cell["mean"] is None:
+        return f"diverged{mark}"
+    spread = f" +- {100 * cell['std']:.1f}" if cell["std"] is not None else ""
+    return f"{100 * cell['mean']:.1f}{spread}{mark}"
+
+
+def _density(density: float) -> str:
+    return "1 (dense)" if density == 1 else f"{density:.3g}"
+
+
+def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["Claims of the caption: left minus right in accuracy points, 95 % interval over seeds"]
+    parts = [part for claim in claims for part in claim["parts"]]
+    compared = {id(part): _compared(part["comparison"]) for part in parts}
+    width = max(map(len, compared.values()))
+    # What holds of every part is said once.
+    common = {part["why"] for part in parts}
+    if len(common) > 1 or any(_plain_to_see(why) for why in common):
+        common = set()
+    for claim in claims:
+        lines.append(_fill(claim["text"], f"  {claim['verdict']:<11}"))
+        for part in claim["parts"]:
+            lines += _part(part, f"{'':13}{compared[id(part)]:<{width}}  ", part["why"] not in common)
+    return "\n".join([*lines, *(f"  Why: {why}" for why in common)])
+
+
+def _compared(comparison: Mapping[str, Any]) -> str:
+    sign = ">" if comparison["kind"] == "better" else "~"
+    return f"{comparison['panel']:<5}{comparison['left']} {sign} {comparison['right']}"
+
+
+def _part(part: Mapping[str, Any], head: str, explain: bool) -> list[str]:
     lines = []
-    for panel, title in report.drawing.panels.items():
-        lines += ["", f"{panel}) {title}: top-1 accuracy in %, mean and standard deviation over seeds"]
-        lines += _table(report, panel)
-    lines += ["", "Claims of the caption:"]
-    for verdict in report.verdicts:
-        effect = ""
-        if verdict.effect is not None:
-            effect = f"{verdict.effect:+.1f} points"
-            if verdict.interval is not None:
-                effect += f", 95 % interval {verdict.interval[0]:+.1f} to {verdict.interval[1]:+.1f}"
-        lines.append(f"  {verdict.verdict:<10} {verdict.text}")
-        lines += [f"  {'':<10} {text}" for text in (effect, verdict.why) if text]
-    return "\n".join(lines)
-
-
-def _table(report: Report, panel: str) -> list[str]:
-    names = list(report.drawing.series)
-    curves = {name: {p.round: p for p in curve(report.rows, panel, name, report.drawing.chance)} for name in names}
-    rounds = sorted({number for points in curves.values() for number in points})
-    if len(rounds) > 6:
-        rounds = sorted({rounds[round(i * (len(rounds) - 1) / 5)] for i in range(6)})
-    lines = [f"  {'remaining':>10}  " + "".join(f"{name:>14}" for name in names)]
-    for number in rounds:
-        density = next(points[number].x for points in curves.values() if number in points)
-        cells = []
-        for name in names:
-            point = curves[name].get(number)
-            text = "-" if point is None or point.mean is None else f"{100 * point.mean:.1f}"
-            if point is not None and point.std is not None:
-                text += f" ± {100 * point.std:4.1f}"
-            if point is not None and point.diverged:
-                text += f" ({point.diverged}x)"
-            cells.append(f"{text:>14}")
-        lines.append(f"  {density:>10.4f}  " + "".join(cells))
+    if part["effect"] is not None:
+        interval = "" if part["interval"] is None else "[{:+.2f}, {:+.2f}]".format(*part["interval"])
+        counts = [_count(len(part["seeds"]), "seed"), _count(len(part["rounds"]), "round")]
+        counts += [f"{len(part['dropped'])} at chance"] if part["dropped"] else []
+        counts += [f"{part['diverged']} diverged"] if part["diverged"] else []
+        lines.append(f"{head}{part['effect']:+7.2f} {interval:<17}{part['verdict']:<11}{', '.join(counts)}".rstrip())
+    if part["effect"] is None:
+        lines.append(_fill(part["why"], head))
+    elif explain and not _plain_to_see(part["why"]):
+        lines.append(_fill(part["why"], " " * len(head)))
     return lines
+
+
+def _plain_to_see(why: str) -> bool:
+    """Whether the interval, printed beside it, says as much."""
+    return why.startswith("the interval") and ";" not in why
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _fill(text: str, head: str) -> str:
+    """`text` after `head`, its further lines below its first."""
+    return textwrap.fill(text, COLUMNS, initial_indent=head, subsequent_indent=" " * min(len(head), COLUMNS // 2))
+
+
+def _cost(cost: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    parts = []
+    if cost.get("nodes") is not None:
+        parts.append(f"{cost['nodes']:,} nodes" + (f" ({cost['cached']:,} cached)" if cost.get("cached") else ""))
+    if cost.get("epochs") is not None:
+        parts.append(f"{cost['epochs']:,} epochs")
+    if cost.get("images_per_s") is not None:
+        parts.append(f"{cost['images_per_s']:,.0f} images/s")
+    if cost.get("wall_s") is not None:
+        parts.append(_time(cost["wall_s"]))
+    where = [str(environment["device"])] if environment.get("device") else []
+    if environment.get("threads") is not None:
+        where.append(f"{_count(environment['threads'], 'thread')} a process")
+    where += [f"{name} {version}" for name, version in (environment.get("versions") or {}).items()]
+    return "\n".join(
+        _fill(", ".join(items), head) for head, items in (("Cost    ", parts), ("On      ", where)) if items
+    )
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON holds it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    raise TypeError(f"{value!r} has no place in summary.json")

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -79,7 +80,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     Raises ValueError for two rows at the same point, InputError when `path` cannot be written.
     """
     ordered = sorted(rows, key=_order)
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in pairwise(ordered):
         if _order(first) == _order(second):
             raise ValueError(f"two results for the same point: {first} and {second}")
     text = io.StringIO()
@@ -133,8 +134,19 @@ def _parse(line: str) -> Row:
     figure, panel, series, seed, round_, x, y, lr_find, lr_eval, diverged, node = values
     if diverged not in ("0", "1"):
         raise ValueError(f"diverged {diverged!r} is neither 0 nor 1")
-    optional = [float(value) if value else None for value in (y, lr_find, lr_eval)]
-    return Row(figure, panel, series, int(seed), int(round_), float(x), *optional, diverged == "1", node)
+    return Row(
+        figure,
+        panel,
+        series,
+        int(seed),
+        int(round_),
+        float(x),
+        float(y) if y else None,
+        float(lr_find) if lr_find else None,
+        float(lr_eval) if lr_eval else None,
+        diverged == "1",
+        node,
+    )
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -165,7 +177,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """A series at one round, over seeds. Accuracies are fractions.
 
     `mean` is None when no run counts, `std` (sample standard deviation) when fewer than two do.
@@ -179,7 +191,7 @@ class Point:
     diverged: int
 
 
-def curve(rows: Iterable[Row], panel: str, series: str, chance: float | None) -> list[Point]:
+def curve(rows: Iterable[Row], panel: str, series: str, chance: float | None) -> list[CurvePoint]:
     """The points of one series by round. A diverged run counts as `chance`; without a `chance` it is left out."""
     rounds: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
@@ -190,7 +202,7 @@ def curve(rows: Iterable[Row], panel: str, series: str, chance: float | None) ->
         values = [chance if row.y is None else row.y for row in sorted(group, key=lambda row: row.seed)]
         known = [value for value in values if value is not None]
         points.append(
-            Point(
+            CurvePoint(
                 round=number,
                 x=fmean(row.x for row in group),
                 mean=fmean(known) if known else None,
