@@ -53,9 +53,9 @@ _WIDTH = {1: 4.6, 2: 7.0, 3: 9.4}  # by columns
 _PANEL_HEIGHT = 2.45
 _LEFT, _RIGHT, _BOTTOM, _ROW_GAP, _COLUMN_GAP = 0.62, 0.14, 0.60, 0.66, 0.22
 _TITLE_LINE, _LEGEND_LINE, _NOTE_LINE = 0.18, 0.19, 0.115
-_ENTRY = 1.05  # of a legend
+_HANDLE = 0.60  # of a legend's entry, with the gaps about it
 # Characters an inch holds, with something to spare.
-_TITLE_CHARACTERS, _NOTE_CHARACTERS = 12, 19.5
+_TITLE_CHARACTERS, _LEGEND_CHARACTERS, _NOTE_CHARACTERS = 12, 16, 19.5
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,11 @@ def _figure(rows: Sequence[Row], drawing: Drawing) -> "Figure":
     title = textwrap.wrap(drawing.title, int(_TITLE_CHARACTERS * width))
     handles = _legend(names, present, drawing, diverged)
     # The legend's title stands before its entries, or above them where they take several lines.
-    above = len(handles) * _ENTRY > width and bool(drawing.legend_title)
-    handles = handles[1:] if above else handles
-    per_line = max(1, min(len(handles), int(width / _ENTRY)))
+    per_line = _per_line(handles, width)
+    above = per_line < len(handles) and bool(drawing.legend_title)
+    if above:
+        handles = handles[1:]
+        per_line = _per_line(handles, width)
     legend_lines = math.ceil(len(handles) / per_line) + above
     note = textwrap.wrap(_note(rows, drawing, diverged), int(_NOTE_CHARACTERS * (width - _LEFT)))
     above_legend = 0.10 + _TITLE_LINE * len(title)
@@ -311,6 +313,16 @@ def _legend(names: list[str], present: list[str], drawing: Drawing, diverged: bo
     if diverged:
         handles.append(Line2D([], [], linestyle="none", marker="x", markersize=3.6, color="0.2", label="diverged"))
     return handles
+
+
+def _per_line(handles: Sequence[Any], width: float) -> int:
+    """How many entries of the legend stand side by side in `width` inches; at least one."""
+    labels = [re.sub(r"\\mathrm|[\\${}_]", "", handle.get_label()) for handle in handles]
+    for count in range(len(labels), 1, -1):
+        longest = (max(map(len, labels[column::count])) for column in range(count))
+        if sum(_HANDLE + length / _LEGEND_CHARACTERS for length in longest) <= width:
+            return count
+    return 1
 
 
 def _note(rows: Sequence[Row], drawing: Drawing, diverged: bool) -> str:

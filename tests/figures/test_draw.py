@@ -1,0 +1,212 @@
+"""The pictures: what they show, and that the same rows give the same bytes."""
+
+import itertools
+import random
+import re
+
+import pytest
+
+from fastprune.errors import InputError
+from fastprune.figures import draw
+from fastprune.figures.draw import Drawing, density_curves, style_of
+from fastprune.figures.results import Row
+
+DRAWING = Drawing(
+    title="A small network on made-up data",
+    panels={"a": "LR_eval = 0.5", "b": "LR_eval = 0.8"},
+    series={"0.05": "0.05", "0.2": "0.2", "0.8": "0.8", "random": "random masks"},
+    legend_title="LR_find",
+    chance=0.1,
+    note="Made up.",
+)
+
+
+def rows_of(seeds=2, rounds=3, step=0.8, panels="ab", series=("0.05", "0.2", "0.8", "random"), diverged=()):
+    noise = random.Random(0)
+    return [
+        Row("A2", panel, name, seed, number, step**number, y, 0.1, 0.5, y is None, "")
+        for panel in panels
+        for name in series
+        for seed in range(seeds)
+        for number in range(rounds + 1)
+        for y in [None if (name, number) in diverged else 0.6 - 0.02 * number + 0.01 * noise.random()]
+    ]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The figure as matplotlib holds it, of the last drawing."""
+    figures = []
+    build = draw._figure
+    monkeypatch.setattr(draw, "_figure", lambda *arguments: figures.append(build(*arguments)) or figures[-1])
+    return figures
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        rows_of(3, 30),
+        rows_of(1, 3),
+        rows_of(1, 0),
+        rows_of(2, 3, diverged={("0.8", n) for n in range(4)}),
+        rows_of(2, 3, series=("0.05",)),
+        rows_of(2, 3, panels="a"),
+        [],
+    ],
+    ids=["paper", "one-seed", "dense-only", "diverged", "one-series", "one-panel-empty", "nothing"],
+)
+def test_both_pictures_are_there_and_come_out_the_same_twice(tmp_path, rows):
+    contents = []
+    for _ in range(2):
+        png, pdf = density_curves(rows, DRAWING, tmp_path)
+        contents.append((png.read_bytes(), pdf.read_bytes()))
+    assert contents[0] == contents[1]
+    assert contents[0][0].startswith(b"\x89PNG")
+    assert contents[0][1].startswith(b"%PDF")
+    assert b"CreationDate" not in contents[0][1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.pdf", "figure.png"]
+
+
+def test_the_picture_does_not_depend_on_the_order_of_rows_or_on_settings(tmp_path):
+    import matplotlib
+
+    rows = rows_of()
+    first = [path.read_bytes() for path in density_curves(rows, DRAWING, tmp_path)]
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9}):
+        before = dict(matplotlib.rcParams)
+        again = [path.read_bytes() for path in density_curves(rows[::-1], DRAWING, tmp_path)]
+        assert dict(matplotlib.rcParams) == before
+    assert first == again
+
+
+def test_axes_and_words(tmp_path, seen):
+    density_curves(rows_of(2, 30), DRAWING, tmp_path)
+    left, right = seen[-1].axes
+    assert left.get_xscale() == "log"
+    high, low = left.get_xlim()
+    assert high > 1 > low > 0
+    assert [text.get_text() for text in left.get_xticklabels()] == ["1", "0.3", "0.1", "0.03", "0.01", "0.003", "0.001"]
+    assert left.get_ylim() == right.get_ylim()
+    assert left.get_ylabel() == "Top-1 accuracy (%)"
+    assert [ax.get_title(loc="left") for ax in (left, right)] == ["a", "b"]
+    assert left.get_title() == r"$\mathrm{LR}_{\mathrm{eval}}$ = 0.5"
+    (legend,) = seen[-1].legends
+    assert [text.get_text() for text in legend.get_texts()][1:] == ["0.05", "0.2", "0.8", "random masks"]
+    assert any("Mean of 2 seeds; shaded: one standard deviation. Made up." in t.get_text() for t in seen[-1].texts)
+    assert any(text.get_text() == "chance" for text in left.texts)
+
+
+def test_few_rounds_are_the_ticks(tmp_path, seen):
+    density_curves(rows_of(2, 3), DRAWING, tmp_path)
+    assert [text.get_text() for text in seen[-1].axes[0].get_xticklabels()] == ["1", "0.8", "0.64", "0.51"]
+
+
+def test_mean_and_deviation_by_hand(tmp_path, seen):
+    rows = [
+        Row("A2", "a", "0.05", seed, number, 0.8**number, y, 0.1, 0.5, False, "")
+        for number, values in enumerate([(0.5, 0.7), (0.4, 0.4)])
+        for seed, y in enumerate(values)
+    ]
+    density_curves(rows, DRAWING, tmp_path)
+    ax = seen[-1].axes[0]
+    line = next(line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-")
+    assert list(line.get_xdata()) == [1.0, 0.8]
+    assert list(line.get_ydata()) == [pytest.approx(60.0), pytest.approx(40.0)]
+    corners = {round(float(y), 4) for _, y in ax.collections[0].get_paths()[0].vertices}
+    deviation = 100 * 0.02**0.5
+    assert corners == {round(60 - deviation, 4), round(60 + deviation, 4), 40.0}
+
+
+def test_one_seed_has_no_band(tmp_path, seen):
+    density_curves(rows_of(1, 3), DRAWING, tmp_path)
+    assert all(len(band.get_paths()) == 0 for band in seen[-1].axes[0].collections)
+
+
+def test_diverged_runs_show_below_the_axis(tmp_path, seen):
+    density_curves(rows_of(2, 3, diverged={("0.8", 2), ("0.2", 2)}), DRAWING, tmp_path)
+    ax = seen[-1].axes[0]
+    crosses = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in crosses] == [[pytest.approx(0.64)], [pytest.approx(0.64)]]
+    levels = [line.get_ydata()[0] for line in crosses]
+    assert len(set(levels)) == 2
+    assert all(ax.get_ylim()[0] < level < 0 for level in levels)
+    assert seen[-1].legends[0].get_texts()[-1].get_text() == "diverged"
+    assert any("counts as chance" in text.get_text() for text in seen[-1].texts)
+
+
+def test_random_is_red_and_series_keep_their_looks():
+    names = ["0.05", "0.2", "0.8", "random", "1", "2", "3"]
+    styles = [style_of(name, names) for name in names]
+    red = style_of("random", names)["color"]
+    assert int(red[1:3], 16) > 2 * max(int(red[3:5], 16), int(red[5:7], 16))
+    assert len({style["color"] for style in styles}) == len({style["marker"] for style in styles}) == len(names)
+    assert style_of("0.8", names) == style_of("0.8", [name for name in names if name != "random"])
+
+
+def test_a_missing_series_leaves_the_others_as_they_were(tmp_path, seen):
+    density_curves(rows_of(2, 3, series=("0.05", "0.8")), DRAWING, tmp_path)
+    expected = [style_of(name, list(DRAWING.series))["color"] for name in ("0.05", "0.8")]
+    colors = [line.get_color() for line in seen[-1].axes[0].lines if len(line.get_xdata()) == 4]
+    assert colors == expected
+
+
+LABELS = {
+    "short": {},
+    "equations": {"0.05": "LR_find = 0.05", "0.2": "LR_find = 0.2", "0.8": "LR_find = 0.8", "random": "random pruning"},
+}
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("legend_title", ["", "LR_find (in d: LR_eval)"], ids=["bare", "titled"])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_nothing_is_clipped_or_overlaps(tmp_path, seen, count, labels, legend_title, monkeypatch):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
+    panels = {letter: f"LR_eval = {letter}" for letter in "abcde"[:count]}
+    title = "A title that is long enough to need two lines in a narrow figure with one panel"
+    note = "And a note that says so much that it needs more than one line in a figure that has only one panel."
+    drawing = Drawing(title, panels, LABELS[labels], legend_title, chance=0.1, note=note)
+    density_curves(rows_of(2, 30, panels="abcde", diverged={("0.2", 3)}), drawing, tmp_path)
+    figure = seen[-1]
+    assert len(figure.axes) == count
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    whole = figure.bbox
+    axes = [ax.get_tightbbox(renderer) for ax in figure.axes]
+    legend = figure.legends[0].get_window_extent(renderer)
+    # The title, then the legend, then the panels, then the note: none reaches into the next.
+    heading, footer = (text.get_window_extent(renderer) for text in (figure._suptitle, figure.texts[-1]))
+    for box in (*axes, legend, heading, footer):
+        assert box.x0 >= whole.x0
+        assert box.x1 <= whole.x1
+    assert whole.y1 >= heading.y1
+    assert heading.y0 >= legend.get_points()[1, 1] - 0.06 * figure.dpi  # the padding of a legend without frame
+    assert legend.y0 >= max(box.y1 for box in axes) - 0.06 * figure.dpi
+    assert min(box.y0 for box in axes) >= footer.y1
+    assert footer.y0 >= whole.y0
+    for one, other in itertools.combinations(axes, 2):
+        assert not one.overlaps(other)
+
+
+def test_a_dollar_sign_is_a_dollar_sign(tmp_path):
+    drawing = Drawing("costs $5 or $x_{", {"a": "100 % of $"}, legend_title="$", note="$HOME/_x {$")
+    density_curves(rows_of(panels="a"), drawing, tmp_path)
+
+
+def test_percent_in_the_rows_is_refused(tmp_path):
+    with pytest.raises(InputError, match="fractions"):
+        density_curves([Row("A2", "a", "0.05", 0, 0, 1.0, 57.0, 0.1, 0.5, False, "")], DRAWING, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "out").write_text("in the way")
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / "out" / "figure.png"))) as caught:
+        density_curves(rows_of(), DRAWING, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "says"), [({"panels": {}}, "panels"), ({"chance": 10.0}, "chance")])
+def test_a_drawing_that_makes_no_sense_is_refused(change, says):
+    with pytest.raises(ValueError, match=says):
+        Drawing(**{"title": "t", "panels": {"a": "a"}} | change)
