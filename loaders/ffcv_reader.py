@@ -64,6 +64,7 @@ def _open_loader(path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FFCV's, about what it imports
         try:
+            _import_ffcv()
             from ffcv.fields.rgb_image import SimpleRGBImageDecoder
             from ffcv.loader import Loader
         except (ImportError, OSError) as error:
@@ -82,6 +83,18 @@ def _open_loader(path: Path) -> Any:
         )
     torch.set_num_threads(threads)  # importing and opening set it to 1
     return loader
+
+
+def _import_ffcv() -> None:
+    """Without three seconds of compiling a typed dictionary of two constants, which then is a plain one."""
+    from numba.core import config
+
+    compiling = getattr(config, "DISABLE_JIT", 0)
+    setattr(config, "DISABLE_JIT", 1)  # noqa: B010, numba's own types do not know it
+    try:
+        import ffcv  # noqa: F401
+    finally:
+        setattr(config, "DISABLE_JIT", compiling)  # noqa: B010
 
 
 @contextmanager

@@ -111,7 +111,9 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise InputError(f"cannot read {path} ({_one_line(error)}): prepare the data in another folder") from None
     version = content.pop("version", None) if isinstance(content, dict) else None
     if version != VERSION:
-        raise InputError(f"{path} is of version {version}, this fastprune reads {VERSION}: prepare the data in another folder")
+        raise InputError(
+            f"{path} is of version {version}, this fastprune reads {VERSION}: prepare the data in another folder"
+        )
     try:
         return _checked(content)
     except (KeyError, TypeError, ValueError) as error:

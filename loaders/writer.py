@@ -1,12 +1,14 @@
 """Write images to a .beton file with FFCV's writer, watched from outside."""
 
 import errno
+import mmap
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fastprune.errors import InputError
@@ -44,7 +46,8 @@ def write_betons(files: Mapping[Path, Samples], *, height: int, width: int, work
 
 
 def write_with_ffcv(files: Mapping[Path, Samples], page: int, workers: int, send: Send) -> None:
-    """What the child does. FFCV's bar becomes messages, and the death of one of its processes becomes known."""
+    """What the child does. FFCV's bar becomes messages, the death of one of its processes becomes known,
+    and nothing of it outlives a kill."""
     try:
         import ffcv.writer as writer
         from ffcv.fields import IntField, RGBImageField
@@ -52,10 +55,10 @@ def write_with_ffcv(files: Mapping[Path, Samples], page: int, workers: int, send
         send(("broken", " ".join(str(error).split())))
         return
 
-    fork = multiprocessing.get_context("fork")
+    multiprocessing.set_start_method("fork", force=True)
     started: list[Any] = []
 
-    class Worker(fork.Process):  # type: ignore[name-defined]
+    class Worker(multiprocessing.Process):
         def start(self) -> None:
             super().start()
             started.append(self)
@@ -66,6 +69,16 @@ def write_with_ffcv(files: Mapping[Path, Samples], page: int, workers: int, send
             except BaseException as error:
                 send(failure(error))
                 os._exit(1)
+
+    class Shared:
+        """Shared memory that forked processes inherit. Python's has a name, and stays when its owner is killed."""
+
+        def __init__(self, create: bool, size: int) -> None:
+            self.buf = memoryview(mmap.mmap(-1, size))
+
+        def close(self) -> None: ...
+
+        def unlink(self) -> None: ...
 
     class Bar:
         def __init__(self, total: int) -> None: ...
@@ -96,7 +109,7 @@ def write_with_ffcv(files: Mapping[Path, Samples], page: int, workers: int, send
                     return
             time.sleep(0.2)
 
-    writer.Process, writer.tqdm = Worker, Bar
+    writer.Process, writer.tqdm, writer.shared_memory = Worker, Bar, SimpleNamespace(SharedMemory=Shared)
     threading.Thread(target=watch, daemon=True).start()
     for path, samples in files.items():
         fields = {"image": RGBImageField(write_mode="raw"), "label": IntField(), "index": IntField()}

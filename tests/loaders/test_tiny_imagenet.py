@@ -1,0 +1,115 @@
+"""On the real images, where FASTPRUNE_TINY_IMAGENET names the folder: unpacked, or holding its parts as *.tar.gz."""
+
+import os
+import shutil
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastprune.loaders import choose_loader, locate, open_data, prepare
+from fastprune.loaders.layout import DISTRIBUTED, scan
+from fastprune.loaders.samples import read_image
+
+VARIABLE = "FASTPRUNE_TINY_IMAGENET"
+CLASSES = 4
+
+
+@pytest.fixture(scope="session")
+def given() -> Path:
+    folder = os.environ.get(VARIABLE)
+    if not folder:
+        pytest.skip(f"{VARIABLE} is not set")
+    if not Path(folder).is_dir():
+        pytest.skip(f"{VARIABLE} names no folder: {folder}")
+    return Path(folder)
+
+
+def unpack(given: Path, to: Path, *patterns: str) -> Path:
+    """The data set's parts that match, unpacked; `given` itself where it is unpacked already."""
+    archives = [archive for pattern in patterns for archive in sorted(given.glob(pattern))]
+    for archive in archives:
+        with tarfile.open(archive) as content:
+            content.extractall(to, filter="data")
+    return to if archives else given
+
+
+@pytest.fixture(scope="session")
+def few_classes(given, tmp_path_factory) -> Path:
+    """The first classes of the real data set as a data set of its own."""
+    root = unpack(given, tmp_path_factory.mktemp("parts"), "train-0.tar.gz", "val.tar.gz")
+    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
+    few = tmp_path_factory.mktemp("few") / "tiny-imagenet-200"
+    wnids = sorted(path.name for path in (root / "train").iterdir())[:CLASSES]
+    for wnid in wnids:
+        shutil.copytree(root / "train" / wnid, few / "train" / wnid)
+    (few / "val" / "images").mkdir(parents=True)
+    lines = (root / "val" / "val_annotations.txt").read_text().splitlines(keepends=True)
+    lines = [line for line in lines if line.split("\t")[1] in wnids]
+    (few / "val" / "val_annotations.txt").write_text("".join(lines))
+    for line in lines:
+        name = line.split("\t")[0]
+        shutil.copy(root / "val" / "images" / name, few / "val" / "images" / name)
+    return few
+
+
+@pytest.mark.usefixtures("ffcv")
+def test_real_images_come_alike_through_ffcv_and_torchvision(few_classes, tmp_path):
+    manifest, folder = locate(few_classes, tmp_path, workers=2, show=False)
+    assert (manifest.height, manifest.width, len(manifest.classes)) == (64, 64, CLASSES)
+    assert manifest.train_per_class == (500,) * CLASSES
+    assert manifest.val_per_class == (50,) * CLASSES
+    assert choose_loader(manifest, folder).name == "ffcv"
+    sources = [open_data(manifest, folder, loader=loader) for loader in ("ffcv", "torchvision")]
+    whole = [source.val(batch_size=64) for source in sources]
+    for (images, labels), (expected, their_labels) in zip(*whole, strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, their_labels)
+    runs = [source.train(seed=0, batch_size=512) for source in sources]
+    tolerance = 4 * torch.finfo(torch.float32).eps * 64 / min(manifest.std)
+    assert [len(run) for run in runs] == [3, 3]
+    for run in runs:
+        run.set_epoch(1)
+    for (images, labels), (expected, their_labels) in zip(*runs, strict=True):
+        assert torch.equal(labels, their_labels)
+        assert (images - expected).abs().max() <= tolerance
+        assert abs(float(images.mean())) < 0.2
+        assert abs(float(images.std()) - 1) < 0.2
+
+
+def test_some_real_images_are_grey(few_classes):
+    layout = scan(few_classes)
+    grey = sum(bool(np.ptp(read_image(layout.root / name), axis=2).max() == 0) for name in layout.files["train"])
+    assert grey > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ffcv")
+def test_the_whole_data_set(given, tmp_path, capsys):
+    root = unpack(given, tmp_path / "parts", "*.tar.gz")
+    layout = scan(root)
+    number, train, val = DISTRIBUTED
+    assert layout.remark() is None
+    began = time.perf_counter()
+    manifest = prepare(root, tmp_path / "out", workers=2, show=False)
+    taken = time.perf_counter() - began
+    assert manifest.train_per_class == (train,) * number
+    assert manifest.val_per_class == (val,) * number
+    np.testing.assert_allclose(manifest.mean, (0.4802, 0.4481, 0.3975), atol=1e-4)  # as often published
+    np.testing.assert_allclose(manifest.std, (0.2764, 0.2689, 0.2816), atol=1e-4)
+    batches = open_data(manifest, tmp_path / "out", loader="ffcv").train(seed=0, batch_size=512)
+    rates = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        began = time.perf_counter()
+        for _ in batches:
+            pass
+        rates.append(batches.images / (time.perf_counter() - began))
+    shutil.rmtree(tmp_path)
+    with capsys.disabled():
+        print(
+            f"\n110,000 images prepared by 2 processes in {taken:.0f} s; FFCV gives {max(rates):,.0f} a second, augmented"
+        )
