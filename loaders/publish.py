@@ -123,22 +123,22 @@ def is_whole(manifest: Manifest, folder: Path, beton: bool) -> bool:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Create `folder` and hold it against other processes; waits for them. A folder left empty is removed again.
+    """Create `folder` and hold it against other processes; waits for them. What it created and left empty is removed.
 
     InputError where the disk does not take what is written inside.
     """
-    created = False
+    created: list[Path] = []
     try:
-        created = not folder.exists()
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / ".lock"):
             yield
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from None
     finally:
-        with contextlib.suppress(OSError):
-            if created:
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # not empty: it stays
+            for path in created:
+                path.rmdir()
 
 
 @contextlib.contextmanager

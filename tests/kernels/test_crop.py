@@ -1,7 +1,9 @@
 """crop_flip_normalize against its meaning in float64, and against torchvision on float tensors."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,7 +182,8 @@ def test_compiled_code_is_kept_only_where_told(given, tmp_path):
         "print(type(_kernel()._cache).__name__)"
     )
     folder = tmp_path / "numba"
-    environment = {"PYTHONPATH": ":".join(sys.path), "PATH": "", "HOME": str(tmp_path / "home")}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HOME": str(tmp_path / "home")}
+    environment.pop("NUMBA_CACHE_DIR", None)
     if given:
         environment["NUMBA_CACHE_DIR"] = str(folder)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

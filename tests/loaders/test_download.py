@@ -121,6 +121,7 @@ def test_nobody_answers(server, tmp_path, capsys, monkeypatch):
     assert error.count("\n") == 1
     assert "cannot fetch http://127.0.0.1:9/x.zip" in error
     assert "--source" in error
+    assert names(tmp_path) == set()
 
 
 def test_the_answer_is_no_archive(server, tmp_path):

@@ -22,6 +22,8 @@ from fastprune.loaders.source import DataSource, select
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = SyntheticData(classes=4, train_per_class=15, val_per_class=5, size=16, seed=1)
+# From Python 3.12 on a fork beside threads is warned of; torch's DataLoader forks.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 LOADERS = {"synthetic": 0, "ffcv": 0, "torchvision": 0, "torchvision in 2 processes": 2}
 
 
