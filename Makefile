@@ -31,8 +31,10 @@ reproduce: setup
 # One thread a process: two workers on two cores are faster than two threads, and results are equal at equal counts.
 test bench: export OMP_NUM_THREADS = 1
 test bench: export OMP_WAIT_POLICY = passive
+# The second time the kernels' Triton code itself runs, interpreted: a process cannot do both.
 test: setup
 	$(python) -m pytest -n 2 --dist loadgroup $(ARGS)
+	TRITON_INTERPRET=1 $(python) -m pytest -n 2 tests/kernels
 
 bench: setup
 	$(python) -m pytest bench --benchmark-enable $(ARGS)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.flat import layout, prunable
-from fastprune.kernels import Segment, pack_bits, segment_counts, unpack_bits
-from fastprune.kernels.reference import masked_cast
+from fastprune.kernels import Segment, masked_weight, pack_bits, segment_counts, unpack_bits
 from fastprune.tensors import read_tensors, write_tensors
 
 
@@ -41,7 +40,7 @@ class Mask:
 
     @property
     def kept(self) -> int:
-        return int(self.keep.sum())
+        return int(segment_counts(self.keep, self.segments).sum())
 
     @property
     def density(self) -> float:
@@ -121,7 +120,12 @@ class _Masked(nn.Module):
             self.weight.masked_fill_(~self.mask, 0.0)
 
     def _masked_weight(self) -> Tensor:
-        return self.weight if self.mask is None else masked_cast(self.weight, self.mask, self.weight.dtype)
+        """The weight to compute with, under autocast in its dtype already: one pass, not a mask and then a cast."""
+        if self.mask is None:
+            return self.weight
+        kind = self.weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+        return masked_weight(self.weight, self.mask, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.mask is None and prefix + "mask" in state_dict:

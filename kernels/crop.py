@@ -2,19 +2,17 @@
 
 The boxes come from `fastprune.loaders.augment.boxes`; nothing random happens here. The meaning is torchvision's
 `normalize(hflip(resized_crop(image / 255, *box, size)))` on float tensors, written out in `crop_reference.py`. On a CPU
-one numba loop does it without an intermediate float image; on other devices the reference itself runs.
+one numba loop does it without an intermediate float image, on a GPU one Triton kernel (crop_triton.py).
 """
 
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
 
-from fastprune.kernels.crop_reference import crop_flip_normalize_reference
+from fastprune.kernels.jit import compiled
+from fastprune.kernels.ops import uses_triton
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,6 +25,8 @@ def crop_flip_normalize(
     mean: Sequence[float],
     std: Sequence[float],
     out: torch.Tensor,
+    *,
+    block: int = 1024,
 ) -> torch.Tensor:
     """Fill `out[b]` with the normalised crop `boxes[b]` of `images[index[b]]`, mirrored where `flip[b]`; return `out`.
 
@@ -38,15 +38,19 @@ def crop_flip_normalize(
     box of exactly the output's size is copied: those pixels equal torchvision's to the last bit, the others within
     rounding. On a CPU bfloat16 and float16 go through a float32 buffer (numba has no such types), and boxes and index
     are checked against the image; on a GPU that check would wait for the device, so there the caller answers for them.
+    block: output pixels a program.
     """
     _check(images, index, boxes, flip, mean, std, out)
-    if out.device.type != "cpu":
-        height, width = out.shape[2:]
-        return out.copy_(crop_flip_normalize_reference(images, index, boxes, flip, mean, std, height, width))
-    _check_values(images, index, boxes, out)
+    if out.device.type == "cpu":
+        _check_values(images, index, boxes, out)
+    if uses_triton(out):
+        from fastprune.kernels import crop_triton
+
+        crop_triton.crop(images, index, boxes, flip, _norm(tuple(mean), tuple(std), out.device), out, block)
+        return out
     wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     table, gain, shift = _constants(tuple(mean), tuple(std))
-    _kernel()(
+    compiled(_crop_flip_normalize)(
         images.numpy(), index.numpy(), boxes.numpy(), flip.numpy(), table, gain, shift, wide.permute(0, 2, 3, 1).numpy()
     )
     return out if wide is out else out.copy_(wide)
@@ -103,6 +107,11 @@ def _check_values(images: torch.Tensor, index: torch.Tensor, boxes: torch.Tensor
 
 
 @cache
+def _norm(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([*mean, *std], dtype=torch.float32, device=device)
+
+
+@cache
 def _constants(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every byte normalised in torchvision's order of operations, float32 [256, 3]; gain and shift, float32 [3]."""
     centre, scale = torch.tensor(mean), torch.tensor(std)
@@ -110,23 +119,6 @@ def _constants(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndar
     gain = 1.0 / (255.0 * np.asarray(std, dtype=np.float64))
     shift = -np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)
     return table.numpy(), gain.astype(np.float32), shift.astype(np.float32)
-
-
-@cache
-def _kernel() -> Any:
-    """The compiled loop: a few seconds on first use, kept on disk only where NUMBA_CACHE_DIR says."""
-    import numba
-    from numba.core import config
-
-    return numba.njit(_crop_flip_normalize, nogil=True, cache=_usable(getattr(config, "CACHE_DIR", "")))
-
-
-def _usable(folder: str) -> bool:
-    """Where numba cannot write to the folder it was given it would use one beside the source: then keep nothing."""
-    if folder:
-        with suppress(OSError):
-            os.makedirs(folder, exist_ok=True)
-    return bool(folder) and os.access(folder, os.W_OK)
 
 
 def _crop_flip_normalize(

@@ -1,0 +1,106 @@
+"""Triton: the masked optimiser step and the masked cast, each one launch over a flat buffer of all layers.
+
+Every element is read once and written once, so bytes over copy bandwidth is the floor: 23 bytes a weight for the step
+with a bf16 copy (weight, gradient, momentum and mask in; weight, momentum and copy out), 7 for a cast to bf16.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def blocks(n: int, block: int) -> tuple[int]:
+    """Launch grid of one program per block."""
+    return (triton.cdiv(n, block),)
+
+
+@triton.jit
+def _masked_cast(weight, mask, out, n, BLOCK: tl.constexpr):
+    # 64-bit positions: a buffer may hold more than 2^31 bytes.
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < n
+    keep = tl.load(mask + i, mask=there, other=0) != 0
+    # What is pruned is never loaded: it may hold anything.
+    value = tl.load(weight + i, mask=there & keep, other=0.0)
+    tl.store(out + i, value.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _masked_sgd(
+    weight,
+    grad,
+    buffer,
+    mask,
+    copy,
+    lr,
+    n,
+    momentum,
+    weight_decay,
+    HAS_MASK: tl.constexpr,
+    HAS_COPY: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = i < n
+    rate = tl.load(lr).to(tl.float32) if LR_ON_DEVICE else lr
+    keep = there
+    if HAS_MASK:
+        keep = there & (tl.load(mask + i, mask=there, other=0) != 0)
+    w = tl.load(weight + i, mask=keep, other=0.0)
+    g = tl.load(grad + i, mask=keep, other=0.0)
+    b = tl.load(buffer + i, mask=keep, other=0.0)
+    g += weight_decay * w
+    b = momentum * b + g
+    step = g + momentum * b if NESTEROV else b
+    w -= rate * step
+    if HAS_MASK:
+        w = tl.where(keep, w, 0.0)
+        b = tl.where(keep, b, 0.0)
+    tl.store(weight + i, w, mask=there)
+    tl.store(buffer + i, b, mask=there)
+    if HAS_COPY:
+        tl.store(copy + i, w.to(copy.dtype.element_ty), mask=there)
+
+
+def masked_cast(weight: Tensor, mask: Tensor, out: Tensor, block: int) -> None:
+    """Fills `out`; see ops.masked_cast."""
+    n = weight.numel()
+    if n:
+        _masked_cast[blocks(n, block)](weight, mask, out, n, BLOCK=block, num_warps=8)
+
+
+def masked_sgd(
+    weight: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    mask: Tensor | None,
+    low_precision_copy: Tensor | None,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    block: int,
+) -> None:
+    """Mutates weight, momentum_buffer and low_precision_copy; see ops.masked_sgd_."""
+    n = weight.numel()
+    if n:
+        # A pointer that is not used still needs a value: the weight stands in.
+        _masked_sgd[blocks(n, block)](
+            weight,
+            grad,
+            momentum_buffer,
+            weight if mask is None else mask,
+            weight if low_precision_copy is None else low_precision_copy,
+            lr,
+            n,
+            momentum,
+            weight_decay,
+            HAS_MASK=mask is not None,
+            HAS_COPY=low_precision_copy is not None,
+            LR_ON_DEVICE=isinstance(lr, Tensor),
+            NESTEROV=nesterov,
+            BLOCK=block,
+            num_warps=8,
+        )

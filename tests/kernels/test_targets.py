@@ -1,0 +1,56 @@
+"""The Triton kernels compile to machine code for the GPUs that people have, without one: A100, H100, B200."""
+
+import os
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastprune.kernels import bits, crop_triton, elementwise, select
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is no source")
+
+F, B, L = "*fp32", "*i1", "*i64"
+SGD = {
+    "weight": F, "grad": F, "buffer": F, "mask": B, "copy": "*bf16", "n": "i64", "momentum": "fp32",
+    "weight_decay": "fp32",
+}  # fmt: skip
+SGD_ON = {"HAS_MASK": True, "HAS_COPY": True, "NESTEROV": True, "BLOCK": 2048}
+COUNT = {"score": F, "mask": B, "tiles": L, "table": L, "state": L, "counts": "*i32"}
+WRITE = {"score": F, "mask": B, "new": B, "tiles": L, "table": L, "state": L}
+CROP = {"images": "*u8", "index": L, "boxes": "*i32", "flip": B, "norm": F, "out": "*bf16"}
+CASES = {
+    "masked_cast": (elementwise._masked_cast, {"weight": F, "mask": B, "out": "*bf16", "n": "i64"}, {"BLOCK": 2048}),
+    "masked_sgd": (elementwise._masked_sgd, {**SGD, "lr": "fp32"}, {**SGD_ON, "LR_ON_DEVICE": False}),
+    "masked_sgd, rate on the device": (elementwise._masked_sgd, {**SGD, "lr": F}, {**SGD_ON, "LR_ON_DEVICE": True}),
+    "count, first digit": (select._count, COUNT, {"SHIFT": 20, "TIES": False, "BLOCK": 8192}),
+    "count, last digit": (select._count, COUNT, {"SHIFT": 0, "TIES": False, "BLOCK": 8192}),
+    "count, bf16": (select._count, {**COUNT, "score": "*bf16"}, {"SHIFT": 9, "TIES": False, "BLOCK": 8192}),
+    "count, ties": (select._count, COUNT, {"SHIFT": 22, "TIES": True, "BLOCK": 8192}),
+    "choose": (select._choose, {"state": L, "counts": "*i32"}, {"WIDTH": 11, "TIES": False}),
+    "choose, ties": (select._choose, {"state": L, "counts": "*i32"}, {"WIDTH": 11, "TIES": True}),
+    "write": (select._write, WRITE, {"BLOCK": 8192}),
+    "pack": (bits._pack, {"bits": B, "packed": "*u8", "n": "i64"}, {"BLOCK": 1024}),
+    "unpack": (bits._unpack, {"packed": "*u8", "bits": B, "n": "i64"}, {"BLOCK": 1024}),
+    "segment counts": (bits._count, {"mask": B, "tiles": L, "counts": L}, {"BLOCK": 8192}),
+    "crop": (crop_triton._crop, {**CROP, **dict.fromkeys("HWhw", "i32")}, {"BLOCK": 1024}),
+}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # a notice of one Triton version; either value is right
+def test_compiles(name, capability, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    kernel, types, constants = CASES[name]
+    names = kernel.arg_names
+    assert {*types, *constants} == set(names)
+    source = ASTSource(
+        kernel,
+        {n: types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    assert len(compiled.asm["cubin"]) > 1000
+    assert f"sm_{capability}" in compiled.asm["ptx"]
