@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,6 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     p = _Parser(
+        allow_abbrev=False,
         prog="reproduce.py",
         description="Reproduce a figure of the paper on learning rates for global magnitude pruning.",
         epilog="Without further flags a small run on generated images shows the machinery. The paper's figure: "
@@ -32,8 +35,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; or 'synthetic' (smoke's default)")
     p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="figures (default results)")
     p.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="runs (default runs)")
-    p.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
-    p.add_argument("--redraw", action="store_true", help="draw again from results.csv alone")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
+    what.add_argument("--redraw", action="store_true", help="draw again from results.csv alone")
 
     run = p.add_argument_group("how it runs (changes no result)")
     run.add_argument("--loader", choices=["auto", "ffcv", "torchvision", "synthetic"], default="auto")
@@ -41,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--workers", type=_positive, metavar="N", help="runs at once (default: one a GPU, or a core up to 8)"
     )
-    run.add_argument("--checkpoint-seconds", type=float, default=60.0, metavar="S", help="between checkpoints of a run")
+    run.add_argument(
+        "--checkpoint-seconds", type=_seconds, default=60.0, metavar="S", help="between checkpoints of a run"
+    )
 
     h = p.add_argument_group("hyperparameters (default: the protocol's, as the preset changes them)")
     h.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
@@ -75,16 +81,32 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
+    return value
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 a run failed, 2 bad usage or input, 130 interrupted."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)  # what schedulers send before they kill
     try:
         return _main(parser().parse_args(argv))
     except InputError as error:
-        print(f"reproduce.py: {error}", file=sys.stderr)
+        print("reproduce.py:", *str(error).split("\n"), file=sys.stderr)
         return BAD_INPUT
     except BrokenPipeError:  # the reader of a plan has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except OSError as error:
+        print(f"reproduce.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         return INTERRUPTED
@@ -100,7 +122,7 @@ def _main(args: argparse.Namespace) -> int:
         name=args.fig,
         preset=args.preset,
         settings=settings,
-        data=args.data or ("synthetic" if args.preset == "smoke" else None),
+        data="synthetic" if args.data is None and args.preset == "smoke" else args.data,
         out=args.out / args.fig,
         store=args.store,
         loader=args.loader,

@@ -23,6 +23,10 @@ _BUSY_SECONDS = 1.0
 """How long a node that another process computes is left alone before it is looked at again."""
 _LOST_LIMIT = 2
 """A node whose worker died this often has failed."""
+_STARTS_LIMIT = 5
+"""So many workers in a row died before they gave an answer: something is wrong with all of them."""
+_SILENT_SECONDS = 600.0
+"""A busy worker that says nothing for so long is mentioned."""
 _STORE_IS_UNUSABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
 
@@ -31,6 +35,7 @@ class View(Protocol):
 
     def started(self, worker: int, node: Runnable) -> None: ...
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None: ...
+    def note(self, text: str) -> None: ...
     def finished(self, worker: int, node: Runnable, result: dict[str, Any]) -> None: ...
     def failed(self, worker: int, node: Runnable, reason: str) -> None: ...
 
@@ -39,13 +44,15 @@ class View(Protocol):
 class Outcome:
     """What became of the nodes that were to do: keys computed here, and by key why a node failed.
 
-    trained, epochs: trainings among the done, and their epochs. images: training images seen by all workers.
-    not_reached: nodes that rest on a failed one. seconds: wall time.
+    found: nodes that another process published meanwhile. trained, epochs: trainings among the done, and the epochs
+    computed here. images: training images seen by all workers. not_reached: nodes that rest on a failed one. seconds:
+    wall time.
     """
 
     devices: list[str]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    found: int = 0
     trained: int = 0
     epochs: int = 0
     images: int = 0
@@ -142,7 +149,8 @@ def execute(
 
 
 def _compute(worker: Worker, node: Runnable, states: list[int], report: Report) -> tuple[str, Any]:
-    """("done", result), ("busy", None), ("input", line) or ("failed", traceback) of one node."""
+    """What became of one node: ("done", (result, epochs computed)), ("found", result) where another process was faster,
+    ("busy", None), ("input", line) or ("failed", traceback)."""
     try:
         with worker.store.lease(node) as mine:
             if not mine:
@@ -150,7 +158,7 @@ def _compute(worker: Worker, node: Runnable, states: list[int], report: Report) 
             if worker.store.has(node) and (
                 isinstance(node, Prune) or all(worker.store.has_state(StateRef(node, e)) for e in states)
             ):
-                return "done", worker.store.node(node)["result"]  # another process was faster
+                return "found", worker.store.node(node)["result"]
             return "done", worker.run(node, states, report)
     except InputError as error:
         return "input", str(error)
@@ -169,13 +177,17 @@ def _settle(queue: Queue, view: View, outcome: Outcome, worker: int, node: Runna
         queue.busy(node)
     elif kind == "input":
         raise InputError(value)
-    elif kind == "done":
-        outcome.done.append(node.key)
-        if isinstance(node, Train):
-            outcome.trained += 1
-            outcome.epochs += value["epochs"]
+    elif kind == "found":
+        outcome.found += 1
         queue.done(node)
         view.finished(worker, node, value)
+    elif kind == "done":
+        result, epochs = value
+        outcome.done.append(node.key)
+        outcome.trained += isinstance(node, Train)
+        outcome.epochs += epochs
+        queue.done(node)
+        view.finished(worker, node, result)
     else:
         log = queue.store.log(node, value)
         reason = f"{value.strip().splitlines()[-1]} (log: {log})"
@@ -209,6 +221,8 @@ class _Pool:
         self.configs = [replace(config, device=outcome.devices[i % len(outcome.devices)]) for i in range(count)]
         self.context = mp.get_context("spawn")
         self.lost: dict[str, int] = {}
+        self.died_unused = 0
+        self.heard = [time.monotonic()] * count
         self.processes: list[Any] = [None] * count
         self.pipes: list[Connection | None] = [None] * count
         self.nodes: list[Runnable | None] = [None] * count
@@ -228,20 +242,32 @@ class _Pool:
         self.processes[i] = self.context.Process(
             target=_worker_main, args=(theirs, self.configs[i], self.queue.graph), daemon=False
         )
-        self.processes[i].start()
+        # An interrupt is the parent's to handle: the child inherits that it ignores it, from its first moment.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.processes[i].start()
+        finally:
+            signal.signal(signal.SIGINT, handler)
         theirs.close()
         self.pipes[i] = mine
 
     def _hand_out(self) -> None:
         for i, busy_with in enumerate(self.nodes):
             if busy_with is None and (node := self.queue.next()) is not None:
-                self.nodes[i] = node
+                self.nodes[i], self.heard[i] = node, time.monotonic()
                 self.view.started(i, node)
                 with contextlib.suppress(OSError):  # a dead worker is noticed in _listen
                     self.pipes[i].send(node.key)  # type: ignore[union-attr]
 
     def _listen(self) -> None:
         ready = wait([p for p in self.pipes if p is not None], timeout=0.2)
+        for i, busy_with in enumerate(self.nodes):
+            if busy_with is not None and time.monotonic() - self.heard[i] > _SILENT_SECONDS:
+                self.heard[i] = time.monotonic()
+                label, pid = self.queue.graph.label(busy_with), self.processes[i].pid
+                self.view.note(
+                    f"no sign of {label} for {_SILENT_SECONDS / 60:.0f} minutes (process {pid}): does it hang?"
+                )
         for i, pipe in enumerate(self.pipes):
             if pipe is None or pipe not in ready:
                 continue
@@ -251,6 +277,7 @@ class _Pool:
                 self._lost(i)
                 continue
             node = self.nodes[i]
+            self.heard[i], self.died_unused = time.monotonic(), 0
             if node is None:
                 continue
             if kind == "progress":
@@ -273,8 +300,9 @@ class _Pool:
             else:
                 reason = f"its worker died {_LOST_LIMIT} times, last with exit code {code}: out of memory?"
                 _settle(self.queue, self.view, self.outcome, i, node, ("failed", reason))
-        elif code:
-            raise RuntimeError(f"a worker could not start (exit code {code})")
+        self.died_unused += 1
+        if self.died_unused >= _STARTS_LIMIT:
+            raise InputError(f"workers die as they start (exit code {code}): --workers 1 shows why")
         if self.queue.left:
             self._start(i)
         else:
@@ -292,7 +320,6 @@ class _Pool:
 
 
 def _worker_main(pipe: Connection, config: WorkConfig, graph: Graph) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = Worker(config)
     while True:

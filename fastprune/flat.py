@@ -15,13 +15,21 @@ _ALIGN = 64
 
 
 def prunable(model: nn.Module, linear: bool = False) -> list[tuple[str, Tensor]]:
-    """(name, weight) of every conv, in the model's order; never the bias, and linear layers only when asked."""
+    """(name, weight) of every conv, in the model's order; never the bias, and linear layers only when asked.
+
+    ValueError for a weight that two layers share.
+    """
     kinds = (nn.Conv2d, nn.Linear) if linear else (nn.Conv2d,)
-    return [
-        (f"{name}.weight" if name else "weight", module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, kinds)
-    ]
+    found: dict[int, tuple[str, Tensor]] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, kinds):
+            name = f"{module_name}.weight" if module_name else "weight"
+            if id(module.weight) in found:
+                raise ValueError(
+                    f"{found[id(module.weight)][0]} and {name} are one weight: shared layers cannot be pruned"
+                )
+            found[id(module.weight)] = (name, module.weight)
+    return list(found.values())
 
 
 def layout(named: Iterable[tuple[str, Tensor]]) -> tuple[Segment, ...]:

@@ -79,7 +79,7 @@ class Mask:
             shapes = {name: torch.Size(shape) for name, shape in facts["shapes"].items()}
             return cls.from_tensors({n: unpack_bits(packed[n], s.numel()).view(s) for n, s in shapes.items()})
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{path}: not a mask of fastprune; delete its folder to make it again") from error
+            raise InputError(f"{path}: not a mask of fastprune") from error
 
     def ratios_csv(self) -> str:
         """layer,weights,kept,pruned_fraction lines, readable without fastprune."""
@@ -130,7 +130,11 @@ class _Masked(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.mask is None and prefix + "mask" in state_dict:
             self.mask = torch.empty_like(self.weight, dtype=torch.bool)
+        missing: list[str] = args[2]
+        before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "mask" in missing[before:]:  # a plain model's weights: the mask stays as it is
+            missing.remove(prefix + "mask")
 
 
 class MaskedConv2d(_Masked, nn.Conv2d):

@@ -23,7 +23,7 @@ from fastprune.loaders.manifest import Manifest, Subset
 from fastprune.loaders.places import known
 from fastprune.loaders.synthetic import SyntheticData
 from fastprune.settings import Settings
-from fastprune.specs import DataSpec, Prune
+from fastprune.specs import DataSpec, Prune, n_to_prune
 from fastprune.store import RunStore
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def run(request: Request) -> int:
         _keep_caches_in(request.store / "cache")
         manifest, folder, choice = _find_data(request)
         data = data_spec(manifest, request.settings)
+        check_rounds(request.settings, data)
         points, graph = points_and_graph(request, data)
         devices = _devices(request.device)
         workers = request.workers or (len(devices) if devices[0] != "cpu" else min(8, len(os.sched_getaffinity(0))))
@@ -116,7 +117,8 @@ def run(request: Request) -> int:
         write_all(request.out, rows, drawing(request, data), summary)
     print()
     print(terminal_summary(summary, request.out))
-    print(f"\n{outcome.trained} trainings run, {cached.trainings} were in the store", flush=True)
+    others = f", {outcome.found} steps were another process's" if outcome.found else ""
+    print(f"\n{outcome.trained} trainings run, {cached.trainings} were in the store{others}", flush=True)
     if outcome.failed:
         for key, reason in outcome.failed.items():
             print(f"failed: {graph.label(graph.by_key[key])}: {reason}", file=sys.stderr)
@@ -153,8 +155,8 @@ def _summary(
         settings=asdict(request.settings),
         data=asdict(data),
         cost={
-            "nodes": len(outcome.done) + cached.nodes,
-            "cached": cached.nodes,
+            "nodes": len(outcome.done) + outcome.found + cached.nodes,
+            "cached": outcome.found + cached.nodes,
             "trained": outcome.trained,
             "failed": len(outcome.failed),
             "epochs": outcome.epochs,
@@ -201,9 +203,30 @@ def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
     if settings.batch_size > train:
         raise InputError(f"--batch-size is {settings.batch_size}, but there are only {train} training images")
     classes = settings.classes or len(manifest.classes)
+    if classes < 2:
+        raise InputError(f"{manifest.name} has one class: there is nothing to learn")
     return DataSpec(
         manifest.name, manifest.fingerprint, classes, settings.train_per_class, settings.val_per_class, train, val
     )
+
+
+def check_rounds(settings: Settings, data: DataSpec) -> None:
+    """InputError where a round would prune nothing, or all that is left."""
+    import torch
+
+    from fastprune.flat import prunable
+    from fastprune.models import build
+
+    with torch.device("meta"):
+        left = sum(weight.numel() for _, weight in prunable(build(settings.network(data))))
+    for round in range(1, settings.rounds + 1):
+        gone = n_to_prune(left, settings.fraction)
+        if not 0 < gone < left:
+            what = "nothing" if gone == 0 else "all"
+            raise InputError(
+                f"round {round} of {settings.rounds} would prune {what} of {left} weights: change --fraction"
+            )
+        left -= gone
 
 
 def subset(settings: Settings) -> Subset:
@@ -212,6 +235,8 @@ def subset(settings: Settings) -> Subset:
 
 def _data(request: Request) -> str | SyntheticData:
     """What the loaders are asked for: a folder, or as many generated images as the settings use."""
+    if request.data == "":
+        raise InputError("--data is empty: give the folder of Tiny ImageNet, or 'synthetic'")
     if request.data is None:
         raise InputError(f"preset {request.preset} trains on Tiny ImageNet: say where it is with --data DIR")
     if request.data != "synthetic":
@@ -242,7 +267,7 @@ def _devices(asked: str | None) -> list[str]:
     kind, _, number = asked.partition(":")
     if asked == "cpu":
         return ["cpu"]
-    if kind != "cuda" or (number and not number.isdigit()):
+    if kind != "cuda" or (":" in asked and not (number.isascii() and number.isdecimal())):
         raise InputError(f"unknown device {asked!r}: choose cpu, cuda or cuda:N")
     if int(number or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {asked}: there are {torch.cuda.device_count()} CUDA devices here")
@@ -336,11 +361,11 @@ def _duration(seconds: float) -> str:
 
 
 def redraw(request: Request) -> int:
-    """Draws again from results.csv alone."""
+    """Draws again from results.csv; titles and notes are those of summary.json, where that is still there."""
     if not request.out.is_dir():
         raise InputError(f"no results.csv in {request.out}: run the figure first, or give its folder's parent as --out")
     with _writable(request.out), tempfile.TemporaryDirectory(dir=request.out) as caches:
         _keep_caches_in(Path(caches))
-        for path in draw_again(request.out, drawing(request, _planned_data(request))):
+        for path in draw_again(request.out):
             print(path)
     return DONE

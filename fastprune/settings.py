@@ -62,28 +62,50 @@ class Settings:
         return check(replace(self, **changes))
 
 
+_BOUNDS: dict[str, tuple[float, float]] = {
+    # Narrower networks crash CPU convolutions of some PyTorch versions in channels-last.
+    "width": (4, 4096),
+    "epochs": (1, 100_000),
+    "seeds": (1, 1000),
+    "rounds": (1, 1000),
+    "batch_size": (1, 1 << 20),
+    "classes": (2, 1 << 20),
+    "train_per_class": (1, 1 << 30),
+    "val_per_class": (1, 1 << 30),
+    "warmup_epochs": (0, 100_000),
+    "gamma": (1e-9, 1.0),
+    "fraction": (1e-6, 1 - 1e-6),
+    "momentum": (0.0, 0.999999),
+    "weight_decay": (0.0, 1e6),
+    "label_smoothing": (0.0, 0.999999),
+}
+
+
 def check(s: Settings) -> Settings:
     """InputError, one line, for settings that make no sense."""
-    positive = ("width", "epochs", "gamma", "seeds", "rounds", "batch_size")
-    for name in positive:
-        if not getattr(s, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(s, name)}, expected a number above 0")
-    for name in ("classes", "train_per_class", "val_per_class"):
+    for name, (low, high) in _BOUNDS.items():
         value = getattr(s, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    if not 0 < s.fraction < 1:
-        raise InputError(f"--fraction is {s.fraction}, expected a number between 0 and 1")
-    for name in ("momentum", "weight_decay", "label_smoothing", "warmup_epochs"):
-        if not getattr(s, name) >= 0:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(s, name)}, expected 0 or more")
+        if value is not None and not low <= value <= high:
+            raise InputError(f"{_flag(name)} is {value}, expected {low:g} to {high:g}")
+    if s.nesterov and s.momentum == 0:
+        raise InputError("--nesterov needs a --momentum above 0")
+    if any(m < 1 for m in s.milestones) or list(s.milestones) != sorted(set(s.milestones)):
+        raise InputError(
+            f"--milestones are {' '.join(map(str, s.milestones))}, expected epochs in rising order, from 1"
+        )
+    if s.warmup_epochs > s.epochs:
+        raise InputError(f"--warmup-epochs is {s.warmup_epochs}, but a training has {s.epochs} epochs")
     for name in ("lr_find", "lr_eval"):
         rates = getattr(s, name)
         if not rates or any(not 0 < r < float("inf") for r in rates):
-            raise InputError(f"--{name.replace('_', '-')} needs one or more rates above 0")
-        if len(set(rates)) < len(rates):
-            raise InputError(f"--{name.replace('_', '-')} names a rate twice")
+            raise InputError(f"{_flag(name)} needs one or more rates above 0")
+        if len({f"{r:g}" for r in rates}) < len(rates):
+            raise InputError(f"{_flag(name)} names a rate twice (to six digits)")
     return s
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -23,7 +23,7 @@ class Record:
     """A frozen dataclass of plain values; `identity()` is what its key hashes."""
 
     def identity(self) -> dict[str, Any]:
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.metadata.get("semantic", True)}  # type: ignore[arg-type]
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
 
 def _plain(value: Any) -> Any:

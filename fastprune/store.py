@@ -72,9 +72,12 @@ class RunStore:
         """node.json of a published node. InputError if it is damaged."""
         path = self.path(node) / "node.json"
         try:
-            return json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: damaged or unreadable ({error}); delete its folder to train it again") from error
+            found = json.loads(path.read_text())
+            if not isinstance(found, dict) or not {"result", "provenance"} <= found.keys():
+                raise ValueError("fields are missing")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: damaged or unreadable ({error}); delete its folder to make it again") from error
+        return found
 
     def mask_path(self, node: Prune) -> Path:
         return self.path(node) / "mask.safetensors"
@@ -119,6 +122,8 @@ class RunStore:
             _fsync(folder / "node.json")
             _fsync(folder)
             folder.chmod(0o755)
+            if final.exists() and not self.has(node):  # somebody took node.json away: what is left is of no use
+                os.rename(final, self.root / "tmp" / f"{node.key}-damaged-{os.getpid()}")
             try:
                 os.rename(folder, final)
             except OSError:
@@ -127,6 +132,7 @@ class RunStore:
             _fsync(final.parent)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self.root / "tmp" / f"{node.key}-damaged-{os.getpid()}", ignore_errors=True)
 
     def save_partial(self, node: Train, name: str, write: Callable[[Path], Any]) -> None:
         """Writes or replaces a file of a run in progress, atomically."""
@@ -155,6 +161,8 @@ class RunStore:
             for folder in (self.root / "tmp").glob(f"{node.key}-*"):
                 shutil.rmtree(folder, ignore_errors=True)
             for half_written in (self.root / "partial").glob(f".{node.key}.*"):
+                half_written.unlink(missing_ok=True)
+            for half_written in self.path(node).glob(".state-*"):
                 half_written.unlink(missing_ok=True)
             yield True
         finally:

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fastprune.errors import InputError
@@ -26,10 +26,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Any = None) 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     """(tensors, facts) of what write_tensors wrote. InputError for anything else."""
     try:
-        with safe_open(path, "pt") as f:
-            facts = json.loads((f.metadata() or {})[_KEY])
-        return load_file(path), facts
+        content = path.read_bytes()
+        tensors = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return tensors, json.loads(header["__metadata__"][_KEY])
     except KeyError:
         raise InputError(f"{path}: a safetensors file, but none of fastprune's") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: missing, damaged or foreign ({error}); delete it to make it again") from error
+        raise InputError(f"{path}: missing, damaged or foreign ({error})") from error

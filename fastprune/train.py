@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune.flat import FlatParams
-from fastprune.masks import Mask
+from fastprune.masks import Mask, masks_of
 from fastprune.optim import FlatSGD
 from fastprune.specs import PRECISIONS, OptimizerSpec, ScheduleSpec
 
@@ -47,6 +47,7 @@ class EpochMetrics:
 class Trainer:
     """Trains `model` in channels-last, its parameters flat.
 
+    Masks that the model carries hold from the start.
     precision: "fp32", "bf16" (autocast) or "fp16" (autocast and a gradient scaler). The model is moved to `device`, and
     its parameters are replaced by views of flat buffers.
     """
@@ -57,7 +58,9 @@ class Trainer:
         self.device = torch.device(device)
         self.precision = precision
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        carried = masks_of(self.model)
         self.flat = FlatParams(self.model)
+        self.flat.set_mask(carried.keep)
         self.optimizer = FlatSGD(self.flat, lr=0.0)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 

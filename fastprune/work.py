@@ -6,7 +6,8 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import fastprune
+from fastprune.errors import InputError
 from fastprune.flat import layout, prunable
 from fastprune.graph import Runnable
 from fastprune.loaders import DataSource, Subset, open_data
@@ -23,7 +25,7 @@ from fastprune.loaders.manifest import Manifest
 from fastprune.masks import Mask
 from fastprune.models import build, initial_model
 from fastprune.pruning import magnitude_scores, prune, random_scores
-from fastprune.specs import DataSpec, Init, ModelSpec, Prune, Train
+from fastprune.specs import ALLOCATIONS, SCORES, DataSpec, Init, ModelSpec, Prune, Train
 from fastprune.store import RunStore, write_csv
 from fastprune.tensors import read_tensors, write_tensors
 from fastprune.train import EpochMetrics, Trainer
@@ -57,19 +59,20 @@ class Worker:
         self._trainers: dict[tuple[ModelSpec, str], Trainer] = {}
         self._initial: dict[str, dict[str, Tensor]] = {}
 
-    def run(self, node: Runnable, states: list[int], report: Report) -> dict[str, Any]:
-        """Computes and publishes a node whose parents are published; returns its result.
+    def run(self, node: Runnable, states: list[int], report: Report) -> tuple[dict[str, Any], int]:
+        """Computes and publishes a node whose parents are published; returns its result, and the epochs it took here.
 
         states: epochs after which a training run's state is kept.
         """
         if isinstance(node, Prune):
-            return self._prune(node)
+            return self._prune(node), 0
         return self._train(node, states, report)
 
-    def _train(self, node: Train, states: list[int], report: Report) -> dict[str, Any]:
+    def _train(self, node: Train, states: list[int], report: Report) -> tuple[dict[str, Any], int]:
         trainer = self._trainer(node.model, node.precision)
-        history = self._start(trainer, node)
-        trainer.set_mask(None if node.mask is None else Mask.load(self.store.mask_path(node.mask)))
+        history = self._start(trainer, node, states)
+        done_before = len(history)
+        trainer.set_mask(None if node.mask is None else self._mask(node.mask))
         train, val = self._batches(node.data, node.seed, node.optimizer.batch_size)
         saved_at = time.monotonic()
         report(len(history), 0)
@@ -116,25 +119,33 @@ class Worker:
         seconds = sum(m.seconds for m in history)
         self.store.publish(node, result, self._provenance(seconds, rate), files)
         self.store.drop_partial(node)
-        return result
+        return result, len(history) - done_before
 
-    def _start(self, trainer: Trainer, node: Train) -> list[EpochMetrics]:
-        """Puts the trainer where the run begins, or where its checkpoint left it; returns the epochs done."""
+    def _start(self, trainer: Trainer, node: Train, states: list[int]) -> list[EpochMetrics]:
+        """Puts the trainer where the run begins, or where its checkpoint left it; returns the epochs done.
+
+        A checkpoint that has passed a state which is wanted only now does not help.
+        """
         path = self.store.partial_path(node, "checkpoint")
         if path.exists():
             try:
                 state, done = read_tensors(path)
-                trainer.load_state(state)
-                return [EpochMetrics(**m) for m in done]
+                history = [EpochMetrics(**m) for m in done]
+                passed = (e for e in states if e <= len(history))
+                if all(self.store.partial_path(node, f"state-{e}").exists() for e in passed):
+                    trainer.load_state(state)
+                    return history
             except (TypeError, ValueError) as error:
                 print(f"unusable checkpoint, this run starts from its beginning: {error}", file=sys.stderr)
         trainer.load_state(self._initial_state(node.start), momentum=False)
         return []
 
     def _prune(self, node: Prune) -> dict[str, Any]:
+        if node.score not in SCORES or node.allocation not in ALLOCATIONS:
+            raise ValueError(f"cannot prune by score {node.score!r} with allocation {node.allocation!r}")
         began = time.perf_counter()
         if node.prior is not None:
-            mask = Mask.load(self.store.mask_path(node.prior))
+            mask = self._mask(node.prior)
         else:
             with torch.device("meta"):
                 model = build(node.model)
@@ -159,6 +170,11 @@ class Worker:
         )
         return result
 
+    def _mask(self, node: Prune) -> Mask:
+        path = self.store.mask_path(node)
+        with _to_be_made_again(path):
+            return Mask.load(path)
+
     def _weights(self, node: Prune) -> dict[str, Tensor]:
         if isinstance(node.source, Init):
             state = self._initial_state(node.source)
@@ -166,7 +182,8 @@ class Worker:
             path = self.store.state_path(node.source)
             if path is None:
                 raise RuntimeError(f"training {node.source.node.key} has no state after epoch {node.source.epoch}")
-            state, _ = read_tensors(path)
+            with _to_be_made_again(path):
+                state, _ = read_tensors(path)
         return {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
 
     def _trainer(self, model: ModelSpec, precision: str) -> Trainer:
@@ -190,6 +207,15 @@ class Worker:
     def _provenance(self, seconds: float, rate: float | None) -> dict[str, Any]:
         where = environment(self.config.loader, [self.config.device])
         return {**where, "wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
+
+
+@contextmanager
+def _to_be_made_again(path: Path) -> Iterator[None]:
+    """Says what to do about a damaged file of a published node."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; delete the folder {path.parent} to make it again") from error
 
 
 def environment(loader: str, devices: list[str]) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without an install
 
-from fastprune.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from fastprune.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # before main could say so
+        sys.exit(130)

@@ -1,5 +1,6 @@
 """The scheduler, with workers that die, runs that fail, and a data set of tensors in place of images."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -234,6 +235,34 @@ def test_a_full_disk_is_bad_input(config, monkeypatch):
         execute(Graph.of(chains().find_runs(0.2)[:1]), config, Silent())
     assert "\n" not in str(error.value)
     assert not list((config.store / "tmp").iterdir())
+
+
+def test_a_damaged_mask_says_what_to_delete_and_then_is_made_again(config):
+    c = chains()
+    first = c.masks(None)[0]
+    execute(Graph.of([first]), config, Silent())
+    store = RunStore(config.store)
+    store.mask_path(first).write_bytes(b"")
+    graph = Graph.of(c.eval_runs(None, 0.5)[:2])
+    with pytest.raises(InputError, match=f"delete the folder {store.path(first)}"):
+        execute(graph, config, Silent())
+    shutil.rmtree(store.path(first))
+    assert execute(graph, config, Silent()).failed == {}
+
+
+def test_what_another_process_published_is_not_counted_as_done_here(config):
+    run = chains().find_runs(0.2)[0]
+    queue = Queue(Graph.of([run]), RunStore(config.store))
+    execute(Graph.of([run]), config, Silent())
+    outcome = Outcome(["cpu"])
+    execution._run_here(queue, config, Silent(), outcome)
+    assert (outcome.done, outcome.found, outcome.trained, outcome.epochs) == ([], 1, 0, 0)
+
+
+def test_an_unknown_allocation_is_no_global_mask(config):
+    prune = replace(chains().masks(None)[0], allocation="by moonlight")
+    outcome = execute(Graph.of([prune]), config, Silent())
+    assert "by moonlight" in outcome.failed[prune.key]
 
 
 def test_the_longest_chain_goes_first(config):

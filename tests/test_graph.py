@@ -130,7 +130,15 @@ def test_number_to_prune(remaining, expected):
 BAD = {
     "seeds": 0, "rounds": -1, "epochs": 0, "fraction": 1.0, "gamma": 0.0, "batch_size": 0, "width": 0,
     "momentum": -1.0, "lr_find": (), "lr_eval": (0.5, 0.5), "classes": 0, "weight_decay": float("nan"),
+    "milestones": (3, 2), "label_smoothing": 2.0, "warmup_epochs": 111, "train_per_class": 0, "val_per_class": -1,
 }  # fmt: skip
+
+
+def test_settings_that_only_fail_together():
+    with pytest.raises(InputError, match="--momentum"):
+        PAPER.override(nesterov=True, momentum=0.0)
+    with pytest.raises(InputError, match="twice"):
+        PAPER.override(lr_find=(0.1, 0.1000000001))  # one name in the figure
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -14,6 +14,7 @@ from fastprune.masks import Mask, MaskedConv2d, attach, masks_of
 from fastprune.models import build
 from fastprune.pruning import magnitude_scores, prune, random_scores
 from fastprune.specs import ModelSpec, n_to_prune
+from fastprune.train import Trainer
 
 
 def tiny() -> nn.Module:
@@ -87,6 +88,26 @@ def test_state_dict_carries_the_masks():
     other = attach(tiny())
     other.load_state_dict(state)
     assert torch.equal(masks_of(other).keep, mask.keep)
+
+
+def test_a_plain_state_dict_loads_into_a_masked_model_and_back():
+    mask = random_mask(tiny())
+    masked = attach(tiny(), mask)
+    masked.load_state_dict(tiny().state_dict())
+    assert torch.equal(masks_of(masked).keep, mask.keep)
+
+
+def test_a_trainer_keeps_the_masks_that_a_model_carries():
+    mask = random_mask(tiny())
+    trainer = Trainer(attach(tiny(), mask))
+    assert torch.equal(trainer.flat.mask, mask.keep)
+
+
+def test_a_weight_that_two_layers_share_is_refused():
+    one, two = nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)
+    two.weight = one.weight
+    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight"):
+        FlatParams(nn.Sequential(one, two))
 
 
 def test_linear_layers_when_asked():

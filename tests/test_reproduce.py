@@ -101,6 +101,18 @@ def test_redraw_needs_results_alone(finished, tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_redraw_without_the_summary_claims_nothing_it_does_not_know(finished, tmp_path, capsys):
+    out = tmp_path / "A2"
+    out.mkdir()
+    (out / "results.csv").write_bytes((finished / "out/A2/results.csv").read_bytes())
+    for preset_name in ("smoke", "paper"):
+        assert main(["--fig", "A2", "--redraw", "--preset", preset_name, "--out", str(tmp_path)]) == 0
+    assert {p.name for p in out.iterdir()} == {"results.csv", "figure.png", "figure.pdf"}
+    pdf = (out / "figure.pdf").read_bytes()
+    main(["--fig", "A2", "--redraw", "--out", str(tmp_path)])
+    assert (out / "figure.pdf").read_bytes() == pdf
+
+
 def command(root: Path, *more: str) -> list[str]:
     return [sys.executable, str(ROOT / "scripts/reproduce.py"), *TINY, *folders(root), *more]
 
@@ -184,7 +196,55 @@ def test_an_interrupt_is_130_and_continues(finished, tmp_path):
     assert "Traceback" not in said
 
 
+def children(process: subprocess.Popen) -> list[str]:
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def workers(process: subprocess.Popen) -> list[str]:
+    """The worker processes among its children: multiprocessing keeps a resource tracker too."""
+    return [c for c in children(process) if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced(finished, tmp_path):
+    """Both of them, whatever they are doing: one of the two soon has nothing to do."""
+    process = subprocess.Popen(
+        command(tmp_path, "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while len(published(tmp_path)) < 2:
+        time.sleep(0.02)
+    for pid in workers(process):
+        os.kill(int(pid), signal.SIGKILL)
+    said = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert (tmp_path / "out/A2/results.csv").read_bytes() == (finished / "out/A2/results.csv").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.1, 4.0, 8.0])
+def test_an_interrupt_from_the_terminal_is_one_line_at_any_moment(tmp_path, wait):
+    """A terminal sends it to every process of the group, starting workers too."""
+    arguments = command(tmp_path, "--workers", "2", "--epochs", "50")
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    time.sleep(wait)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)  # the interpreter itself may still be starting
+    assert "Traceback" not in said or process.returncode == -signal.SIGINT
+
+
 BAD = {
+    "one class": ([*TINY, "--classes", "1"], "--classes is 1"),
+    "nothing pruned": ([*TINY, "--fraction", "0.000002"], "would prune nothing"),
+    "all pruned": ([*TINY, "--fraction", "0.99", "--rounds", "9"], "would prune all"),
+    "empty data": (["--fig", "A2", "--data", ""], "--data is empty"),
+    "odd device": (["--fig", "A2", "--device", "cuda:²"], "unknown device"),
+    "abbreviated": (["--fig", "A2", "--seed", "3"], "--seed"),
+    "both": (["--fig", "A2", "--plan", "--redraw"], "--redraw"),
+    "seconds": (["--fig", "A2", "--checkpoint-seconds", "nan"], "--checkpoint-seconds"),
+    "two lines": (["--fig", "A2", "--data", "a\nb"], "a b"),
     "figure": (["--fig", "A9"], "unknown figure 'A9'"),
     "preset": (["--fig", "A2", "--preset", "huge"], "unknown preset 'huge'"),
     "flag": (["--fig", "A2", "--bogus"], "--bogus"),

@@ -80,10 +80,21 @@ def test_a_trained_parent_is_not_trained_again_for_a_finished_prune(tmp_path):
     assert Graph.of([PRUNE]).todo(store) == []
 
 
-def test_damaged_node_is_named(tmp_path):
+def test_a_folder_without_its_node_json_is_made_again(tmp_path):
     store = RunStore(tmp_path)
     publish(store)
-    (store.path(TRAIN) / "node.json").write_text("{")
+    (store.path(TRAIN) / "node.json").unlink()
+    assert not store.has(TRAIN)
+    publish(store, text="again")
+    assert (store.path(TRAIN) / "metrics.csv").read_text() == "again"
+    assert leftovers(store) == []
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff", b""])
+def test_damaged_node_is_named(tmp_path, content):
+    store = RunStore(tmp_path)
+    publish(store)
+    (store.path(TRAIN) / "node.json").write_bytes(content)
     with pytest.raises(InputError, match=TRAIN.key) as error:
         store.node(TRAIN)
     assert "\n" not in str(error.value)

@@ -93,7 +93,13 @@ def _recorded_drawing(path: Path) -> Drawing | None:
 def _bare_drawing(rows: Sequence[Row]) -> Drawing:
     names = sorted({row.figure for row in rows})
     panels = sorted({row.panel for row in rows} - {"find"}) or ["find"]
-    return Drawing(title=f"Figure {', '.join(names)}".strip(), panels=dict.fromkeys(panels, ""))
+    return Drawing(title=f"Figure {', '.join(names)}".strip(), panels={panel: _rate(rows, panel) for panel in panels})
+
+
+def _rate(rows: Sequence[Row], panel: str) -> str:
+    rates = {row.lr_eval for row in rows if row.panel == panel}
+    rate = rates.pop() if len(rates) == 1 else None
+    return "" if rate is None else f"LR_eval = {rate:g}"
 
 
 def terminal_summary(summary: Mapping[str, Any], folder: Path | None = None) -> str:
