@@ -1,10 +1,7 @@
 """On the real images, where FASTPRUNE_TINY_IMAGENET names the folder: unpacked, or holding its parts as *.tar.gz."""
 
-import os
 import shutil
-import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,47 +10,7 @@ import torch
 from fastprune.loaders import choose_loader, locate, open_data, prepare
 from fastprune.loaders.layout import DISTRIBUTED, scan
 from fastprune.loaders.samples import read_image
-
-VARIABLE = "FASTPRUNE_TINY_IMAGENET"
-CLASSES = 4
-
-
-@pytest.fixture(scope="session")
-def given() -> Path:
-    folder = os.environ.get(VARIABLE)
-    if not folder:
-        pytest.skip(f"{VARIABLE} is not set")
-    if not Path(folder).is_dir():
-        pytest.skip(f"{VARIABLE} names no folder: {folder}")
-    return Path(folder)
-
-
-def unpack(given: Path, to: Path, *patterns: str) -> Path:
-    """The data set's parts that match, unpacked; `given` itself where it is unpacked already."""
-    archives = [archive for pattern in patterns for archive in sorted(given.glob(pattern))]
-    for archive in archives:
-        with tarfile.open(archive) as content:
-            content.extractall(to, filter="data")
-    return to if archives else given
-
-
-@pytest.fixture(scope="session")
-def few_classes(given, tmp_path_factory) -> Path:
-    """The first classes of the real data set as a data set of its own."""
-    root = unpack(given, tmp_path_factory.mktemp("parts"), "train-0.tar.gz", "val.tar.gz")
-    root = root / "tiny-imagenet-200" if (root / "tiny-imagenet-200").is_dir() else root
-    few = tmp_path_factory.mktemp("few") / "tiny-imagenet-200"
-    wnids = sorted(path.name for path in (root / "train").iterdir())[:CLASSES]
-    for wnid in wnids:
-        shutil.copytree(root / "train" / wnid, few / "train" / wnid)
-    (few / "val" / "images").mkdir(parents=True)
-    lines = (root / "val" / "val_annotations.txt").read_text().splitlines(keepends=True)
-    lines = [line for line in lines if line.split("\t")[1] in wnids]
-    (few / "val" / "val_annotations.txt").write_text("".join(lines))
-    for line in lines:
-        name = line.split("\t")[0]
-        shutil.copy(root / "val" / "images" / name, few / "val" / "images" / name)
-    return few
+from tests.conftest import CLASSES, unpack
 
 
 @pytest.mark.usefixtures("ffcv")
