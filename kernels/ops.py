@@ -41,7 +41,8 @@ def masked_cast(weight: Tensor, mask: Tensor, out: Tensor, *, block: int = ELEME
         _check_block(block)
         elementwise.masked_cast(weight, mask, out, block)
         return out
-    return out.copy_(weight).masked_fill_(~mask, 0.0)
+    _zero_pruned(out.copy_(weight), mask)
+    return out
 
 
 def masked_sgd_(
@@ -93,9 +94,8 @@ def masked_sgd_(
     step = grad.add_(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
     weight.add_(step, alpha=-float(lr))
     if mask is not None:
-        pruned = ~mask
-        weight.masked_fill_(pruned, 0.0)
-        momentum_buffer.masked_fill_(pruned, 0.0)
+        _zero_pruned(weight, mask)
+        _zero_pruned(momentum_buffer, mask)
     if low_precision_copy is not None:
         low_precision_copy.copy_(weight)
 
@@ -236,6 +236,12 @@ def _cast_like(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
     flat = [t.as_strided((t.numel(),), (1,)) for t in (weight, mask, out)]
     masked_cast(flat[0].detach(), flat[1], flat[2])
     return out
+
+
+def _zero_pruned(values: Tensor, mask: Tensor) -> None:
+    """+0 where pruned, as bits: what is there may be NaN. Several times faster than masked_fill_ on a CPU."""
+    kind = {2: torch.uint16, 4: torch.uint32, 8: torch.uint64}[values.element_size()]
+    select_cpu.zero_pruned(values.detach().view(kind).numpy(), mask.numpy())
 
 
 def _check(name: str, tensor: Tensor, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

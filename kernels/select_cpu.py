@@ -6,6 +6,7 @@ partitioned. Where the sample misleads, a partition of all keys decides: the res
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,10 @@ def kth_key(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) -> 
     """
     low, high = _bracket(keys, mask, k, kept, top)
     kind = keys.dtype.type
-    room = np.empty(kept, keys.dtype)
-    below, inside = compiled(_gather)(keys, mask, kind(low), kind(high), kind(top), room)
+    room = np.empty(kept + 1, keys.dtype)
+    below, inside = compiled(_gather)(keys, mask, kind(low), kind(high), _magnitude(keys), kind(top), room)
     if not below < k <= below + inside:
-        below, inside = compiled(_gather)(keys, mask, kind(0), kind(top), kind(top), room)
+        below, inside = compiled(_gather)(keys, mask, kind(0), kind(top), _magnitude(keys), kind(top), room)
     return int(np.partition(room[:inside], k - below - 1)[k - below - 1])
 
 
@@ -44,21 +45,24 @@ def keep_above(
     """
     if not count:
         return
-    threshold = kth_key(keys, mask, count, kept, top)
-    tied, cleared = compiled(_clear_below)(keys, mask, keys.dtype.type(threshold), keys.dtype.type(top))
-    wanted = count - cleared
-    if wanted == tied:
-        compiled(_clear_equal)(keys, mask, keys.dtype.type(threshold), keys.dtype.type(top))
+    threshold = keys.dtype.type(kth_key(keys, mask, count, kept, top))
+    least, above = np.empty_like(mask), np.empty_like(mask)
+    compiled(_compare)(keys, mask, threshold, _magnitude(keys), keys.dtype.type(top), least, above)
+    at_least = np.count_nonzero(least)
+    wanted = count - (kept - at_least)
+    if wanted == at_least - np.count_nonzero(above):
+        mask[:] = above
         return
-    magnitude = np.minimum(keys & keys.dtype.type(_magnitude(keys)), keys.dtype.type(top))
-    index = np.flatnonzero(mask & (magnitude == threshold))
+    mask[:] = least
+    index = np.flatnonzero(least & ~above)
     if segments is not None:
         index = index[np.argsort(logical_positions(segments, index + start), kind="stable")]
     mask[index[:wanted]] = False
 
 
-def _magnitude(keys: np.ndarray) -> int:
-    return int(np.iinfo(keys.dtype).max >> 1)
+def _magnitude(keys: np.ndarray) -> np.unsignedinteger[Any]:
+    """All bits but the sign."""
+    return keys.dtype.type(np.iinfo(keys.dtype).max >> 1)
 
 
 def _bracket(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) -> tuple[int, int]:
@@ -68,7 +72,7 @@ def _bracket(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) ->
     # Evenly spaced with an odd stride, so that no layout of layers or channels lines up with it.
     stride = (max(1, keys.size // (4 * _SAMPLE))) | 1
     kind = keys.dtype.type
-    sample = np.minimum(keys[::stride][mask[::stride]] & kind(_magnitude(keys)), kind(top))
+    sample = np.minimum(keys[::stride][mask[::stride]] & _magnitude(keys), kind(top))
     if sample.size < 64:
         return 0, top
     sample.sort()
@@ -78,37 +82,31 @@ def _bracket(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) ->
     return int(sample[first]) if first >= 0 else 0, int(sample[last]) if last < sample.size else top
 
 
-def _gather(keys, mask, low, high, top, room):
-    """Counts kept keys below `low`; writes those in [low, high] to `room` and counts them."""
-    sign = keys.dtype.type(1) << keys.dtype.type(8 * keys.itemsize - 1)
+def _gather(keys, mask, low, high, magnitude, top, room):
+    """Counts kept keys below `low`; writes those in [low, high] to `room` (one longer than needed) and counts them."""
     below, inside = 0, 0
     for i in range(keys.size):
-        key = min(keys[i] & ~sign, top)
-        if mask[i]:
-            if key < low:
-                below += 1
-            elif key <= high:
-                room[inside] = key
-                inside += 1
+        key = min(keys[i] & magnitude, top)
+        # Without a branch: which key is kept cannot be predicted.
+        room[inside] = key
+        below += mask[i] & (key < low)
+        inside += mask[i] & (key >= low) & (key <= high)
     return below, inside
 
 
-def _clear_below(keys, mask, threshold, top):
-    """Clears kept keys below the threshold; returns (how many equal it, how many were cleared)."""
-    sign = keys.dtype.type(1) << keys.dtype.type(8 * keys.itemsize - 1)
-    tied, cleared = 0, 0
+def _compare(keys, mask, threshold, magnitude, top, least, above):
+    """What the mask keeps of the keys from the threshold on, and above it. Counts nothing, so it vectorises."""
     for i in range(keys.size):
-        key = min(keys[i] & ~sign, top)
-        kept = mask[i]
-        lower = kept and key < threshold
-        mask[i] = kept and not lower
-        cleared += lower
-        tied += kept and key == threshold
-    return tied, cleared
+        key = min(keys[i] & magnitude, top)
+        least[i] = mask[i] & (key >= threshold)
+        above[i] = mask[i] & (key > threshold)
 
 
-def _clear_equal(keys, mask, threshold, top):
-    sign = keys.dtype.type(1) << keys.dtype.type(8 * keys.itemsize - 1)
-    for i in range(keys.size):
-        if min(keys[i] & ~sign, top) == threshold:
-            mask[i] = False
+def zero_pruned(values: np.ndarray, mask: np.ndarray) -> None:
+    """Writes zero bits where the mask (bool [n]) is False; values: unsigned [n], mutated."""
+    compiled(_zero_pruned)(values, mask, values.dtype.type(0))
+
+
+def _zero_pruned(values, mask, zero):
+    for i in range(values.size):
+        values[i] = values[i] if mask[i] else zero
