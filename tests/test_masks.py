@@ -110,6 +110,25 @@ def test_a_weight_that_two_layers_share_is_refused():
         FlatParams(nn.Sequential(one, two))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_masked_model_compiles_without_graph_breaks(autocast):
+    model, images = attach(tiny(), random_mask(tiny())).eval(), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert torch.equal(compiled(images), model(images))
+    torch.compiler.reset()
+
+
+def test_autocast_computes_with_the_mask_too():
+    model, images = tiny().eval(), torch.randn(2, 3, 32, 32)
+    mask = random_mask(model)
+    zeroed = copy.deepcopy(model)
+    for name, keep in mask.tensors().items():
+        zeroed.get_parameter(name).data.mul_(keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attach(model, mask)(images), zeroed(images))
+
+
 def test_linear_layers_when_asked():
     model = attach(nn.Sequential(nn.Linear(4, 3), nn.Conv2d(1, 1, 1)), linear=True)
     keep = {"0.weight": torch.eye(3, 4, dtype=torch.bool), "1.weight": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
