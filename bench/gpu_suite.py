@@ -29,7 +29,8 @@ from fastprune.kernels.crop_reference import crop_flip_normalize_reference
 from fastprune.masks import Mask
 from fastprune.models import build
 from fastprune.pruning import prune, random_scores
-from fastprune.reproduce import Request, run
+from fastprune.reproduce import run
+from fastprune.request import Request
 from fastprune.settings import preset
 from fastprune.specs import ModelSpec, OptimizerSpec, ScheduleSpec
 from fastprune.train import Trainer

@@ -12,7 +12,8 @@ from typing import NoReturn
 
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, load
-from fastprune.reproduce import BAD_INPUT, DONE, INTERRUPTED, Request, plan, redraw, run
+from fastprune.reproduce import BAD_INPUT, DONE, INTERRUPTED, plan, redraw, run
+from fastprune.request import Request
 from fastprune.settings import PRESETS, Settings, preset
 from fastprune.specs import PRECISIONS
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import heapq
 import multiprocessing as mp
 import os
 import signal
@@ -15,12 +14,11 @@ from typing import Any, Protocol
 
 from fastprune.errors import InputError
 from fastprune.graph import Graph, Runnable
+from fastprune.schedule import Queue
 from fastprune.specs import Prune, StateRef, Train
 from fastprune.store import RunStore
 from fastprune.work import Report, WorkConfig, Worker
 
-_BUSY_SECONDS = 1.0
-"""How long a node that another process computes is left alone before it is looked at again."""
 _LOST_LIMIT = 2
 """A node whose worker died this often has failed."""
 _STARTS_LIMIT = 5
@@ -58,74 +56,6 @@ class Outcome:
     images: int = 0
     not_reached: int = 0
     seconds: float = 0.0
-
-
-class Queue:
-    """The nodes still to do, handed out when their parents are there, longest remaining chain first."""
-
-    def __init__(self, graph: Graph, store: RunStore) -> None:
-        self.graph, self.store = graph, store
-        todo = graph.todo(store)
-        self._open = {n.key for n in todo}
-        self._waiting: dict[str, set[str]] = {}
-        self._children: dict[str, list[str]] = {}
-        self._ready: list[tuple[int, int, str]] = []
-        self._busy: list[tuple[float, str]] = []
-        self._order = {n.key: i for i, n in enumerate(graph.nodes)}
-        for node in todo:
-            missing = {p.key for p in node.parents()} & self._open
-            self._waiting[node.key] = missing
-            for parent in missing:
-                self._children.setdefault(parent, []).append(node.key)
-            if not missing:
-                self._push(node.key)
-
-    def _push(self, key: str) -> None:
-        heapq.heappush(self._ready, (-self.graph.height[key], self._order[key], key))
-
-    @property
-    def left(self) -> int:
-        """Nodes neither done nor failed."""
-        return len(self._open)
-
-    def next(self) -> Runnable | None:
-        """A node that can run now, or None."""
-        now = time.monotonic()
-        while self._busy and self._busy[0][0] <= now:
-            self._push(heapq.heappop(self._busy)[1])
-        if not self._ready:
-            return None
-        return self.graph.by_key[heapq.heappop(self._ready)[2]]
-
-    @property
-    def waits_for_others(self) -> bool:
-        """Whether nodes are being computed by other processes."""
-        return bool(self._busy)
-
-    def busy(self, node: Runnable) -> None:
-        """Another process computes this node: look again later."""
-        heapq.heappush(self._busy, (time.monotonic() + _BUSY_SECONDS, node.key))
-
-    def again(self, node: Runnable) -> None:
-        self._push(node.key)
-
-    def done(self, node: Runnable) -> None:
-        self._open.discard(node.key)
-        for child in self._children.get(node.key, []):
-            self._waiting[child].discard(node.key)
-            if not self._waiting[child] and child in self._open:
-                self._push(child)
-
-    def fail(self, node: Runnable) -> int:
-        """Gives up a node and all that rests on it; returns how many others that are."""
-        lost, stack = -1, [node.key]
-        while stack:
-            key = stack.pop()
-            if key in self._open:
-                self._open.discard(key)
-                lost += 1
-                stack.extend(self._children.get(key, []))
-        return max(lost, 0)
 
 
 def execute(

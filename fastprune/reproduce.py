@@ -6,7 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,37 +19,16 @@ from fastprune.figures.report import redraw as draw_again
 from fastprune.figures.report import summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
 from fastprune.graph import Cost, Graph
-from fastprune.loaders.manifest import Manifest, Subset
-from fastprune.loaders.places import known
-from fastprune.loaders.synthetic import SyntheticData
+from fastprune.loaders.manifest import Manifest
+from fastprune.request import UNKNOWN, Request, asked_for, check_rounds, data_spec, find_data, planned_data
 from fastprune.settings import Settings
-from fastprune.specs import DataSpec, Prune, n_to_prune
+from fastprune.specs import DataSpec, Prune
 from fastprune.store import RunStore
 
 if TYPE_CHECKING:
     from fastprune.execute import Outcome
-    from fastprune.loaders import LoaderChoice
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call of reproduce.py, its settings resolved. `out` is the figure's folder.
-
-    data: a folder, "synthetic", or None where none was given: enough to plan.
-    """
-
-    name: str
-    preset: str
-    settings: Settings
-    data: str | None
-    out: Path
-    store: Path
-    loader: str = "auto"
-    device: str | None = None
-    workers: int | None = None
-    checkpoint_seconds: float = 60.0
 
 
 def points_and_graph(request: Request, data: DataSpec) -> tuple[list[Point], Graph]:
@@ -66,7 +45,7 @@ def points_and_graph(request: Request, data: DataSpec) -> tuple[list[Point], Gra
 
 def plan(request: Request) -> int:
     """Prints what would run and what it would cost; writes nothing and reads no image."""
-    data = _planned_data(request)
+    data = planned_data(request)
     points, graph = points_and_graph(request, data)
     store = RunStore(request.store, read_only=True)
     cost, left = Cost.of(graph.nodes), Cost.of(graph.todo(store))
@@ -84,7 +63,7 @@ def plan(request: Request) -> int:
     print(f"  images       {cost.images:>15,}")
     print(f"  in the store {cost.trainings - left.trainings:>15,}   trainings; {left.trainings:,} to do")
     rate = _measured_rate(graph, store)
-    if data.fingerprint == _UNKNOWN:
+    if data.fingerprint == UNKNOWN:
         print("  The images are not prepared yet, so nothing counts as being in the store.")
     if rate:
         print(
@@ -98,11 +77,11 @@ def plan(request: Request) -> int:
 def run(request: Request) -> int:
     """Trains what the store lacks, then draws, judges and reports. Returns the exit code."""
     began = time.monotonic()
-    _data(request)  # before anything is created
+    asked_for(request)  # before anything is created
     with _writable(request.out):
         store = RunStore(request.store)
         _keep_caches_in(request.store / "cache")
-        manifest, folder, choice = _find_data(request)
+        manifest, folder, choice = find_data(request)
         data = data_spec(manifest, request.settings)
         check_rounds(request.settings, data)
         points, graph = points_and_graph(request, data)
@@ -196,69 +175,6 @@ def collect(figure: str, points: list[Point], store: RunStore) -> list[Row]:
     return rows
 
 
-def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
-    """The part of a data set that the settings use. InputError if it has too few classes or images."""
-    part = subset(settings)
-    train, val = (part.count(manifest, split) for split in ("train", "val"))
-    if settings.batch_size > train:
-        raise InputError(f"--batch-size is {settings.batch_size}, but there are only {train} training images")
-    classes = settings.classes or len(manifest.classes)
-    if classes < 2:
-        raise InputError(f"{manifest.name} has one class: there is nothing to learn")
-    return DataSpec(
-        manifest.name, manifest.fingerprint, classes, settings.train_per_class, settings.val_per_class, train, val
-    )
-
-
-def check_rounds(settings: Settings, data: DataSpec) -> None:
-    """InputError where a round would prune nothing, or all that is left."""
-    import torch
-
-    from fastprune.flat import prunable
-    from fastprune.models import build
-
-    with torch.device("meta"):
-        left = sum(weight.numel() for _, weight in prunable(build(settings.network(data))))
-    for round in range(1, settings.rounds + 1):
-        gone = n_to_prune(left, settings.fraction)
-        if not 0 < gone < left:
-            what = "nothing" if gone == 0 else "all"
-            raise InputError(
-                f"round {round} of {settings.rounds} would prune {what} of {left} weights: change --fraction"
-            )
-        left -= gone
-
-
-def subset(settings: Settings) -> Subset:
-    return Subset(settings.classes, settings.train_per_class, settings.val_per_class)
-
-
-def _data(request: Request) -> str | SyntheticData:
-    """What the loaders are asked for: a folder, or as many generated images as the settings use."""
-    if request.data == "":
-        raise InputError("--data is empty: give the folder of Tiny ImageNet, or 'synthetic'")
-    if request.data is None:
-        raise InputError(f"preset {request.preset} trains on Tiny ImageNet: say where it is with --data DIR")
-    if request.data != "synthetic":
-        return request.data
-    s = request.settings
-    return SyntheticData(s.classes or 10, s.train_per_class or 500, s.val_per_class or 50, size=64)
-
-
-_UNKNOWN = "unknown"
-
-
-def _planned_data(request: Request) -> DataSpec:
-    """The data a plan counts with: what is known without reading an image, else Tiny ImageNet's own numbers."""
-    s = request.settings
-    manifest = None if request.data is None else known(_data(request), request.store)
-    if manifest is not None:
-        return data_spec(manifest, s)
-    classes = s.classes or 200
-    train, val = (classes * min(n or most, most) for n, most in ((s.train_per_class, 500), (s.val_per_class, 50)))
-    return DataSpec("tiny-imagenet-200", _UNKNOWN, classes, s.train_per_class, s.val_per_class, train, val)
-
-
 def _devices(asked: str | None) -> list[str]:
     import torch
 
@@ -300,14 +216,6 @@ def _execute(
     )
     with Bars(graph, todo, min(workers, len(todo))) as bars:
         return execute(graph, config, bars, workers=workers, devices=devices), cached
-
-
-def _find_data(request: Request) -> "tuple[Manifest, Path | None, LoaderChoice]":
-    """The data set, prepared where it was not, and the loader that will read it."""
-    from fastprune.loaders import choose_loader, locate
-
-    manifest, folder = locate(_data(request), request.store, loader=request.loader)
-    return manifest, folder, choose_loader(manifest, folder, request.loader)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastprune import execute as execution
-from fastprune import work
+from fastprune import schedule, work
 from fastprune.errors import InputError
 from fastprune.execute import Outcome, Queue, execute
 from fastprune.figures import a2
@@ -278,7 +278,7 @@ def test_the_longest_chain_goes_first(config):
 def test_a_node_that_another_process_computes_is_waited_for(config, monkeypatch):
     run = chains().find_runs(0.2)[0]
     graph = Graph.of([run])
-    monkeypatch.setattr(execution, "_BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(schedule, "_BUSY_SECONDS", 0.01)
     store = RunStore(config.store)
 
     with store.lease(run) as mine:

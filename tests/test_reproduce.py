@@ -13,7 +13,8 @@ import pytest
 from fastprune.cli import main
 from fastprune.figures import a2
 from fastprune.figures.results import read_csv
-from fastprune.reproduce import Request, points_and_graph
+from fastprune.reproduce import points_and_graph
+from fastprune.request import Request
 from fastprune.settings import preset
 from fastprune.specs import DataSpec
 

@@ -1,0 +1,105 @@
+"""What one call of reproduce.py asks for, and the data that it means."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastprune.errors import InputError
+from fastprune.loaders.manifest import Manifest, Subset
+from fastprune.loaders.places import known
+from fastprune.loaders.synthetic import SyntheticData
+from fastprune.settings import Settings
+from fastprune.specs import DataSpec, n_to_prune
+
+if TYPE_CHECKING:
+    from fastprune.loaders import LoaderChoice
+
+UNKNOWN = "unknown"
+"""The fingerprint of images that nobody has read yet."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of reproduce.py, its settings resolved. `out` is the figure's folder.
+
+    data: a folder, "synthetic", or None where none was given: enough to plan.
+    """
+
+    name: str
+    preset: str
+    settings: Settings
+    data: str | None
+    out: Path
+    store: Path
+    loader: str = "auto"
+    device: str | None = None
+    workers: int | None = None
+    checkpoint_seconds: float = 60.0
+
+
+def asked_for(request: Request) -> str | SyntheticData:
+    """What the loaders are asked for: a folder, or as many generated images as the settings use."""
+    if request.data == "":
+        raise InputError("--data is empty: give the folder of Tiny ImageNet, or 'synthetic'")
+    if request.data is None:
+        raise InputError(f"preset {request.preset} trains on Tiny ImageNet: say where it is with --data DIR")
+    if request.data != "synthetic":
+        return request.data
+    s = request.settings
+    return SyntheticData(s.classes or 10, s.train_per_class or 500, s.val_per_class or 50, size=64)
+
+
+def planned_data(request: Request) -> DataSpec:
+    """The data a plan counts with: what is known without reading an image, else Tiny ImageNet's own numbers."""
+    s = request.settings
+    manifest = None if request.data is None else known(asked_for(request), request.store)
+    if manifest is not None:
+        return data_spec(manifest, s)
+    classes = s.classes or 200
+    train, val = (classes * min(n or most, most) for n, most in ((s.train_per_class, 500), (s.val_per_class, 50)))
+    return DataSpec("tiny-imagenet-200", UNKNOWN, classes, s.train_per_class, s.val_per_class, train, val)
+
+
+def find_data(request: Request) -> "tuple[Manifest, Path | None, LoaderChoice]":
+    """The data set, prepared where it was not, and the loader that will read it."""
+    from fastprune.loaders import choose_loader, locate
+
+    manifest, folder = locate(asked_for(request), request.store, loader=request.loader)
+    return manifest, folder, choose_loader(manifest, folder, request.loader)
+
+
+def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
+    """The part of a data set that the settings use. InputError if it has too few classes or images."""
+    part = subset(settings)
+    train, val = (part.count(manifest, split) for split in ("train", "val"))
+    if settings.batch_size > train:
+        raise InputError(f"--batch-size is {settings.batch_size}, but there are only {train} training images")
+    classes = settings.classes or len(manifest.classes)
+    if classes < 2:
+        raise InputError(f"{manifest.name} has one class: there is nothing to learn")
+    return DataSpec(
+        manifest.name, manifest.fingerprint, classes, settings.train_per_class, settings.val_per_class, train, val
+    )
+
+
+def check_rounds(settings: Settings, data: DataSpec) -> None:
+    """InputError where a round would prune nothing, or all that is left."""
+    import torch
+
+    from fastprune.flat import prunable
+    from fastprune.models import build
+
+    with torch.device("meta"):
+        left = sum(weight.numel() for _, weight in prunable(build(settings.network(data))))
+    for round in range(1, settings.rounds + 1):
+        gone = n_to_prune(left, settings.fraction)
+        if not 0 < gone < left:
+            what = "nothing" if gone == 0 else "all"
+            raise InputError(
+                f"round {round} of {settings.rounds} would prune {what} of {left} weights: change --fraction"
+            )
+        left -= gone
+
+
+def subset(settings: Settings) -> Subset:
+    return Subset(settings.classes, settings.train_per_class, settings.val_per_class)
