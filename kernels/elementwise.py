@@ -9,20 +9,21 @@ import triton.language as tl
 from torch import Tensor
 
 
-def blocks(n: int, block: int) -> tuple[int]:
-    """Launch grid of one program per block."""
-    return (triton.cdiv(n, block),)
+def launch(n: int, block: int, each: int) -> tuple[tuple[int], int]:
+    """Grid of one program a block, and the warps in which a thread has `each` elements."""
+    return (triton.cdiv(n, block),), min(max(block // (32 * each), 1), 16)
 
 
 @triton.jit
 def _masked_cast(weight, mask, out, n, BLOCK: tl.constexpr):
-    # 64-bit positions: a buffer may hold more than 2^31 bytes.
+    # 64-bit positions: a buffer may hold more than 2^31 elements.
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = i < n
+    # Loaded where pruned too, and then not selected: a load under a mask that is itself loaded waits for it and is
+    # made element by element.
     keep = tl.load(mask + i, mask=there, other=0) != 0
-    # What is pruned is never loaded: it may hold anything.
-    value = tl.load(weight + i, mask=there & keep, other=0.0)
-    tl.store(out + i, value.to(out.dtype.element_ty), mask=there)
+    value = tl.load(weight + i, mask=there, other=0.0)
+    tl.store(out + i, tl.where(keep, value, 0.0).to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -45,17 +46,15 @@ def _masked_sgd(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = i < n
     rate = tl.load(lr).to(tl.float32) if LR_ON_DEVICE else lr
-    keep = there
-    if HAS_MASK:
-        keep = there & (tl.load(mask + i, mask=there, other=0) != 0)
-    w = tl.load(weight + i, mask=keep, other=0.0)
-    g = tl.load(grad + i, mask=keep, other=0.0)
-    b = tl.load(buffer + i, mask=keep, other=0.0)
+    w = tl.load(weight + i, mask=there, other=0.0)
+    g = tl.load(grad + i, mask=there, other=0.0)
+    b = tl.load(buffer + i, mask=there, other=0.0)
     g += weight_decay * w
     b = momentum * b + g
     step = g + momentum * b if NESTEROV else b
     w -= rate * step
     if HAS_MASK:
+        keep = tl.load(mask + i, mask=there, other=0) != 0
         w = tl.where(keep, w, 0.0)
         b = tl.where(keep, b, 0.0)
     tl.store(weight + i, w, mask=there)
@@ -68,7 +67,8 @@ def masked_cast(weight: Tensor, mask: Tensor, out: Tensor, block: int) -> None:
     """Fills `out`; see ops.masked_cast."""
     n = weight.numel()
     if n:
-        _masked_cast[blocks(n, block)](weight, mask, out, n, BLOCK=block, num_warps=8)
+        grid, warps = launch(n, block, each=8)  # 16 bytes of bf16 a store
+        _masked_cast[grid](weight, mask, out, n, BLOCK=block, num_warps=warps)
 
 
 def masked_sgd(
@@ -86,8 +86,10 @@ def masked_sgd(
     """Mutates weight, momentum_buffer and low_precision_copy; see ops.masked_sgd_."""
     n = weight.numel()
     if n:
+        # 16 bytes of fp32 an access; with eight elements the compiler shuffles the mask through shared memory.
+        grid, warps = launch(n, block, each=4)
         # A pointer that is not used still needs a value: the weight stands in.
-        _masked_sgd[blocks(n, block)](
+        _masked_sgd[grid](
             weight,
             grad,
             momentum_buffer,
@@ -102,5 +104,5 @@ def masked_sgd(
             LR_ON_DEVICE=isinstance(lr, Tensor),
             NESTEROV=nesterov,
             BLOCK=block,
-            num_warps=8,
+            num_warps=warps,
         )

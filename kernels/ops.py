@@ -15,7 +15,7 @@ from fastprune.kernels.segments import Segment, check_segments
 
 # Elements (of packed bits: bytes) that one program handles, where the caller does not say. Triton itself is imported
 # only where it runs: not every machine has it.
-ELEMENTWISE_BLOCK, SELECT_BLOCK, BITS_BLOCK = 2048, 8192, 1024
+ELEMENTWISE_BLOCK, SELECT_BLOCK, BITS_BLOCK = 1024, 8192, 1024
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FULL = (torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
