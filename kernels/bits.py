@@ -26,11 +26,10 @@ def _unpack(packed, bits, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count(mask, tiles, counts, BLOCK: tl.constexpr):
-    tile = tl.program_id(0)
-    start, end = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1)
-    i = start + tl.arange(0, BLOCK).to(tl.int64)
-    kept = (tl.load(mask + i, mask=i < end, other=0) != 0).to(tl.int32)
-    tl.atomic_add(counts + tl.load(tiles + 4 * tile + 2), tl.sum(kept).to(tl.int64))
+    tile = tiles + 4 * tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    kept = (tl.load(mask + tl.load(tile) + i, mask=i < tl.load(tile + 1), other=0) != 0).to(tl.int32)
+    tl.atomic_add(counts + tl.load(tile + 2), tl.sum(kept).to(tl.int64), sem="relaxed")
 
 
 def pack(bits: Tensor, block: int) -> Tensor:

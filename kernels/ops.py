@@ -15,7 +15,7 @@ from fastprune.kernels.segments import Segment, check_segments
 
 # Elements (of packed bits: bytes) that one program handles, where the caller does not say. Triton itself is imported
 # only where it runs: not every machine has it.
-ELEMENTWISE_BLOCK, SELECT_BLOCK, BITS_BLOCK = 1024, 8192, 1024
+ELEMENTWISE_BLOCK, SELECT_BLOCK, BITS_BLOCK = 1024, 4096, 1024
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _FULL = (torch.float32, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
@@ -178,7 +178,8 @@ def segment_counts(mask: Tensor, segments: Sequence[Segment], *, block: int = SE
         from fastprune.kernels import bits, select
 
         _check_block(block)
-        return bits.count(mask, select.layout(tuple(segments), block, True, mask.device)[0], len(segments), block)
+        where = select.layout(tuple(segments), mask.numel(), block, True, mask.device, padded=False)
+        return bits.count(mask, where.tiles, len(segments), block)
     return torch.tensor([_kept(mask[s.span]) for s in segments], dtype=torch.int64)
 
 

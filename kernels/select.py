@@ -1,15 +1,18 @@
 """Triton: the exact k-th lowest score, and the mask that prunes so many, over all layers or in each.
 
-Radix selection without a host in between. Non-negative floats order as their 31 bits do; a count of the highest digit
-tells in which bin the k-th lies, then the next digit is counted among those in that bin. Counts are added with integer
-atomics, so the result does not depend on the order in which programs run. Ties are settled by the same selection over
-logical positions, which reads nothing where all tied elements go anyway.
+Non-negative floats order as their 31 bits do: a key. A sample of the keys brackets the k-th; one pass over everything
+counts what lies below the bracket and gathers what lies inside, a few percent; only that is searched, eight bits at a
+time, then ties by their positions. Where the sample misleads, everything is gathered: exact either way, and no host in
+between. Counting everything in a histogram instead costs `tl.histogram` hundreds of instructions a weight at 2,048
+bins, many times the one read that is the floor; over what was gathered, with 256 bins, it is nothing.
 
-A tile never crosses a segment. A group is what shares one count: all segments together, or each by itself.
+Counts are added with integer atomics and what is gathered is a set: no order of programs changes the result. A tile
+never crosses a segment. A group is what shares one count: all segments together, or each by itself.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,17 +21,15 @@ from torch import Tensor
 
 from fastprune.kernels.segments import Segment
 
-_BITS = tl.constexpr(11)
-_BINS = tl.constexpr(2048)
+_SAMPLE = tl.constexpr(8192)
+_BINS = tl.constexpr(256)
+_DIGITS = tl.constexpr(4)
 _INFINITY = tl.constexpr(0x7F800000)
-SCORE_SHIFTS = (20, 9, 0)
-"""Lowest bit of each digit of a score's 31 bits: 11, 11 and 9 of them."""
-POSITION_SHIFTS = (33, 22, 11, 0)
-"""The same of a position: 44 bits."""
+_PROGRAMS = 528  # that search what was gathered: four on each multiprocessor of a large GPU
 
-# What is known of a group, int64: the digits of the threshold so far and the rank that is left among them, how many
-# share them, the same for the position of the last tied element that goes, and the number asked for.
-_PREFIX, _RANK, _EQUAL, _PLACE, _PLACE_RANK, _WANTED, _FIELDS = (tl.constexpr(i) for i in range(7))
+# What is known of a group, int64: the bracket, how many lie below it and inside it (twice: the second time everything
+# was gathered), the threshold, how many share it and how many of those go.
+_LOW, _HIGH, _BELOW, _INSIDE, _, _, _THRESHOLD, _EQUAL, _LEFT, _FIELDS = (tl.constexpr(i) for i in range(10))
 
 
 @triton.jit
@@ -39,135 +40,300 @@ def _key(score, i, there):
 
 @triton.jit
 def _position(i, table, segment):
-    local = i - tl.load(table + 4 * segment)
-    channels, pixels = tl.load(table + 4 * segment + 2), tl.load(table + 4 * segment + 3)
+    """Logical positions of stored elements of a segment."""
+    known = table + 4 * segment
+    channels, pixels = tl.load(known + 2), tl.load(known + 3)
+    local = i - tl.load(known)
     rest = local // channels
-    channel = local - rest * channels
     out = rest // pixels
-    return tl.load(table + 4 * segment + 1) + (out * channels + channel) * pixels + (rest - out * pixels)
+    return tl.load(known + 1) + (out * channels + local - rest * channels) * pixels + (rest - out * pixels)
 
 
 @triton.jit
-def _count(score, mask, tiles, table, state, counts, SHIFT: tl.constexpr, TIES: tl.constexpr, BLOCK: tl.constexpr):
-    tile = tl.program_id(0)
-    start, end = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1)
-    group = tl.load(tiles + 4 * tile + 3)
-    known = state + group * _FIELDS
-    # Nothing to settle where all tied elements go.
-    if TIES and tl.load(known + _RANK) == tl.load(known + _EQUAL):
-        return
-    i = start + tl.arange(0, BLOCK).to(tl.int64)
-    there = i < end
-    there &= tl.load(mask + i, mask=there, other=0) != 0
-    if TIES:
-        there &= _key(score, i, there) == tl.load(known + _PREFIX).to(tl.int32)
-        place = _position(i, table, tl.load(tiles + 4 * tile + 2))
-        there &= (place >> (SHIFT + _BITS)) == tl.load(known + _PLACE)
-        digit = ((place >> SHIFT) & (_BINS - 1)).to(tl.int32)
-    else:
-        key = _key(score, i, there)
-        if SHIFT < 20:
-            # The lowest digit has 9 bits; the others 11, of which the highest starts at bit 20.
-            ABOVE: tl.constexpr = 20 if SHIFT == 9 else 9
-            there &= (key >> ABOVE) == tl.load(known + _PREFIX).to(tl.int32)
-            digit = (key >> SHIFT) & ((1 << (ABOVE - SHIFT)) - 1)
-        else:
-            digit = key >> SHIFT
-    # What is not there is counted in bin 0, and taken off again.
-    bins = tl.arange(0, _BINS)
-    count = tl.histogram(tl.where(there, digit, 0), _BINS)
-    count -= tl.where(bins == 0, BLOCK - tl.sum(there.to(tl.int32)), 0)
-    tl.atomic_add(counts + group * _BINS + bins, count, mask=count > 0)
+def _tile(tiles, ALIGNED: tl.constexpr):
+    """First element, number of elements, segment, group."""
+    at = tiles + 4 * tl.program_id(0)
+    start, length = tl.load(at), tl.load(at + 1)
+    if ALIGNED:  # then loads are wide
+        start, length = tl.multiple_of(start, 16), tl.multiple_of(length, 16)
+    return start, length.to(tl.int32), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.jit
-def _choose(state, counts, WIDTH: tl.constexpr, TIES: tl.constexpr):
-    """One program a group: the bin in which the rank falls; clears the counts for the next digit."""
+def _bracket(score, mask, ranges, wanted, state):
+    """One program a group: two keys between which the wanted one lies, six standard deviations of a sample apart."""
     group = tl.program_id(0).to(tl.int64)
+    start, size, rank = tl.load(ranges + 2 * group), tl.load(ranges + 2 * group + 1), tl.load(wanted + group)
+    if rank == 0:
+        return
+    # An odd stride: no layout of layers or channels lines up with it.
+    stride = (size // _SAMPLE) | 1
+    i = tl.arange(0, _SAMPLE).to(tl.int64) * stride
+    there = i < size
+    there &= tl.load(mask + start + i, mask=there, other=0) != 0
+    key = tl.where(there, _key(score + start, i, there), 0x7FFFFFFF)
+    place = rank.to(tl.float32) / stride.to(tl.float32)
+    slack = 6.0 * tl.sqrt(place) + 8.0
+    first, last = (place - slack).to(tl.int32), (place + slack).to(tl.int32) + 1
+    low, high = first * 0, first * 0
+    for i in range(31):
+        # The largest key that fewer than `first` of the sample, or `last`, lie below: both counts in one sum.
+        a, b = low | (1 << (30 - i)), high | (1 << (30 - i))
+        both = tl.sum((key < a).to(tl.int32) + ((key < b).to(tl.int32) << 16))
+        low = tl.where((both & 0xFFFF) < first, a, low)
+        high = tl.where((both >> 16) < last, b, high)
     known = state + group * _FIELDS
-    bins = tl.arange(0, _BINS)
-    count = tl.load(counts + group * _BINS + bins).to(tl.int64)
-    tl.store(counts + group * _BINS + bins, tl.zeros([_BINS], tl.int32))
-    PREFIX: tl.constexpr = _PLACE if TIES else _PREFIX
-    RANK: tl.constexpr = _PLACE_RANK if TIES else _RANK
-    rank = tl.load(known + RANK)
-    upto = tl.cumsum(count, 0)
-    # Bins that end before the rank; beyond the last one only if fewer are kept than were asked for.
-    chosen = tl.minimum(tl.sum((upto < rank).to(tl.int32)), _BINS - 1)
-    inside = tl.sum(tl.where(bins == chosen, count, 0))
-    before = tl.sum(tl.where(bins == chosen, upto, 0)) - inside
-    tl.store(known + PREFIX, (tl.load(known + PREFIX) << WIDTH) | chosen)
-    tl.store(known + RANK, rank - before)
-    if not TIES:
-        tl.store(known + _EQUAL, inside)
-        tl.store(known + _PLACE_RANK, rank - before)
+    tl.store(known + _LOW, low.to(tl.int64))
+    tl.store(known + _HIGH, tl.where(last <= tl.sum(there.to(tl.int32)), high, _INFINITY).to(tl.int64))
 
 
 @triton.jit
-def _write(score, mask, new, tiles, table, state, BLOCK: tl.constexpr):
-    tile = tl.program_id(0)
-    start, end = tl.load(tiles + 4 * tile), tl.load(tiles + 4 * tile + 1)
-    known = state + tl.load(tiles + 4 * tile + 3) * _FIELDS
-    i = start + tl.arange(0, BLOCK).to(tl.int64)
-    there = i < end
-    keep = there & (tl.load(mask + i, mask=there, other=0) != 0)
-    if tl.load(known + _WANTED) > 0:
-        key = _key(score, i, keep)
-        threshold = tl.load(known + _PREFIX).to(tl.int32)
+def _found(known, rank):
+    """Which of the two gatherings holds the rank: 0 or 2, to be added to _BELOW and _INSIDE."""
+    below = tl.load(known + _BELOW)
+    return tl.where((below < rank) & (rank <= below + tl.load(known + _INSIDE)), 0, 2)
+
+
+@triton.jit
+def _gather(
+    score, mask, tiles, ranges, wanted, state, room, AGAIN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Counts kept keys below the bracket and writes those inside it to `room`, from the group's first element on."""
+    start, length, _, group = _tile(tiles, ALIGNED)
+    known = state + group * _FIELDS
+    rank = tl.load(wanted + group)
+    if rank == 0:
+        return
+    if AGAIN:
+        if _found(known, rank) == 0:
+            return
+    i = tl.arange(0, BLOCK)
+    there = i < length
+    keep = there & (tl.load(mask + start + i, mask=there, other=0) != 0)
+    key = _key(score + start, i, there)
+    low, high = tl.load(known + _LOW).to(tl.int32), tl.load(known + _HIGH).to(tl.int32)
+    if AGAIN:
+        low, high = low * 0, high * 0 + _INFINITY
+    inside = (keep & (key >= low) & (key <= high)).to(tl.int32)
+    below = tl.sum((keep & (key < low)).to(tl.int32))
+    upto = tl.cumsum(inside, 0)
+    number = tl.sum(inside)
+    slot = tl.atomic_add(known + _INSIDE + 2 * AGAIN, number.to(tl.int64), sem="relaxed")
+    tl.atomic_add(known + _BELOW + 2 * AGAIN, below.to(tl.int64), sem="relaxed")
+    tl.store(room + tl.load(ranges + 2 * group) + slot + upto - 1, key, mask=inside != 0)
+
+
+@triton.jit
+def _walk(counts, rank, DONE: tl.constexpr):
+    """The digits counted so far: their value, the rank that is left among those who share them, and how many do."""
+    bins = tl.arange(0, _BINS)
+    prefix, equal = rank * 0, rank * 0
+    for d in tl.static_range(DONE):
+        count = tl.load(counts + d * _BINS + bins)
+        upto = tl.cumsum(count, 0)
+        # Bins that end before the rank; beyond the last one only if fewer are kept than were asked for.
+        chosen = tl.minimum(tl.sum((upto < rank).to(tl.int32)), _BINS - 1)
+        equal = tl.sum(tl.where(bins == chosen, count, 0))
+        rank -= tl.sum(tl.where(bins == chosen, upto, 0)) - equal
+        prefix = (prefix << 8) | chosen
+    return prefix, rank, equal
+
+
+@triton.jit
+def _digits(digit, there, BLOCK: tl.constexpr):
+    """Histogram of `digit` where `there`."""
+    # What is not there is counted in bin 0, and taken off again.
+    count = tl.histogram(tl.where(there, digit, 0), _BINS)
+    return count - tl.where(tl.arange(0, _BINS) == 0, BLOCK - tl.sum(there.to(tl.int32)), 0)
+
+
+@triton.jit
+def _search(room, ranges, wanted, state, counts, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts the D-th digit, from the highest, of what was gathered and shares the digits before it."""
+    group = tl.program_id(0).to(tl.int64)
+    known, counts = state + group * _FIELDS, counts + group * _DIGITS * _BINS
+    rank = tl.load(wanted + group)
+    if rank == 0:
+        return
+    try_ = _found(known, rank)
+    low = tl.where(try_ == 0, tl.load(known + _LOW), 0).to(tl.int32)
+    number = tl.load(known + _INSIDE + try_)
+    prefix, _, _ = _walk(counts, rank - tl.load(known + _BELOW + try_), D)
+    gathered = room + tl.load(ranges + 2 * group)
+    count = tl.zeros([_BINS], tl.int32)
+    for at in range(tl.program_id(1).to(tl.int64) * BLOCK, number, tl.num_programs(1).to(tl.int64) * BLOCK):
+        i = at + tl.arange(0, BLOCK)
+        there = i < number
+        key = tl.load(gathered + i, mask=there, other=0) - low
+        if D > 0:
+            there &= (key >> (8 * (_DIGITS - D))) == prefix.to(tl.int32)
+        count += _digits((key >> (8 * (_DIGITS - 1 - D))) & 255, there, BLOCK)
+    tl.atomic_add(counts + D * _BINS + tl.arange(0, _BINS), count.to(tl.int64), mask=count > 0, sem="relaxed")
+
+
+@triton.jit
+def _settle(wanted, state, counts, out):
+    """One program a group: the threshold, how many share it and how many of those go; its bits to `out`."""
+    group = tl.program_id(0).to(tl.int64)
+    known, rank = state + group * _FIELDS, tl.load(wanted + group)
+    if rank == 0:
+        return
+    try_ = _found(known, rank)
+    prefix, left, equal = _walk(counts + group * _DIGITS * _BINS, rank - tl.load(known + _BELOW + try_), _DIGITS)
+    threshold = tl.where(try_ == 0, tl.load(known + _LOW), 0) + prefix
+    tl.store(known + _THRESHOLD, threshold)
+    tl.store(known + _EQUAL, equal)
+    tl.store(known + _LEFT, left)
+    tl.store(out + group, threshold.to(tl.int32))
+
+
+@triton.jit
+def _ties(
+    score,
+    mask,
+    tiles,
+    table,
+    state,
+    counts,
+    D: tl.constexpr,
+    DIGITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Counts the D-th digit of the positions of tied elements; nothing to do where all of them go anyway."""
+    start, length, segment, group = _tile(tiles, ALIGNED)
+    known, counts = state + group * _FIELDS, counts + group * DIGITS * _BINS
+    left = tl.load(known + _LEFT)
+    if left == tl.load(known + _EQUAL):
+        return
+    i = tl.arange(0, BLOCK)
+    there = i < length
+    there &= tl.load(mask + start + i, mask=there, other=0) != 0
+    there &= _key(score + start, i, there) == tl.load(known + _THRESHOLD).to(tl.int32)
+    place = _position(start + i, table, segment)
+    if D > 0:
+        prefix, _, _ = _walk(counts, left, D)
+        there &= (place >> (8 * (DIGITS - D))) == prefix
+    count = _digits(((place >> (8 * (DIGITS - 1 - D))) & 255).to(tl.int32), there, BLOCK)
+    tl.atomic_add(counts + D * _BINS + tl.arange(0, _BINS), count.to(tl.int64), mask=count > 0, sem="relaxed")
+
+
+@triton.jit
+def _write(
+    score,
+    mask,
+    new,
+    tiles,
+    table,
+    wanted,
+    state,
+    counts,
+    DIGITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start, length, segment, group = _tile(tiles, ALIGNED)
+    i = tl.arange(0, BLOCK)
+    there = i < length
+    keep = there & (tl.load(mask + start + i, mask=there, other=0) != 0)
+    if tl.load(wanted + group) > 0:
+        known = state + group * _FIELDS
+        key = _key(score + start, i, there)
+        threshold = tl.load(known + _THRESHOLD).to(tl.int32)
         gone = key < threshold
         tied = keep & (key == threshold)
         if tl.sum(tied.to(tl.int32)) > 0:
-            if tl.load(known + _RANK) == tl.load(known + _EQUAL):
+            left = tl.load(known + _LEFT)
+            if left == tl.load(known + _EQUAL):
                 gone |= tied
             else:
-                place = _position(i, table, tl.load(tiles + 4 * tile + 2))
-                gone |= tied & (place <= tl.load(known + _PLACE))
+                last, _, _ = _walk(counts + group * DIGITS * _BINS, left, DIGITS)
+                gone |= tied & (_position(start + i, table, segment) <= last)
         keep &= gone == 0
-    tl.store(new + i, keep.to(tl.int8), mask=there)
+    tl.store(new + start + i, keep.to(tl.int8), mask=there)
+
+
+class Layout(NamedTuple):
+    """Where programs work, int64 on the device.
+
+    tiles [n, 4]: start, length, segment, group. table [segments, 4]: offset, position, channels, pixels. ranges
+    [groups, 2]: first element and size in the buffer. aligned: tiles start and end at multiples of 16.
+    """
+
+    tiles: Tensor
+    table: Tensor
+    ranges: Tensor
+    aligned: bool
 
 
 @lru_cache(maxsize=32)
-def layout(segments: tuple[Segment, ...], block: int, local: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """tiles int64 [n, 4]: start, end, segment, group; table int64 [segments, 4]: offset, position, channels, pixels."""
-    tiles, table = [], []
-    for number, s in enumerate(segments):
+def layout(
+    segments: tuple[Segment, ...], n: int, block: int, local: bool, device: torch.device, padded: bool = True
+) -> Layout:
+    """For a buffer of n elements. padded: a segment's last tile may take in the padding behind it, never kept."""
+    tiles, table, ranges = [], [], [] if local else [(0, n)]
+    ends = [*(s.offset for s in segments[1:]), n]
+    for number, (s, room) in enumerate(zip(segments, ends, strict=True)):
         channels, pixels = (s.shape[1], s.shape[2] * s.shape[3]) if len(s.shape) == 4 else (1, 1)
         table.append((s.offset, s.position, max(channels, 1), max(pixels, 1)))
-        for start in range(s.offset, s.offset + s.numel, block):
-            tiles.append((start, min(start + block, s.offset + s.numel), number, number if local else 0))
-    return tuple(torch.tensor(rows, dtype=torch.int64).view(-1, 4).to(device) for rows in (tiles, table))  # type: ignore
+        end = s.offset + s.numel
+        end = min(-(-end // 16) * 16, room) if padded else end
+        if local:
+            ranges.append((s.offset, end - s.offset))
+        for start in range(s.offset, end, block):
+            tiles.append((start, min(block, end - start), number, number if local else 0))
+    tensors = [
+        torch.tensor(rows, dtype=torch.int64).view(-1, width).to(device)
+        for rows, width in ((tiles, 4), (table, 4), (ranges, 2))
+    ]
+    return Layout(*tensors, aligned=all(start % 16 == 0 == length % 16 for start, length, _, _ in tiles))
 
 
-def _select(score: Tensor, mask: Tensor, tiles: Tensor, table: Tensor, state: Tensor, ties: bool, block: int) -> None:
-    grid, groups = (len(tiles),), len(state)
-    counts = torch.zeros(groups, _BINS.value, dtype=torch.int32, device=score.device)
-    above = 31
-    for shift in SCORE_SHIFTS:
-        _count[grid](score, mask, tiles, table, state, counts, SHIFT=shift, TIES=False, BLOCK=block, num_warps=8)
-        _choose[(groups,)](state, counts, WIDTH=above - shift, TIES=False)
-        above = shift
-    for shift in POSITION_SHIFTS if ties else ():
-        _count[grid](score, mask, tiles, table, state, counts, SHIFT=shift, TIES=True, BLOCK=block, num_warps=8)
-        _choose[(groups,)](state, counts, WIDTH=_BITS.value, TIES=True)
+class _Threshold(NamedTuple):
+    """wanted: int64 [groups]. state: int64 [groups, fields]. key: int32 [groups], the threshold's bits."""
+
+    wanted: Tensor
+    state: Tensor
+    key: Tensor
 
 
-def _state(wanted: Sequence[int], device: torch.device) -> Tensor:
-    if len(wanted) == 1:  # made on the device, so that it can be captured in a graph
-        state = torch.zeros(1, _FIELDS.value, dtype=torch.int64, device=device)
-        state[:, _RANK.value].fill_(wanted[0])
-        state[:, _WANTED.value].fill_(wanted[0])
-        return state
-    rows = torch.zeros(len(wanted), _FIELDS.value, dtype=torch.int64)
-    rows[:, _RANK.value] = rows[:, _WANTED.value] = torch.tensor(wanted, dtype=torch.int64)
-    return rows.to(device)
+def _threshold(score: Tensor, mask: Tensor, wanted: Sequence[int], where: Layout, block: int) -> _Threshold:
+    groups, device = len(wanted), score.device
+    # One number is written by the device itself, so that a graph can capture it.
+    ranks = (
+        torch.full((1,), wanted[0], dtype=torch.int64, device=device)
+        if groups == 1
+        else torch.tensor(list(wanted), dtype=torch.int64).to(device)
+    )
+    fields, bins = _FIELDS.value, _DIGITS.value * _BINS.value
+    zeros = torch.zeros(groups * (fields + bins), dtype=torch.int64, device=device)
+    state, counts = zeros.split([groups * fields, groups * bins])
+    key = torch.zeros(groups, dtype=torch.int32, device=device)
+    room = torch.empty(score.numel(), dtype=torch.int32, device=device)
+    _, _, ranges, aligned = where
+    _bracket[(groups,)](score, mask, ranges, ranks, state, num_warps=16)
+    grid, shape = (len(where.tiles),), {"ALIGNED": aligned, "BLOCK": block, "num_warps": warps(block)}
+    for again in (False, True):
+        _gather[grid](score, mask, where.tiles, ranges, ranks, state, room, AGAIN=again, **shape)
+    programs = max(1, min(_PROGRAMS // groups, triton.cdiv(score.numel(), groups * 8 * block)))
+    for digit in range(_DIGITS.value):
+        _search[(groups, programs)](
+            room, ranges, ranks, state, counts, D=digit, BLOCK=block, num_warps=warps(block)
+        )
+    _settle[(groups,)](ranks, state, counts, key)
+    return _Threshold(ranks, state, key)
+
+
+def warps(block: int) -> int:
+    """So that a thread has sixteen elements."""
+    return min(max(block // 512, 1), 16)
 
 
 def kth(score: Tensor, mask: Tensor, k: int, block: int) -> Tensor:
     """The k-th smallest magnitude, float32 [] on the device; see ops.kth_smallest_magnitude."""
-    tiles, table = layout((Segment("", (score.numel(),), 0, 0),), block, False, score.device)
-    state = _state([k], score.device)
-    _select(score, mask, tiles, table, state, False, block)
-    return state[0, _PREFIX.value].to(torch.int32).view(torch.float32)
+    n = score.numel()
+    where = layout((Segment("", (n,), 0, 0),), n, block, False, score.device)
+    return _threshold(score, mask, [k], where, block).key.view(torch.float32)[0]
 
 
 def keep_top(
@@ -175,9 +341,15 @@ def keep_top(
 ) -> Tensor:
     """The new mask; see ops.keep_top. wanted: one number for all, or with `local` one for each segment."""
     new = torch.zeros_like(mask)
-    tiles, table = layout(segments, block, local, score.device)
-    if len(tiles):
-        state = _state(wanted, score.device)
-        _select(score, mask, tiles, table, state, True, block)
-        _write[(len(tiles),)](score, mask, new, tiles, table, state, BLOCK=block, num_warps=8)
+    where = layout(segments, score.numel(), block, local, score.device)
+    if not len(where.tiles):
+        return new
+    ranks, state, _ = _threshold(score, mask, wanted, where, block)
+    grid, shape = (len(where.tiles),), {"ALIGNED": where.aligned, "BLOCK": block, "num_warps": warps(block)}
+    positions = max(s.position + s.numel for s in segments)
+    digits = max(1, -(-(positions - 1).bit_length() // 8))
+    counts = torch.zeros(len(wanted) * digits * _BINS.value, dtype=torch.int64, device=score.device)
+    for digit in range(digits):
+        _ties[grid](score, mask, where.tiles, where.table, state, counts, D=digit, DIGITS=digits, **shape)
+    _write[grid](score, mask, new, where.tiles, where.table, ranks, state, counts, DIGITS=digits, **shape)
     return new

@@ -17,20 +17,27 @@ SGD = {
     "weight_decay": "fp32",
 }  # fmt: skip
 SGD_ON = {"HAS_MASK": True, "HAS_COPY": True, "NESTEROV": True, "BLOCK": 2048}
-COUNT = {"score": F, "mask": B, "tiles": L, "table": L, "state": L, "counts": "*i32"}
-WRITE = {"score": F, "mask": B, "new": B, "tiles": L, "table": L, "state": L}
+WHERE = {"score": F, "mask": B, "tiles": L}
+KNOWN = {"wanted": L, "state": L}
+GATHER = {**WHERE, **KNOWN, "ranges": L, "room": "*i32"}
+SEARCH = {**KNOWN, "room": "*i32", "ranges": L, "counts": L}
+TIES = {**WHERE, "table": L, "state": L, "counts": L}
+WRITE = {**WHERE, **KNOWN, "new": B, "table": L, "counts": L}
 CROP = {"images": "*u8", "index": L, "boxes": "*i32", "flip": B, "norm": F, "out": "*bf16"}
 CASES = {
     "masked_cast": (elementwise._masked_cast, {"weight": F, "mask": B, "out": "*bf16", "n": "i64"}, {"BLOCK": 2048}),
     "masked_sgd": (elementwise._masked_sgd, {**SGD, "lr": "fp32"}, {**SGD_ON, "LR_ON_DEVICE": False}),
     "masked_sgd, rate on the device": (elementwise._masked_sgd, {**SGD, "lr": F}, {**SGD_ON, "LR_ON_DEVICE": True}),
-    "count, first digit": (select._count, COUNT, {"SHIFT": 20, "TIES": False, "BLOCK": 8192}),
-    "count, last digit": (select._count, COUNT, {"SHIFT": 0, "TIES": False, "BLOCK": 8192}),
-    "count, bf16": (select._count, {**COUNT, "score": "*bf16"}, {"SHIFT": 9, "TIES": False, "BLOCK": 8192}),
-    "count, ties": (select._count, COUNT, {"SHIFT": 22, "TIES": True, "BLOCK": 8192}),
-    "choose": (select._choose, {"state": L, "counts": "*i32"}, {"WIDTH": 11, "TIES": False}),
-    "choose, ties": (select._choose, {"state": L, "counts": "*i32"}, {"WIDTH": 11, "TIES": True}),
-    "write": (select._write, WRITE, {"BLOCK": 8192}),
+    "bracket": (select._bracket, {"score": F, "mask": B, "ranges": L, **KNOWN}, {}),
+    "gather": (select._gather, GATHER, {"AGAIN": False, "ALIGNED": True, "BLOCK": 4096}),
+    "gather all, bf16": (
+        select._gather, {**GATHER, "score": "*bf16"}, {"AGAIN": True, "ALIGNED": False, "BLOCK": 4096},
+    ),
+    "search, first digit": (select._search, SEARCH, {"D": 0, "BLOCK": 4096}),
+    "search, last digit": (select._search, SEARCH, {"D": 3, "BLOCK": 4096}),
+    "settle": (select._settle, {**KNOWN, "counts": L, "out": "*i32"}, {}),
+    "ties": (select._ties, TIES, {"D": 3, "DIGITS": 4, "ALIGNED": True, "BLOCK": 4096}),
+    "write": (select._write, WRITE, {"DIGITS": 4, "ALIGNED": True, "BLOCK": 4096}),
     "pack": (bits._pack, {"bits": B, "packed": "*u8", "n": "i64"}, {"BLOCK": 1024}),
     "unpack": (bits._unpack, {"packed": "*u8", "bits": B, "n": "i64"}, {"BLOCK": 1024}),
     "segment counts": (bits._count, {"mask": B, "tiles": L, "counts": L}, {"BLOCK": 8192}),
