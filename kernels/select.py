@@ -104,23 +104,24 @@ def _gather(
     rank = tl.load(wanted + group)
     if rank == 0:
         return
-    if AGAIN:
+    if AGAIN:  # noqa: SIM102, for the compiler the first is a constant
         if _found(known, rank) == 0:
             return
     i = tl.arange(0, BLOCK)
     there = i < length
-    keep = there & (tl.load(mask + start + i, mask=there, other=0) != 0)
-    key = _key(score + start, i, there)
+    kept = tl.load(mask + start + i, mask=there, other=0) != 0
+    # Above every bracket where nothing is kept.
+    key = tl.where(kept, _key(score + start, i, there), 0x7FFFFFFF)
     low, high = tl.load(known + _LOW).to(tl.int32), tl.load(known + _HIGH).to(tl.int32)
     if AGAIN:
         low, high = low * 0, high * 0 + _INFINITY
-    inside = (keep & (key >= low) & (key <= high)).to(tl.int32)
-    below = tl.sum((keep & (key < low)).to(tl.int32))
+    below = tl.sum((key < low).to(tl.int32))
+    inside = ((key >= low) & (key <= high)).to(tl.int32)
     upto = tl.cumsum(inside, 0)
     number = tl.sum(inside)
     slot = tl.atomic_add(known + _INSIDE + 2 * AGAIN, number.to(tl.int64), sem="relaxed")
     tl.atomic_add(known + _BELOW + 2 * AGAIN, below.to(tl.int64), sem="relaxed")
-    tl.store(room + tl.load(ranges + 2 * group) + slot + upto - 1, key, mask=inside != 0)
+    tl.store(room + (tl.load(ranges + 2 * group) + slot - 1) + upto, key, mask=inside != 0)
 
 
 @triton.jit
@@ -317,9 +318,7 @@ def _threshold(score: Tensor, mask: Tensor, wanted: Sequence[int], where: Layout
         _gather[grid](score, mask, where.tiles, ranges, ranks, state, room, AGAIN=again, **shape)
     programs = max(1, min(_PROGRAMS // groups, triton.cdiv(score.numel(), groups * 8 * block)))
     for digit in range(_DIGITS.value):
-        _search[(groups, programs)](
-            room, ranges, ranks, state, counts, D=digit, BLOCK=block, num_warps=warps(block)
-        )
+        _search[(groups, programs)](room, ranges, ranks, state, counts, D=digit, BLOCK=block, num_warps=warps(block))
     _settle[(groups,)](ranks, state, counts, key)
     return _Threshold(ranks, state, key)
 
