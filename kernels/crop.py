@@ -26,7 +26,7 @@ def crop_flip_normalize(
     std: Sequence[float],
     out: torch.Tensor,
     *,
-    block: int = 1024,
+    block: int = 2048,
 ) -> torch.Tensor:
     """Fill `out[b]` with the normalised crop `boxes[b]` of `images[index[b]]`, mirrored where `flip[b]`; return `out`.
 
@@ -38,7 +38,7 @@ def crop_flip_normalize(
     box of exactly the output's size is copied: those pixels equal torchvision's to the last bit, the others within
     rounding. On a CPU bfloat16 and float16 go through a float32 buffer (numba has no such types), and boxes and index
     are checked against the image; on a GPU that check would wait for the device, so there the caller answers for them.
-    block: output pixels a program.
+    block: output values a program.
     """
     _check(images, index, boxes, flip, mean, std, out)
     if out.device.type == "cpu":
@@ -46,7 +46,7 @@ def crop_flip_normalize(
     if uses_triton(out):
         from fastprune.kernels import crop_triton
 
-        crop_triton.crop(images, index, boxes, flip, _norm(tuple(mean), tuple(std), out.device), out, block)
+        crop_triton.crop(images, index, boxes, flip, *_on_device(tuple(mean), tuple(std), out.device), out, block)
         return out
     wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
     table, gain, shift = _constants(tuple(mean), tuple(std))
@@ -107,8 +107,11 @@ def _check_values(images: torch.Tensor, index: torch.Tensor, boxes: torch.Tensor
 
 
 @cache
-def _norm(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor([*mean, *std], dtype=torch.float32, device=device)
+def _on_device(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    table, gain, shift = map(torch.from_numpy, _constants(mean, std))
+    return table.to(device), torch.cat([gain, shift]).to(device)
 
 
 @cache

@@ -23,7 +23,8 @@ GATHER = {**WHERE, **KNOWN, "ranges": L, "room": "*i32"}
 SEARCH = {**KNOWN, "room": "*i32", "ranges": L, "counts": L}
 TIES = {**WHERE, "table": L, "state": L, "counts": L}
 WRITE = {**WHERE, **KNOWN, "new": B, "table": L, "counts": L}
-CROP = {"images": "*u8", "index": L, "boxes": "*i32", "flip": B, "norm": F, "out": "*bf16"}
+CROP = {"images": "*u8", "index": L, "boxes": "*i32", "flip": B, "table": F, "norm": F, "out": "*bf16", "H": "i32",
+        "W": "i32"}  # fmt: skip
 CASES = {
     "masked_cast": (elementwise._masked_cast, {"weight": F, "mask": B, "out": "*bf16", "n": "i64"}, {"BLOCK": 2048}),
     "masked_sgd": (elementwise._masked_sgd, {**SGD, "lr": "fp32"}, {**SGD_ON, "LR_ON_DEVICE": False}),
@@ -31,7 +32,9 @@ CASES = {
     "bracket": (select._bracket, {"score": F, "mask": B, "ranges": L, **KNOWN}, {}),
     "gather": (select._gather, GATHER, {"AGAIN": False, "ALIGNED": True, "BLOCK": 4096}),
     "gather all, bf16": (
-        select._gather, {**GATHER, "score": "*bf16"}, {"AGAIN": True, "ALIGNED": False, "BLOCK": 4096},
+        select._gather,
+        {**GATHER, "score": "*bf16"},
+        {"AGAIN": True, "ALIGNED": False, "BLOCK": 4096},
     ),
     "search, first digit": (select._search, SEARCH, {"D": 0, "BLOCK": 4096}),
     "search, last digit": (select._search, SEARCH, {"D": 3, "BLOCK": 4096}),
@@ -41,7 +44,7 @@ CASES = {
     "pack": (bits._pack, {"bits": B, "packed": "*u8", "n": "i64"}, {"BLOCK": 1024}),
     "unpack": (bits._unpack, {"packed": "*u8", "bits": B, "n": "i64"}, {"BLOCK": 1024}),
     "segment counts": (bits._count, {"mask": B, "tiles": L, "counts": L}, {"BLOCK": 8192}),
-    "crop": (crop_triton._crop, {**CROP, **dict.fromkeys("HWhw", "i32")}, {"BLOCK": 1024}),
+    "crop": (crop_triton._crop, CROP, {"h": 64, "w": 64, "ROWS": 8, "COLUMNS": 256}),
 }
 
 
