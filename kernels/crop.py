@@ -26,7 +26,7 @@ def crop_flip_normalize(
     std: Sequence[float],
     out: torch.Tensor,
     *,
-    block: int = 2048,
+    block: int = 1024,
 ) -> torch.Tensor:
     """Fill `out[b]` with the normalised crop `boxes[b]` of `images[index[b]]`, mirrored where `flip[b]`; return `out`.
 
@@ -38,7 +38,7 @@ def crop_flip_normalize(
     box of exactly the output's size is copied: those pixels equal torchvision's to the last bit, the others within
     rounding. On a CPU bfloat16 and float16 go through a float32 buffer (numba has no such types), and boxes and index
     are checked against the image; on a GPU that check would wait for the device, so there the caller answers for them.
-    block: output values a program.
+    block: output pixels a program.
     """
     _check(images, index, boxes, flip, mean, std, out)
     if out.device.type == "cpu":

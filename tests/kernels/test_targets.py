@@ -44,7 +44,7 @@ CASES = {
     "pack": (bits._pack, {"bits": B, "packed": "*u8", "n": "i64"}, {"BLOCK": 1024}),
     "unpack": (bits._unpack, {"packed": "*u8", "bits": B, "n": "i64"}, {"BLOCK": 1024}),
     "segment counts": (bits._count, {"mask": B, "tiles": L, "counts": L}, {"BLOCK": 8192}),
-    "crop": (crop_triton._crop, CROP, {"h": 64, "w": 64, "ROWS": 8, "COLUMNS": 256}),
+    "crop": (crop_triton._crop, CROP, {"h": 64, "w": 60, "ROWS": 16, "COLUMNS": 64}),
 }
 
 
