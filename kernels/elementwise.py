@@ -34,21 +34,29 @@ def _masked_sgd(
     mask,
     copy,
     lr,
+    grad_scale,
+    found_inf,
     n,
     momentum,
     weight_decay,
     HAS_MASK: tl.constexpr,
     HAS_COPY: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
+    SCALED: tl.constexpr,
     NESTEROV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    if SCALED:  # noqa: SIM102, for the compiler the first is a constant
+        if tl.load(found_inf) != 0:
+            return
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = i < n
     rate = tl.load(lr).to(tl.float32) if LR_ON_DEVICE else lr
     w = tl.load(weight + i, mask=there, other=0.0)
     g = tl.load(grad + i, mask=there, other=0.0)
     b = tl.load(buffer + i, mask=there, other=0.0)
+    if SCALED:
+        g *= tl.div_rn(1.0, tl.load(grad_scale))
     g += weight_decay * w
     b = momentum * b + g
     step = g + momentum * b if NESTEROV else b
@@ -78,6 +86,8 @@ def masked_sgd(
     mask: Tensor | None,
     low_precision_copy: Tensor | None,
     lr: float | Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
     momentum: float,
     weight_decay: float,
     nesterov: bool,
@@ -96,12 +106,15 @@ def masked_sgd(
             weight if mask is None else mask,
             weight if low_precision_copy is None else low_precision_copy,
             lr,
+            weight if grad_scale is None else grad_scale,
+            weight if found_inf is None else found_inf,
             n,
             momentum,
             weight_decay,
             HAS_MASK=mask is not None,
             HAS_COPY=low_precision_copy is not None,
             LR_ON_DEVICE=isinstance(lr, Tensor),
+            SCALED=found_inf is not None,
             NESTEROV=nesterov,
             BLOCK=block,
             num_warps=warps,

@@ -56,6 +56,8 @@ def masked_sgd_(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
     block: int = ELEMENTWISE_BLOCK,
 ) -> None:
     """One SGD step as torch.optim.SGD takes it, masked, in one launch.
@@ -63,8 +65,10 @@ def masked_sgd_(
     weight, momentum_buffer: float32 [n] (float64 on a CPU), mutated, exactly +0 afterwards where mask (bool [n]) is
     False, whatever the gradient is there. grad: like weight; its values afterwards are undefined. low_precision_copy:
     bf16 or fp16 [n], overwritten with the new weight. lr: a number, or a float tensor of one element on the same device
-    (for a captured graph). A momentum buffer of zeros gives PyTorch's first step. block: elements a program. ValueError
-    on mismatch, or where buffers are the same memory.
+    (for a captured graph). A momentum buffer of zeros gives PyTorch's first step. grad_scale, found_inf: float32 of one
+    element each, both or none, as a GradScaler hands them to fused optimisers: the gradient is divided by the scale,
+    and where found_inf is not 0 nothing is changed. block: elements a program. ValueError on mismatch, or where buffers
+    are the same memory.
     """
     triton = uses_triton(weight)
     _check("weight", weight, weight, _FULL[:1] if triton else _FULL)
@@ -74,8 +78,14 @@ def masked_sgd_(
         _check("mask", mask, weight, (torch.bool,))
     if low_precision_copy is not None:
         _check("low_precision_copy", low_precision_copy, weight, _HALF)
-    if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.device != weight.device or lr.dtype not in _FULL):
-        raise ValueError(f"lr must be one float32 or float64 on {weight.device}, got {tuple(lr.shape)} on {lr.device}")
+    if (grad_scale is None) != (found_inf is None):
+        raise ValueError("grad_scale and found_inf come together")
+    for name, one in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if isinstance(one, Tensor) and (one.numel() != 1 or one.device != weight.device or one.dtype not in _FULL):
+            raise ValueError(
+                f"{name} must be one float32 or float64 on {weight.device}, got {tuple(one.shape)} {one.dtype} "
+                f"on {one.device}"
+            )
     if nesterov and momentum <= 0:
         raise ValueError("Nesterov momentum needs momentum > 0")
     if len({weight.data_ptr(), grad.data_ptr(), momentum_buffer.data_ptr()}) < 3 and weight.numel():
@@ -84,9 +94,13 @@ def masked_sgd_(
         from fastprune.kernels import elementwise
 
         _check_block(block)
-        hyper = (lr, momentum, weight_decay, nesterov)
+        hyper = (lr, grad_scale, found_inf, momentum, weight_decay, nesterov)
         elementwise.masked_sgd(weight, grad, momentum_buffer, mask, low_precision_copy, *hyper, block)
         return
+    if found_inf is not None and grad_scale is not None:
+        if found_inf.item():
+            return
+        grad.mul_(grad_scale.double().reciprocal().to(grad.dtype))
     # torch's own in-place operations, in the order of torch.optim.SGD: the same bits.
     if weight_decay:
         grad.add_(weight, alpha=weight_decay)

@@ -91,6 +91,19 @@ def test_sgd_learning_rate_may_be_a_tensor():
     assert weight.tolist() == [0.5] * 4
 
 
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True, True])], ids=["dense", "masked"])
+def test_a_scaled_gradient_is_unscaled_and_an_infinite_one_changes_nothing(mask):
+    def step(grad, **scaling):
+        weight, buffer, copy = torch.arange(4.0), torch.ones(4), torch.zeros(4, dtype=torch.float16)
+        masked_sgd_(weight, grad, buffer, mask, copy, lr=0.5, momentum=0.9, weight_decay=0.1, **scaling)
+        return torch.cat([weight, buffer, copy.float()])
+
+    scale, grad = torch.tensor(1024.0), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert torch.equal(step(grad * 1024, grad_scale=scale, found_inf=torch.zeros(())), step(grad.clone()))
+    skipped = step(grad * torch.inf, grad_scale=scale, found_inf=torch.ones(()))
+    assert skipped.tolist() == [0.0, 1.0, 2.0, 3.0, *[1.0] * 4, *[0.0] * 4]
+
+
 def test_pruned_inf_and_nan_gradients_do_not_reach_the_weight():
     weight, buffer = torch.zeros(3), torch.zeros(3)
     grad = torch.tensor([float("inf"), float("nan"), 1.0])
@@ -273,6 +286,7 @@ BAD = {
     "k of 0": lambda f, m: kth_smallest_magnitude(f, m, 0),
     "k too large": lambda f, m: kth_smallest_magnitude(f, m, 5),
     "rate of two": lambda f, m: masked_sgd_(f, f + 1, f + 2, m, lr=torch.ones(2)),
+    "a scale without found_inf": lambda f, m: masked_sgd_(f, f + 1, f + 2, m, lr=1.0, grad_scale=torch.ones(())),
     "copy of another dtype": lambda f, m: masked_sgd_(f, f + 1, f + 2, m, torch.zeros(4), lr=1.0),
     "too many numbers": lambda f, m: keep_top(f, m, [1, 1], [Segment("a", (4,), 0, 0)]),
     "gradient is the weight": lambda f, m: masked_sgd_(f, f, torch.zeros(4), m, lr=1.0),

@@ -14,9 +14,9 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 F, B, L = "*fp32", "*i1", "*i64"
 SGD = {
     "weight": F, "grad": F, "buffer": F, "mask": B, "copy": "*bf16", "n": "i64", "momentum": "fp32",
-    "weight_decay": "fp32",
+    "weight_decay": "fp32", "grad_scale": F, "found_inf": F,
 }  # fmt: skip
-SGD_ON = {"HAS_MASK": True, "HAS_COPY": True, "NESTEROV": True, "BLOCK": 2048}
+SGD_ON = {"HAS_MASK": True, "HAS_COPY": True, "NESTEROV": True, "SCALED": True, "BLOCK": 2048}
 WHERE = {"score": F, "mask": B, "tiles": L}
 KNOWN = {"wanted": L, "state": L}
 GATHER = {**WHERE, **KNOWN, "ranges": L, "room": "*i32"}
