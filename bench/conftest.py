@@ -26,21 +26,34 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             continue
         terminalreporter.write_line(f"\n{name}")
         for b in sorted(benches, key=lambda b: b.stats.median):
-            rate = b.extra_info.get("bytes")
-            text = f"{rate / b.stats.median / 1e9:8.1f} GB/s" if rate else " " * 13
+            size, images = b.extra_info.get("bytes"), b.extra_info.get("images")
+            text = f"{size / b.stats.median / 1e9:8.1f} GB/s" if size else " " * 13
+            if any(other.extra_info.get("images") for other in benches):
+                text += f"{images / b.stats.median:12,.0f} images/s" if images else " " * 21
             ratio = b.stats.median / ours[0].stats.median
             terminalreporter.write_line(
-                f"  {b.extra_info['what']:<44}{1e3 * b.stats.median:10.2f} ms {text}  {ratio:7.2f} x"
+                f"  {b.extra_info['what']:<56}{1e3 * b.stats.median:10.2f} ms {text}  {ratio:7.2f} x"
             )
 
 
 @pytest.fixture
 def measure(benchmark: Any) -> Any:
-    """measure(group, what, function, ours=False, bytes=None): the median of five rounds."""
+    """measure(group, what, function, ours=False, bytes=None, images=None): the median of five rounds.
 
-    def run(group: str, what: str, function: Any, *, ours: bool = False, bytes: int | None = None) -> None:
+    ours: the others' times are given over this one's. bytes, images: that one call moves or makes, for the rates.
+    """
+
+    def run(
+        group: str,
+        what: str,
+        function: Any,
+        *,
+        ours: bool = False,
+        bytes: int | None = None,
+        images: int | None = None,
+    ) -> None:
         benchmark.group = group
-        benchmark.extra_info.update(what=what, ours=ours, bytes=bytes)
+        benchmark.extra_info.update(what=what, ours=ours, bytes=bytes, images=images)
         benchmark.pedantic(function, rounds=5, warmup_rounds=1)
 
     return run
