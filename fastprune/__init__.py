@@ -16,6 +16,7 @@ _HOME = {
     "MaskedConv2d": "fastprune.masks",
     "attach": "fastprune.masks",
     "masks_of": "fastprune.masks",
+    "plain_state_dict": "fastprune.masks",
     "prune": "fastprune.pruning",
     "Trainer": "fastprune.train",
     "RunStore": "fastprune.store",

@@ -99,6 +99,8 @@ class _Masked(nn.Module):
 
     mask: Tensor | None
     weight: Any  # a Parameter, annotated differently by the two kinds of layer
+    held = False
+    """Whether somebody else keeps pruned weights at +0, as a Trainer does: then the weight is used as it is."""
 
     @classmethod
     def wrap(cls, module: nn.Module) -> Self:
@@ -121,7 +123,7 @@ class _Masked(nn.Module):
 
     def _masked_weight(self) -> Tensor:
         """The weight to compute with, under autocast in its dtype already: one pass, not a mask and then a cast."""
-        if self.mask is None:
+        if self.mask is None or self.held:
             return self.weight
         kind = self.weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
@@ -174,6 +176,15 @@ def attach(model: nn.Module, mask: Mask | None = None, *, linear: bool = False) 
     return model
 
 
+def hold(model: nn.Module, segments: tuple[Segment, ...], keep: Tensor) -> None:
+    """Makes the masks of an attached model views of `keep` (bool [n], laid out as `segments`), whose owner from now on
+    keeps pruned weights at +0. A layer that is not masked is left alone."""
+    for s in segments:
+        module = model.get_submodule(s.name.rpartition(".")[0])
+        if isinstance(module, _Masked):
+            module.mask, module.held = s.view(keep), True
+
+
 def masks_of(model: nn.Module, *, linear: bool = False) -> Mask:
     """The masks that an attached model carries; a layer without one counts as dense."""
     tensors = {}
@@ -181,3 +192,18 @@ def masks_of(model: nn.Module, *, linear: bool = False) -> Mask:
         keep = getattr(model.get_submodule(name.rpartition(".")[0]), "mask", None)
         tensors[name] = torch.ones_like(weight, dtype=torch.bool).cpu() if keep is None else keep.cpu()
     return Mask.from_tensors(tensors)
+
+
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of `model` as its plain class has it: no masks, +0 where one prunes; fresh contiguous CPU tensors.
+
+    Also of a model whose parameters are views of flat buffers: torch.save of such a view would write the whole buffer.
+    """
+    state = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, _Masked):
+            prefix = f"{name}." if name else ""
+            mask = state.pop(prefix + "mask", None)
+            if mask is not None:
+                state[prefix + "weight"].masked_fill_(~mask, 0.0)
+    return state

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastprune.flat import FlatParams
 
@@ -18,7 +18,7 @@ class FlatSGD(torch.optim.Optimizer):
     def __init__(
         self,
         flat: FlatParams,
-        lr: float,
+        lr: float | Tensor,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
@@ -27,6 +27,7 @@ class FlatSGD(torch.optim.Optimizer):
         views = [nn.Parameter(flat.weight), nn.Parameter(flat.rest_weight)]
         for view, grad in zip(views, (flat.grad, flat.rest_grad), strict=True):
             view.grad = grad
+        self._step_supports_amp_scaling = True  # so that a GradScaler does not wait for the device
         super().__init__(views, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -37,9 +38,15 @@ class FlatSGD(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("FlatSGD takes no closure")
         group = self.param_groups[0]
+        # A GradScaler sets these for as long as the step takes, no scale if the gradients were unscaled before.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and grad_scale is None:
+            grad_scale = torch.ones_like(found_inf)
         self.flat.sgd_step(
             lr=group["lr"],
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )

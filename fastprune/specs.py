@@ -85,6 +85,10 @@ class ScheduleSpec(Record):
             return self.lr * (epoch + progress) / self.warmup_epochs
         return float(self.lr * self.gamma ** sum(epoch >= m for m in self.milestones))
 
+    def varies_within(self, epoch: int) -> bool:
+        """Whether the rate changes from batch to batch of this epoch."""
+        return epoch < self.warmup_epochs
+
 
 @dataclass(frozen=True)
 class OptimizerSpec(Record):

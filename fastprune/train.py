@@ -10,11 +10,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastprune.flat import FlatParams
-from fastprune.masks import Mask, masks_of
+from fastprune.masks import Mask, hold, masks_of
 from fastprune.optim import FlatSGD
+from fastprune.pruning import prune
+from fastprune.ranks import mean_over_ranks, share_statistics, sum_over_ranks
 from fastprune.specs import PRECISIONS, OptimizerSpec, ScheduleSpec
+from fastprune.step import Captured, Step, Tally
+
+_LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """(images [B, 3, H, W], labels int64 [B]); `set_epoch(epoch)`, if it has one, is called before each training epoch."""
@@ -47,22 +53,53 @@ class EpochMetrics:
 class Trainer:
     """Trains `model` in channels-last, its parameters flat.
 
-    Masks that the model carries hold from the start.
-    precision: "fp32", "bf16" (autocast) or "fp16" (autocast and a gradient scaler). The model is moved to `device`, and
-    its parameters are replaced by views of flat buffers.
+    Masks that the model carries hold from the start. One Trainer serves any number of trainings: masks, weights and
+    learning rates are written in place, so nothing is compiled or captured twice for batches of the same shape.
+
+    precision: "fp32", "bf16" (autocast) or "fp16" (autocast and a gradient scaler); with the last two, convs read the
+    copy of the weights that the optimiser's own pass writes. The model is moved to `device`, and its parameters are
+    replaced by views of flat buffers. compile: torch.compile for the network, by default on a GPU only. graph: the
+    whole step as one CUDA graph, by default on a GPU. Under torch.distributed, gradients are averaged over all ranks,
+    each of which brings its own batches; batch-norm statistics are each rank's own while an epoch lasts, then the
+    first's.
     """
 
-    def __init__(self, model: nn.Module, *, device: str | torch.device = "cpu", precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        compile: bool | str | None = None,
+        graph: bool | None = None,
+    ) -> None:
+        """compile may name a backend of torch.compile. ValueError for a model without convs."""
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
         self.device = torch.device(device)
         self.precision = precision
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         carried = masks_of(self.model)
-        self.flat = FlatParams(self.model)
+        if not carried.segments:
+            raise ValueError(f"{type(model).__name__} has no conv layer: there is nothing to prune")
+        self.flat = FlatParams(self.model, low_precision=_LOW[precision])
         self.flat.set_mask(carried.keep)
-        self.optimizer = FlatSGD(self.flat, lr=0.0)
+        hold(self.model, self.flat.segments, self.flat.mask)
+        self._lr = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.optimizer = FlatSGD(self.flat, lr=self._lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self._fresh_scaler = self.scaler.state_dict()
+        on_gpu = self.device.type == "cuda"
+        compile = on_gpu if compile is None else compile
+        self._network = self._compute
+        if compile:
+            backend = compile if isinstance(compile, str) else "inductor"
+            self._network = torch.compile(self._compute, dynamic=False, backend=backend)
+        self._captured: dict[tuple[Any, ...], Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle() if on_gpu and graph is not False else None
+        self._tally = Tally(self.device)
+        self._smoothing = 0.0
+        self._marked: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
         """All that a run continues from, as fresh CPU tensors: weights and batch-norm statistics ("model.NAME") and
@@ -92,12 +129,14 @@ class Trainer:
             for s in self.flat.rest_segments:
                 if f"momentum.{s.name}" in state:
                     s.view(self.flat.rest_momentum).copy_(state[f"momentum.{s.name}"].flatten())
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        scaler = self.scaler.state_dict()
+        scaler = dict(self._fresh_scaler)
         if momentum and all(f"scaler.{name}" in state for name in scaler):
-            self.scaler.load_state_dict({k: type(v)(state[f"scaler.{k}"].item()) for k, v in scaler.items()})
+            scaler = {k: type(v)(state[f"scaler.{k}"].item()) for k, v in scaler.items()}
+        if scaler:
+            self.scaler.load_state_dict(scaler)  # in place, as a captured step needs it
         for s in self.flat.segments:
             self.flat.mask[s.span] = True
+        self.flat.sync()
 
     def set_mask(self, mask: Mask | None) -> None:
         """Writes the mask (None: dense) in place and zeroes what it prunes; a graph that was captured stays valid."""
@@ -106,6 +145,29 @@ class Trainer:
         if mask.segments != self.flat.segments:
             raise ValueError("the mask belongs to a model with other layers")
         self.flat.set_mask(mask.keep)
+
+    def prune(self, fraction: float) -> Mask:
+        """Prunes round(fraction x remaining) weights of the lowest magnitude over all layers, in place."""
+        now = Mask(self.flat.mask, self.flat.segments)
+        new = prune(self.flat.weight.abs(), now, fraction)
+        self.flat.set_mask(new.keep)
+        return new
+
+    @torch.no_grad()
+    def mark(self) -> None:
+        """Keeps weights and batch-norm statistics as they are now, on the device, for `rewind`."""
+        self.flat.mark()
+        self._marked = {name: b.clone() for name, b in self.model.named_buffers() if b.dtype != torch.bool}
+
+    @torch.no_grad()
+    def rewind(self) -> None:
+        """Weights and statistics as they were at the last `mark`, under the present mask; momentum zero."""
+        self.flat.rewind()
+        for name, buffer in self.model.named_buffers():
+            if name in self._marked:
+                buffer.copy_(self._marked[name])
+        if self._fresh_scaler:
+            self.scaler.load_state_dict(dict(self._fresh_scaler))
 
     def fit(
         self,
@@ -125,6 +187,8 @@ class Trainer:
         epoch gave. Stops after an epoch whose loss is not finite. Returns the metrics of the epochs trained.
         """
         self.flat.check_aliased()
+        self.flat.sync()  # whoever wrote weights since
+        self._smoothing = optimizer.label_smoothing
         self.optimizer.param_groups[0].update(
             momentum=optimizer.momentum, weight_decay=optimizer.weight_decay, nesterov=optimizer.nesterov
         )
@@ -133,7 +197,7 @@ class Trainer:
             began = time.perf_counter()
             if hasattr(train, "set_epoch"):
                 train.set_epoch(epoch)
-            loss, accuracy, count = self._epoch(train, schedule, epoch, optimizer.label_smoothing, on_batch)
+            loss, accuracy, count = self._epoch(train, schedule, epoch, on_batch)
             rate = count / (time.perf_counter() - began)
             val_loss, val_accuracy = self.evaluate(val)
             seconds = time.perf_counter() - began
@@ -149,52 +213,78 @@ class Trainer:
         return history
 
     def _epoch(
-        self,
-        train: Batches,
-        schedule: ScheduleSpec,
-        epoch: int,
-        label_smoothing: float,
-        on_batch: Callable[[int], None] | None,
+        self, train: Batches, schedule: ScheduleSpec, epoch: int, on_batch: Callable[[int], None] | None
     ) -> tuple[float, float, int]:
         self.model.train()
-        steps = len(train) if schedule.warmup_epochs > epoch else 1  # type: ignore[arg-type]
-        tally = _Tally(self.device)
+        self._tally.clear()
+        steps = len(train) if schedule.varies_within(epoch) else 1  # type: ignore[arg-type]
+        rate = None
         for step, (images, labels) in enumerate(train):
-            images, labels = self._to_device(images), labels.to(self.device, non_blocking=True)
-            self.optimizer.param_groups[0]["lr"] = schedule.lr_at(epoch, step / steps)
-            self.optimizer.zero_grad()
-            with self._autocast():
-                logits = self.model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            tally.add(loss, logits, labels)
+            if rate != (rate := schedule.lr_at(epoch, step / steps)):
+                self._lr.fill_(rate)
+            self._run(self._train_step, images, labels)
             if on_batch is not None:
                 on_batch(len(labels))
-        return tally.result()
+        share_statistics(self.model)
+        return self._result()
 
     @torch.no_grad()
     def evaluate(self, val: Batches) -> tuple[float, float]:
         """(mean loss, top-1 accuracy) over `val`, with batch norm's running statistics."""
         self.model.eval()
-        tally = _Tally(self.device)
+        self._tally.clear()
         for images, labels in val:
-            images, labels = self._to_device(images), labels.to(self.device, non_blocking=True)
-            with self._autocast():
-                logits = self.model(images)
-                loss = F.cross_entropy(logits, labels)
-            tally.add(loss, logits, labels)
-        return tally.result()[:2]
+            self._run(self._eval_step, images, labels)
+        return self._result()[:2]
 
-    def _to_device(self, images: Tensor) -> Tensor:
-        return images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+    def _result(self) -> tuple[float, float, int]:
+        sum_over_ranks(self._tally.sums)
+        return self._tally.result()
+
+    def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        with self._autocast():
+            logits = self._network(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self._smoothing)
+        self.flat.backward(self.scaler.scale(loss))
+        mean_over_ranks(self.flat.grad, self.flat.rest_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._tally.add(loss, logits, labels)
+
+    def _eval_step(self, images: Tensor, labels: Tensor) -> None:
+        with self._autocast():
+            logits = self._network(images)
+            loss = F.cross_entropy(logits, labels)
+        self._tally.add(loss, logits, labels)
+
+    def _compute(self, images: Tensor) -> Tensor:
+        """The network's output; convs read the low-precision copy where there is one."""
+        if self.flat.low is None:
+            return self.model(images)
+        return functional_call(self.model, self.flat.low_views, (images,))
+
+    def _run(self, step: Step, images: Tensor, labels: Tensor) -> None:
+        images = self._moved(images).contiguous(memory_format=torch.channels_last)
+        labels = self._moved(labels)
+        if self._pool is None:
+            step(images, labels)
+            return
+        group = self.optimizer.param_groups[0]
+        hyper = (self._smoothing, *(group[name] for name in ("momentum", "weight_decay", "nesterov")))
+        key = (step, images.shape, images.dtype, hyper if step == self._train_step else None)
+        if key not in self._captured:
+            self._captured[key] = Captured(step, self._pool)
+        self._captured[key](images, labels)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """On the device; nothing waits for the copy."""
+        if self.device.type == "cuda" and not tensor.is_cuda:
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype)
+        low = _LOW[self.precision]
+        return nullcontext() if low is None else torch.autocast(self.device.type, low)
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
@@ -203,22 +293,3 @@ class Trainer:
         shapes = dict(self.model.named_parameters())
         packed = ((s.name, s.view(buffer).to("cpu", copy=True)) for s in self.flat.rest_segments)
         return {name: t.view(shapes[name].shape) for name, t in packed}
-
-
-class _Tally:
-    """Sums loss and hits on the device, so that nothing waits for it before the epoch's end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
-        self.hits = torch.zeros((), dtype=torch.int64, device=device)
-        self.images = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        self.loss += loss.detach() * len(labels)
-        self.hits += (logits.detach().argmax(1) == labels).sum()
-        self.images += len(labels)
-
-    def result(self) -> tuple[float, float, int]:
-        if not self.images:
-            raise ValueError("the loader gave no batch: is the data set smaller than one batch?")
-        return self.loss.item() / self.images, self.hits.item() / self.images, self.images

@@ -283,11 +283,12 @@ def layout(
             ranges.append((s.offset, end - s.offset))
         for start in range(s.offset, end, block):
             tiles.append((start, min(block, end - start), number, number if local else 0))
-    tensors = [
+    aligned = all(start % 16 == 0 == length % 16 for start, length, _, _ in tiles)
+    a, b, c = (
         torch.tensor(rows, dtype=torch.int64).view(-1, width).to(device)
         for rows, width in ((tiles, 4), (table, 4), (ranges, 2))
-    ]
-    return Layout(*tensors, aligned=all(start % 16 == 0 == length % 16 for start, length, _, _ in tiles))
+    )
+    return Layout(a, b, c, aligned)
 
 
 class _Threshold(NamedTuple):

@@ -29,8 +29,11 @@ ALLOWED = {
     "fastprune/tensors.py": {"torch", "safetensors", "fastprune.errors"},
     "fastprune/masks.py": {"torch", "fastprune.errors", "fastprune.flat", "fastprune.kernels", "fastprune.tensors"},
     "fastprune/pruning.py": {"torch", "numpy", "fastprune.kernels", "fastprune.masks", "fastprune.specs"},
+    "fastprune/step.py": {"torch"},
+    "fastprune/ranks.py": {"torch"},
     "fastprune/train.py": {
         "torch", "fastprune.specs", "fastprune.kernels", "fastprune.flat", "fastprune.masks", "fastprune.optim",
+        "fastprune.pruning", "fastprune.ranks", "fastprune.step",
     },
 }  # fmt: skip
 

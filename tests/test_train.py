@@ -236,3 +236,42 @@ def test_flat_layout():
     assert flat.total == sum(p.numel() for p in model_convs.values()) == int(flat.mask.sum())
     assert all(s.offset % 64 == 0 for s in flat.segments)
     assert len(flat.rest_segments) == len(list(build(SPEC).parameters())) - len(model_convs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_thirty_rounds_compile_once(precision):
+    """Compiled for each shape of training and evaluation once; new masks, rates and hyperparameters compile nothing."""
+    counters = torch._dynamo.utils.counters
+    torch.compiler.reset()
+    counters.clear()
+    plain = trainer(precision)
+    compiled = Trainer(build(SPEC), precision=precision, compile="aot_eager")
+    compiled.load_state(initial_state())
+    for made in (plain, compiled):
+        made.mark()
+        made.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1)
+    assert same(plain.state(), compiled.state())
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for round in range(3):
+            compiled.prune(0.5)
+            compiled.rewind()
+            schedule = ScheduleSpec(lr=0.1 / (round + 1), epochs=1, milestones=(), gamma=0.1, warmup_epochs=round % 2)
+            compiled.fit(Epochs(), Epochs(9), OptimizerSpec(8, 0.8, 1e-2, True, 0.1), schedule)
+    assert counters["stats"]["unique_graphs"] == 2
+    torch.compiler.reset()
+
+
+def test_marked_weights_and_statistics_come_back():
+    t = trainer("fp16")
+    t.mark()
+    initial = t.state()
+    t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1)
+    mask = t.prune(0.5)
+    assert mask.kept == mask.total - round(0.5 * mask.total)
+    t.rewind()
+    after = t.state()
+    for name, keep in mask.tensors().items():
+        initial[f"model.{name}"] = torch.where(keep, initial[f"model.{name}"], 0.0)
+    assert same(after, initial)
