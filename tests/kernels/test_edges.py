@@ -3,6 +3,7 @@
 import mmap
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -278,7 +279,8 @@ def test_crop(n, tall, dtype):
 def untouched(*shape: int, dtype: torch.dtype) -> Tensor:
     """Zeros in memory that the system gives only where it is written to."""
     size = int(np.prod(shape)) * dtype.itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    no_reserve = 0x4000 if sys.platform == "linux" else 0  # older Pythons have no name for it
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", no_reserve)
     try:
         memory = mmap.mmap(-1, size, flags=flags)
     except OSError as error:
