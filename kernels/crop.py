@@ -14,6 +14,7 @@ import torch
 from fastprune.kernels.jit import compiled
 from fastprune.kernels.ops import uses_triton
 
+_AT_ONCE = 16
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -48,12 +49,18 @@ def crop_flip_normalize(
 
         crop_triton.crop(images, index, boxes, flip, *_on_device(tuple(mean), tuple(std), out.device), out, block)
         return out
-    wide = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    table, gain, shift = _constants(tuple(mean), tuple(std))
-    compiled(_crop_flip_normalize)(
-        images.numpy(), index.numpy(), boxes.numpy(), flip.numpy(), table, gain, shift, wide.permute(0, 2, 3, 1).numpy()
-    )
-    return out if wide is out else out.copy_(wide)
+    constants = _constants(tuple(mean), tuple(std))
+    # Short floats a few images at a time: fresh memory for a whole batch costs more than the crops.
+    each = len(out) if out.dtype == torch.float32 else _AT_ONCE
+    wide = out if out.dtype == torch.float32 else torch.empty_like(out[:each], dtype=torch.float32)
+    for start in range(0, len(out), max(each, 1)):
+        part = slice(start, start + each)
+        made = wide[: len(out[part])]
+        chosen = (t[part].numpy() for t in (index, boxes, flip))
+        compiled(_crop_flip_normalize)(images.numpy(), *chosen, *constants, made.permute(0, 2, 3, 1).numpy())
+        if wide is not out:
+            out[part] = made
+    return out
 
 
 def _check(

@@ -5,6 +5,7 @@ Under TRITON_INTERPRET=1 the Triton code itself runs on a CPU, slowly: that is h
 
 import os
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 import torch
@@ -80,11 +81,15 @@ def masked_sgd_(
         _check("low_precision_copy", low_precision_copy, weight, _HALF)
     if (grad_scale is None) != (found_inf is None):
         raise ValueError("grad_scale and found_inf come together")
-    for name, one in (("lr", lr), ("grad_scale", grad_scale), ("found_inf", found_inf)):
-        if isinstance(one, Tensor) and (one.numel() != 1 or one.device != weight.device or one.dtype not in _FULL):
+    for name, one, dtypes in (
+        ("lr", lr, _FULL),
+        ("grad_scale", grad_scale, _FULL[:1]),
+        ("found_inf", found_inf, _FULL[:1]),
+    ):
+        if isinstance(one, Tensor) and (one.numel() != 1 or one.device != weight.device or one.dtype not in dtypes):
             raise ValueError(
-                f"{name} must be one float32 or float64 on {weight.device}, got {tuple(one.shape)} {one.dtype} "
-                f"on {one.device}"
+                f"{name} must be one {' or '.join(map(str, dtypes))} on {weight.device}, got {one.dtype} of shape "
+                f"{tuple(one.shape)} on {one.device}"
             )
     if nesterov and momentum <= 0:
         raise ValueError("Nesterov momentum needs momentum > 0")
@@ -158,13 +163,13 @@ def keep_top(
     triton = uses_triton(score)
     _check("score", score, score, _FULL[:1] + _HALF if triton else _FULL + _HALF)
     _check("mask", mask, score, (torch.bool,))
-    local = not isinstance(n_prune, int)
+    local = isinstance(n_prune, Sequence)
     if segments is not None:
         check_segments(segments, mask.numel())
     elif local:
         raise ValueError("n_prune as a sequence needs segments, one number for each")
-    parts = tuple(segments or [Segment("", (mask.numel(),), 0, 0)])
-    wanted = [n_prune] if isinstance(n_prune, int) else list(n_prune)
+    parts = tuple([Segment("", (mask.numel(),), 0, 0)] if segments is None else segments)
+    wanted = list(n_prune) if isinstance(n_prune, Sequence) else [index(n_prune)]
     if local and len(wanted) != len(parts):
         raise ValueError(f"{len(wanted)} numbers for {len(parts)} segments")
     kept = segment_counts(mask, parts).tolist() if local or triton else [_kept(mask)]
@@ -218,7 +223,7 @@ def unpack_bits(packed: Tensor, n: int, *, block: int = BITS_BLOCK) -> Tensor:
 
         _check_block(block)
         return bits.unpack(packed, n, block)
-    return torch.from_numpy(np.unpackbits(packed.numpy(), count=n, bitorder="little").astype(bool))
+    return torch.from_numpy(np.unpackbits(packed.numpy(), count=n, bitorder="little").view(np.bool_))
 
 
 def masked_weight(weight: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
