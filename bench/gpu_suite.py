@@ -115,14 +115,14 @@ class Suite:
                 call()
 
         run = self.capture(calls) if graph else loop
-        began = time.perf_counter()
-        for i in range(1000):  # also until the clocks have gone up
+        began, seconds, warm = time.perf_counter(), 0.0, 0
+        while warm < (1 if self.small else 3) or (seconds < 0.1 and warm < 1000):  # until the clocks have gone up
             run()
             if self.cuda:
                 torch.cuda.synchronize()
-            if i >= (0 if self.small else 2) and time.perf_counter() - began > 0.1:
-                break
-        medians = [statistics.median(self._runs(run, 3 if self.small else 20)) / len(calls) for _ in range(2)]
+            warm, seconds = warm + 1, time.perf_counter() - began
+        repeats = 3 if self.small else max(5, min(20, int(warm / seconds)))
+        medians = [statistics.median(self._runs(run, repeats)) / len(calls) for _ in range(2)]
         ms = statistics.mean(medians)
         return ms, (max(medians) - min(medians)) / ms
 
