@@ -6,6 +6,7 @@ result (paths, workers, loader, device, versions) is no field here; the store ke
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -17,6 +18,8 @@ SEMANTICS = 1
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCORES = ("magnitude", "random")
 ALLOCATIONS = ("global",)
+DECAYS = ("multistep", "cosine", "exponential")
+WARMUPS = ("linear", "constant")
 
 
 class Record:
@@ -71,23 +74,43 @@ class DataSpec(Record):
 
 @dataclass(frozen=True)
 class ScheduleSpec(Record):
-    """Learning rate over `epochs`: linear warmup from 0 over `warmup_epochs`, then x gamma at each milestone."""
+    """Learning rate over `epochs`, the same within an epoch but for a linear warmup.
+
+    decay: "multistep" (x gamma at each milestone), "cosine" (from lr to lr_min over the epochs after the warmup) or
+    "exponential" (x gamma after each of them). warmup: "linear", rising batch by batch from warmup_start x lr to lr
+    over `warmup_epochs`, or "constant", warmup_start x lr for as long.
+    """
 
     lr: float
     epochs: int
-    milestones: tuple[int, ...]
-    gamma: float
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
     warmup_epochs: int = 0
+    decay: str = "multistep"
+    lr_min: float = 0.0
+    warmup: str = "linear"
+    warmup_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("decay", self.decay, DECAYS), ("warmup", self.warmup, WARMUPS)):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
 
     def lr_at(self, epoch: int, progress: float = 0.0) -> float:
         """The rate at fraction `progress` of `epoch` (both from 0)."""
         if epoch < self.warmup_epochs:
-            return self.lr * (epoch + progress) / self.warmup_epochs
-        return float(self.lr * self.gamma ** sum(epoch >= m for m in self.milestones))
+            risen = (epoch + progress) / self.warmup_epochs if self.warmup == "linear" else 0.0
+            return self.lr * (self.warmup_start + (1.0 - self.warmup_start) * risen)
+        after = epoch - self.warmup_epochs
+        if self.decay == "cosine":
+            share = after / (self.epochs - self.warmup_epochs)
+            return self.lr_min + (self.lr - self.lr_min) * (1.0 + math.cos(math.pi * share)) / 2.0
+        steps = after if self.decay == "exponential" else sum(epoch >= m for m in self.milestones)
+        return float(self.lr * self.gamma**steps)
 
     def varies_within(self, epoch: int) -> bool:
         """Whether the rate changes from batch to batch of this epoch."""
-        return epoch < self.warmup_epochs
+        return epoch < self.warmup_epochs and self.warmup == "linear"
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,10 @@ def other_values():
         value = True if f.name == "nesterov" else 0.25 if f.name != "batch_size" else 8
         yield f"train.optimizer.{f.name}", train, replace(train, optimizer=replace(train.optimizer, **{f.name: value}))
     for f in fields(ScheduleSpec):
-        value = {"lr": 1.0, "epochs": 7, "milestones": (1,), "gamma": 0.3, "warmup_epochs": 1}[f.name]
+        value = {
+            "lr": 1.0, "epochs": 7, "milestones": (1,), "gamma": 0.3, "warmup_epochs": 1, "decay": "cosine",
+            "lr_min": 0.1, "warmup": "constant", "warmup_start": 0.1,
+        }[f.name]  # fmt: skip
         yield f"train.schedule.{f.name}", train, replace(train, schedule=replace(train.schedule, **{f.name: value}))
     yield "train.stop", train, replace(train, stop=2)
     yield "train.seed", train, replace(train, seed=1)

@@ -201,6 +201,35 @@ def test_warmup_rises_from_zero_within_the_epochs():
     assert [schedule.lr_at(2), schedule.lr_at(4), schedule.lr_at(5)] == pytest.approx([0.4, 0.4, 0.04])
 
 
+def test_schedules_are_torchs():
+    """Epoch by epoch, as torch's schedulers give them; a linear warmup from a fraction, at the epochs' starts."""
+    lr, epochs, warm = 0.5, 12, 3
+    optimizer = torch.optim.lr_scheduler
+    cases = {
+        ScheduleSpec(lr, epochs, (4, 8), 0.3): lambda o: optimizer.MultiStepLR(o, [4, 8], 0.3),
+        ScheduleSpec(lr, epochs, decay="cosine", lr_min=0.01): lambda o: optimizer.CosineAnnealingLR(o, epochs, 0.01),
+        ScheduleSpec(lr, epochs, gamma=0.9, decay="exponential"): lambda o: optimizer.ExponentialLR(o, 0.9),
+        ScheduleSpec(lr, epochs, (), 0.9, warm, "cosine", 0.01, "linear", 0.1): lambda o: optimizer.SequentialLR(
+            o,
+            [optimizer.LinearLR(o, 0.1, 1.0, warm), optimizer.CosineAnnealingLR(o, epochs - warm, 0.01)],
+            milestones=[warm],
+        ),
+        ScheduleSpec(lr, epochs, (), 0.9, warm, "exponential", 0.0, "constant", 0.1): lambda o: optimizer.SequentialLR(
+            o, [optimizer.ConstantLR(o, 0.1, warm), optimizer.ExponentialLR(o, 0.9)], milestones=[warm]
+        ),
+    }
+    for schedule, make in cases.items():
+        sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr)
+        theirs, scheduler = [], make(sgd)
+        for _ in range(epochs):
+            theirs.append(sgd.param_groups[0]["lr"])
+            sgd.step()
+            scheduler.step()
+        assert [schedule.lr_at(e) for e in range(epochs)] == pytest.approx(theirs), schedule
+    with pytest.raises(ValueError, match="unknown decay 'cos': choose one of multistep, cosine, exponential"):
+        ScheduleSpec(lr, epochs, decay="cos")
+
+
 def test_a_loader_without_a_batch_is_refused():
     with pytest.raises(ValueError, match="no batch"):
         trainer().fit([], Epochs(), SGD, SCHEDULE)
