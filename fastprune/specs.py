@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-SEMANTICS = 1
+SEMANTICS = 2
 """Version of what the fields mean and of what training and pruning compute from them; part of every key."""
 
 PRECISIONS = ("fp32", "bf16", "fp16")
