@@ -17,6 +17,8 @@ _HOME = {
     "attach": "fastprune.masks",
     "masks_of": "fastprune.masks",
     "plain_state_dict": "fastprune.masks",
+    "MaskedSGD": "fastprune.optim",
+    "keep_pruned": "fastprune.optim",
     "prune": "fastprune.pruning",
     "Trainer": "fastprune.train",
     "RunStore": "fastprune.store",

@@ -176,6 +176,12 @@ def attach(model: nn.Module, mask: Mask | None = None, *, linear: bool = False) 
     return model
 
 
+def weight_masks(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Of each layer that carries a mask: its weight (a Parameter) and its mask (bool, of that shape), not copied."""
+    layers = (m for m in model.modules() if isinstance(m, _Masked))
+    return {m.weight: m.mask for m in layers if m.mask is not None}
+
+
 def hold(model: nn.Module, segments: tuple[Segment, ...], keep: Tensor) -> None:
     """Makes the masks of an attached model views of `keep` (bool [n], laid out as `segments`), whose owner from now on
     keeps pruned weights at +0. A layer that is not masked is left alone."""

@@ -25,7 +25,7 @@ ALLOWED = {
     "fastprune/figures/a2.py": {"fastprune.specs", "fastprune.settings", "fastprune.figures"},
     "fastprune/models.py": {"torch", "torchvision", "fastprune.errors", "fastprune.specs"},
     "fastprune/flat.py": {"torch", "fastprune.kernels"},
-    "fastprune/optim.py": {"torch", "fastprune.flat"},
+    "fastprune/optim.py": {"torch", "fastprune.flat", "fastprune.kernels", "fastprune.masks"},
     "fastprune/tensors.py": {"torch", "safetensors", "fastprune.errors"},
     "fastprune/masks.py": {"torch", "fastprune.errors", "fastprune.flat", "fastprune.kernels", "fastprune.tensors"},
     "fastprune/pruning.py": {"torch", "numpy", "fastprune.kernels", "fastprune.masks", "fastprune.specs"},
