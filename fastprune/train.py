@@ -264,6 +264,16 @@ class Trainer:
         return functional_call(self.model, self.flat.low_views, (images,))
 
     def _run(self, step: Step, images: Tensor, labels: Tensor) -> None:
+        try:
+            self._run_step(step, images, labels)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"out of memory on {self.device} with batches of {' x '.join(map(str, images.shape))} in "
+                f"{self.precision}: lower the batch size or the image size"
+                + (", or train in bf16" if self.precision == "fp32" else "")
+            ) from error
+
+    def _run_step(self, step: Step, images: Tensor, labels: Tensor) -> None:
         images = self._moved(images).contiguous(memory_format=torch.channels_last)
         labels = self._moved(labels)
         if self._pool is None:

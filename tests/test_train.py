@@ -235,6 +235,17 @@ def test_a_loader_without_a_batch_is_refused():
         trainer().fit([], Epochs(), SGD, SCHEDULE)
 
 
+def test_out_of_memory_says_what_to_lower(monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    t = trainer()
+    monkeypatch.setattr(t.model, "forward", full)
+    message = "out of memory on cpu with batches of 8 x 3 x 32 x 32 in fp32: lower the batch size or the image size, or"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        t.fit(Epochs(), Epochs(9), SGD, SCHEDULE)
+
+
 def test_a_state_of_another_model_is_refused():
     state = initial_state()
     state["model.conv1.weight"] = torch.zeros(1)
