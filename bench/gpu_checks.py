@@ -6,21 +6,35 @@ what is awkward strewn in; memory that an operation allocates or fills holds NaN
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
-from unittest import SkipTest
 
 import torch
 from torch import Tensor
 from torchvision.transforms.functional import convert_image_dtype, hflip, normalize
 
-from fastprune.flat import layout, prunable
+from bench.gpu_tools import (
+    FLOATS,
+    KEPT,
+    NAN,
+    NORM,
+    NORMAL,
+    SMALL,
+    VALUES,
+    Check,
+    bits,
+    mask_of,
+    near,
+    network,
+    odd_layout,
+    poisoned,
+    require,
+    same,
+    sizes,
+    values,
+)
 from fastprune.kernels import (
-    Segment,
     crop_flip_normalize,
     keep_top,
     kth_smallest_magnitude,
@@ -34,117 +48,9 @@ from fastprune.kernels import (
 )
 from fastprune.kernels.crop_reference import crop_flip_normalize_reference
 from fastprune.loaders import augment
-from fastprune.models import build
-from fastprune.specs import ModelSpec
 
 if TYPE_CHECKING:
     from bench.gpu_suite import Suite
-
-SIZES = (0, 1, 63, 2000, 10_007, (1 << 20) + 3)
-KEPT = (1.0, 0.0, 0.6)
-INF, NAN = float("inf"), float("nan")
-# Denormal in float32 and bf16, denormal in fp16, too small or too large for fp16, and its largest.
-SMALL = [1e-45, 1e-40, -1e-42, -0.0]
-FINITE = [*SMALL, 6e-8, -5e-7, 3e-5, 1e-8, 0.0, 1e5, -65504.0, 1.5]
-VALUES = [*FINITE, INF, NAN, -INF]
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-NORMAL = [1.0, -0.5, 0.0]
-BF16_NORMAL = torch.finfo(torch.bfloat16).smallest_normal
-NORM = ((0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816))
-EDGE = 2**31  # positions from here on do not fit into 32 bits
-FAR = EDGE + 4099  # elements
-CHUNK = 1 << 26
-
-Check = Callable[["Suite"], "str | None"]
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """torch fills what it allocates with NaN, the largest integer or True."""
-    settings: Any = torch.utils.deterministic
-    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about operations of torch that have no deterministic form
-            require(torch.empty(1).isnan() and torch.empty(1, dtype=torch.bool), "fresh memory is not poisoned")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        settings.fill_uninitialized_memory = before
-
-
-def poisoned(check: Check) -> Check:
-    @wraps(check)
-    def wrapped(s: Suite) -> str | None:
-        with poisoned_memory():
-            return check(s)
-
-    return wrapped
-
-
-def require(ok: object, message: str) -> None:
-    if not ok:
-        raise AssertionError(message)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Its bits as integers, so that +0 and -0 differ; every NaN is one value."""
-    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.view(kind).masked_fill(tensor.isnan(), torch.iinfo(kind).max)
-
-
-def same(s: Suite, got: Tensor, expected: Tensor, what: str, rounded: bool = False) -> None:
-    """To the bit, on the device of `expected`. rounded: to bf16, which the interpreter truncates: one off, and wrong
-    for denormals."""
-    require((got.dtype, got.shape) == (expected.dtype, expected.shape), f"{what}: {got.dtype} {tuple(got.shape)}")
-    got, known = bits(got.to(expected.device).contiguous()), bits(expected.contiguous())
-    if torch.equal(got, known):
-        return
-    off = (got.long() - known.long()).abs()
-    if s.interpreted and rounded and expected.dtype == torch.bfloat16:
-        off = (off - 1).masked_fill(expected.abs() < BF16_NORMAL, 0)
-    wrong = (off > 0).flatten().nonzero().flatten()
-    require(not len(wrong), f"{what}: {len(wrong)} of {got.numel()} differ, first {wrong[:3].tolist()}")
-
-
-def near(got: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """Error against float64 at most twice that of the plain float32 computation, and one ulp of the largest value."""
-    if exact.numel():
-        error, allowed = ((t.cpu().double() - exact).abs().max().item() for t in (got, plain))
-        largest = exact.abs().max().float()
-        bound = 2 * allowed + (torch.nextafter(largest, torch.tensor(INF)) - largest).item()
-        require(error <= bound, f"{what}: error {error:.3e} against float64, allowed {bound:.3e}")
-
-
-def sizes(s: Suite) -> tuple[int, ...]:
-    return SIZES[:4] if s.interpreted else SIZES[:5] if s.small else SIZES
-
-
-def values(s: Suite, n: int, special: Sequence[float] = VALUES, kind: torch.dtype = torch.float32) -> Tensor:
-    """[n] on the CPU, normal; every other element is one of the special values."""
-    result = torch.randn(n, generator=s.host)
-    some = torch.randint(len(special), result[::2].shape, generator=s.host)
-    result[::2] = torch.tensor(special)[some]
-    if s.interpreted and kind == torch.bfloat16:
-        result[result.abs() < BF16_NORMAL] = 0.0  # the interpreter converts them wrongly
-    return result.to(kind)
-
-
-def mask_of(s: Suite, n: int, kept: float) -> Tensor:
-    return torch.rand(n, generator=s.host) < kept
-
-
-def network(s: Suite) -> tuple[Segment, ...]:
-    """The real layout: every conv of ResNet-50, of a narrow ResNet-18 where that is too much."""
-    spec = ModelSpec("resnet18", 10, width=4 if s.interpreted else 16) if s.small else ModelSpec("resnet50", 200)
-    return layout(prunable(build(spec)))
-
-
-def odd_layout(n: int) -> tuple[Segment, ...]:
-    """About n elements as a conv and a linear layer, at positions that nothing divides."""
-    shapes = [(n // 36, 4, 3, 3), (n % 36,)]
-    return Segment("conv", shapes[0], 2, 0), Segment("linear", shapes[1], 5 + n // 36 * 36, n // 36 * 36)
 
 
 @poisoned
@@ -363,137 +269,6 @@ def check_masked_weight(s: Suite) -> None:
         same(s, there.grad, reference.masked_cast(grad, mask, torch.float32), f"{what}: gradient")  # type: ignore[arg-type]
 
 
-def room(s: Suite, gib: int) -> None:
-    """SkipTest unless so much device memory is free."""
-    if not s.cuda:
-        raise SkipTest(f"needs {gib} GiB on a CUDA device")
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(s.device)
-    if free < gib * 2**30:
-        raise SkipTest(f"needs {gib} GiB of device memory, {free / 2**30:.1f} are free")
-
-
-def chunks(n: int | None = None) -> Iterator[slice]:
-    n = FAR if n is None else n
-    for start in range(0, n, CHUNK):
-        yield slice(start, min(start + CHUNK, n))
-
-
-def drawn(s: Suite, seed: int, part: slice, kind: torch.dtype) -> Tensor:
-    """Whole numbers from -8 to 8 (bool: True or False), of (seed, part) alone, so that they can be drawn again."""
-    generator = torch.Generator(s.device).manual_seed(seed * FAR + part.start)
-    low, high, type_ = (0, 2, torch.uint8) if kind == torch.bool else (-8, 9, kind)
-    shape = (part.stop - part.start,)
-    return torch.randint(low, high, shape, generator=generator, device=s.device, dtype=type_).to(kind)
-
-
-def far(s: Suite, seed: int, kind: torch.dtype) -> Tensor:
-    """More than 2^31 elements of `drawn`."""
-    result = torch.empty(FAR, dtype=kind, device=s.device)
-    for part in chunks():
-        result[part] = drawn(s, seed, part, kind)
-    return result
-
-
-@poisoned
-def check_far_cast(s: Suite) -> None:
-    room(s, 14)
-    weight, mask = far(s, 1, torch.bfloat16), far(s, 2, torch.bool)
-    out = masked_cast(weight, mask, torch.empty_like(weight))
-    for part in chunks():
-        same(s, out[part], reference.masked_cast(weight[part], mask[part], out.dtype), f"from {part.start}")
-
-
-@poisoned
-def check_far_sgd(s: Suite) -> None:
-    """Numbers that float32 and bf16 hold exactly, so that the whole result is known to the bit."""
-    room(s, 36)
-    weight, grad, momentum = (far(s, seed, torch.float32) for seed in (1, 2, 3))
-    mask, copy = far(s, 4, torch.bool), torch.empty(FAR, dtype=torch.bfloat16, device=s.device)
-    masked_sgd_(weight, grad, momentum, mask, copy, lr=0.5, momentum=0.5)
-    hyper: dict[str, Any] = {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.0, "nesterov": False}
-    for part in chunks():
-        before = [drawn(s, seed, part, torch.float32) for seed in (1, 2, 3)]
-        expected = sgd(torch.float32, before, mask[part], **hyper)
-        same(s, weight[part], expected[0], f"weight from {part.start}")
-        same(s, momentum[part], expected[1], f"momentum from {part.start}")
-        same(s, copy[part], expected[0].to(copy.dtype), f"copy from {part.start}")
-
-
-def far_segments(few: bool) -> tuple[Segment, ...]:
-    """A conv from before element 2^31 to after it, and a linear layer; unless `few`, one that fills what is before."""
-    start = EDGE - 64
-    huge = () if few else (Segment("huge", (start,), 0, 0),)
-    position = 0 if few else start
-    conv, linear = ((4, 5, 3, 3), start), ((9, 7), EDGE + 192)
-    return (*huge, Segment("conv", *conv, position), Segment("linear", *linear, position + 180))
-
-
-@poisoned
-def check_far_counts(s: Suite) -> None:
-    room(s, 5)
-    mask, segments = far(s, 5, torch.bool), far_segments(few=False)
-    expected = torch.stack([sum(mask[p.span][c].sum() for c in chunks(p.numel)) for p in segments])  # type: ignore[misc]
-    same(s, segment_counts(mask, segments), expected, "counts")
-
-
-@poisoned
-def check_far_prune(s: Suite) -> None:
-    """A few weights behind much that is not kept, in each layer, over all and the threshold; then with all kept."""
-    room(s, 34)
-    segments, start = far_segments(few=True), EDGE - 64
-    score, mask = torch.empty(FAR, device=s.device), torch.zeros(FAR, dtype=torch.bool, device=s.device)
-    near_by = [Segment(p.name, p.shape, p.offset - start, p.position) for p in segments]
-    for p in segments:
-        mask[p.span] = mask_of(s, p.numel, 0.7).to(s.device)
-        score[p.span] = s.randn(p.numel).abs().mul_(4).round_()
-    few_scores, few = score[start:].cpu(), mask[start:].cpu()
-    for number in ([31, 5], 50):
-        new = keep_top(score, mask, number, segments)
-        same(s, new[start:], reference.keep_top(few_scores, few, number, near_by), f"{number}")
-        require(not any(new[:start][part].any() for part in chunks(start)), f"{number}: something else is kept")
-    got = kth_smallest_magnitude(score, mask, 40)
-    same(s, got, reference.kth_smallest_magnitude(few_scores, few, 40), "threshold of few")
-    mask.fill_(True)
-    for part in chunks():
-        score[part].uniform_(generator=s.generator)
-    number = EDGE + 5
-    new = keep_top(score, mask, number)
-    require(sum(int(new[part].sum()) for part in chunks()) == FAR - number, "another number is kept than asked for")
-    pruned = max(score[part][~new[part]].max().item() for part in chunks())
-    kept = min(score[part].masked_fill(~new[part], INF).min().item() for part in chunks())
-    require(pruned <= kept, f"{pruned} is pruned and {kept} kept")
-
-
-@poisoned
-def check_far_bits(s: Suite) -> None:
-    room(s, 8)
-    flags = far(s, 6, torch.bool)
-    packed = pack_bits(flags)
-    unpacked = unpack_bits(packed, FAR)
-    for part in chunks():
-        bytes_of = slice(part.start // 8, (part.stop + 7) // 8)
-        same(s, packed[bytes_of], reference.pack_bits(flags[part]), f"pack from {part.start}")
-        same(s, unpacked[part], flags[part], f"unpack from {part.start}")
-
-
-@poisoned
-def check_far_crop(s: Suite) -> None:
-    room(s, 4)
-    side = 64
-    number = EDGE // (3 * side**2) + 9
-    few, index, boxes, flip = (t.to(s.device) for t in crop_inputs(s, 32, side, side))
-    images = torch.empty((number, side, side, 3), dtype=torch.uint8, device=s.device)
-    images[-len(few) :] = few
-    out, expected = (
-        torch.empty((32, 3, side, side), device=s.device, memory_format=torch.channels_last) for _ in range(2)
-    )
-    crop_flip_normalize(few, index, boxes, flip, *NORM, expected)
-    crop_flip_normalize(images, index + number - len(few), boxes, flip, *NORM, out)
-    same(s, out, expected, "the last images")
-    require(out.std() > 0.1, "all pixels are alike")
-
-
 CHECKS: dict[str, Check] = {
     "masked_cast": check_cast,
     "masked_sgd_": check_sgd,
@@ -505,10 +280,4 @@ CHECKS: dict[str, Check] = {
     "pack_bits and unpack_bits": check_bits,
     "crop_flip_normalize": check_crop,
     "masked_weight and its gradient": check_masked_weight,
-    "masked_cast beyond 2^31": check_far_cast,
-    "masked_sgd_ beyond 2^31": check_far_sgd,
-    "segment_counts beyond 2^31": check_far_counts,
-    "keep_top, threshold beyond 2^31": check_far_prune,
-    "pack_bits, unpack_bits beyond 2^31": check_far_bits,
-    "crop_flip_normalize beyond 2^31": check_far_crop,
 }

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.gpu_checks import FLOATS, NAN, Check, bits, mask_of, require
+from bench.gpu_tools import FLOATS, NAN, Check, bits, mask_of, require
 from fastprune.figures import load
 from fastprune.flat import layout, prunable
 from fastprune.masks import Mask, MaskedConv2d, attach

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import fastprune
-from bench import gpu_checks, gpu_steps
+from bench import gpu_checks, gpu_far, gpu_steps
 from bench.gpu_times import sweep, targets, time_kernels
 
 STAGES = ("checks", "kernels", "steps")
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(" ".join(f"{k}={v}" for k, v in suite.facts.items()), flush=True)
     if "checks" in args.only:
         print("checks:")
-        for name, check in (gpu_checks.CHECKS | gpu_steps.CHECKS).items():
+        for name, check in (gpu_checks.CHECKS | gpu_far.CHECKS | gpu_steps.CHECKS).items():
             suite.check(name, check)
     failed = [name for name, ok in suite.checks.items() if not ok]
     if suite.interpreted or failed:
