@@ -31,6 +31,8 @@ _HOME = {
     "LoaderChoice": "choice",
     "choose_loader": "choice",
     "open_data": "source",
+    "VaryingSource": "varying",
+    "open_varying": "varying",
 }
 __all__ = list(_HOME)
 

@@ -1,0 +1,189 @@
+"""Images that vary in size, as in ImageNet: random resized crops to train on, resized and centred ones to validate on.
+
+    source = open_varying(folder, train_crop=224, val_resize=256, val_crop=224, mean=mean, std=std)
+    batches = source.train(seed=0, batch_size=256)
+    batches.set_epoch(3)
+    for images, labels in batches: ...
+
+Order, boxes and flips are those of augment.py; readers fetch, crop and resize. The meaning is torchvision's:
+resized_crop to train, resize and center_crop to validate, on float tensors with antialiasing, then normalize.
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fastprune.errors import InputError
+from fastprune.loaders.augment import epoch_order
+from fastprune.loaders.varying_folder import ImageFolder, scan_images
+
+LOADERS = ("auto", "ffcv", "torchvision")
+Draw = tuple[int, int]
+"""Seed and epoch: with an image's position and size, all that its box and flip depend on."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What is made of an image. Sizes in pixels; mean and std per channel, as fractions of full scale."""
+
+    train_crop: int
+    val_resize: int
+    val_crop: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        for name in ("train_crop", "val_resize", "val_crop"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1 pixel")
+        if self.val_crop > self.val_resize:
+            raise InputError(f"val_crop {self.val_crop} is larger than val_resize {self.val_resize}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise InputError(f"mean {self.mean} and std {self.std} are not three numbers each, std positive")
+
+    def output(self, training: bool) -> int:
+        """Height and width of a batch's images."""
+        return self.train_crop if training else self.val_crop
+
+
+class Reader(Protocol):
+    """Fetches images of one folder."""
+
+    def images(
+        self, split: str, samples: np.ndarray, batch_size: int, draw: Draw | None
+    ) -> Generator[torch.Tensor, None, None]:
+        """Batches of `samples` (int64 [n], stored positions), new float32 tensors [B, 3, S, S], channels-last, the last
+        perhaps smaller: with `draw` cropped at random for training, without it the validation view.
+        """
+
+
+class VaryingBatches:
+    """The batches of one epoch after another. Iterating yields images float32 [B, 3, S, S] (channels-last, normalised,
+    new memory) and labels int64 [B], both on the CPU.
+
+    For training, `set_epoch` chooses the epoch, 0 at first; an epoch can be read any number of times and is always the
+    same. Of each batch of all ranks together, rank r takes the r-th part; a last batch that is not full is dropped. For
+    validation the order is the stored one, of which rank r takes every ranks-th image; nothing is dropped.
+    """
+
+    def __init__(
+        self, reader: Reader, split: str, labels: np.ndarray, batch_size: int, shard: tuple[int, int], seed: int | None
+    ) -> None:
+        """labels: of the whole split.  shard: rank and ranks.  seed: None for the validation view."""
+        self._reader, self._split, self._labels = reader, split, labels
+        self._rank, self._ranks = shard
+        self._seed = seed
+        self.batch_size = batch_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch of this rank."""
+        if self._seed is None:
+            return -(-self.images // self.batch_size)
+        return len(self._labels) // (self.batch_size * self._ranks)
+
+    @property
+    def images(self) -> int:
+        """Number of this rank's images in an epoch, those in a dropped batch not counted."""
+        if self._seed is None:
+            return len(range(self._rank, len(self._labels), self._ranks))
+        return len(self) * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def samples(self) -> np.ndarray:
+        """Stored positions that this rank reads in this epoch, int64 [n], in order."""
+        if self._seed is None:
+            return np.arange(self._rank, len(self._labels), self._ranks)
+        order = epoch_order(self._seed, self.epoch, len(self._labels))
+        parts = order[: self.images * self._ranks].reshape(-1, self._ranks, self.batch_size)
+        return np.ascontiguousarray(parts[:, self._rank]).reshape(-1)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        samples = self.samples()
+        draw = None if self._seed is None else (self._seed, self.epoch)
+        labels = torch.from_numpy(self._labels[samples])
+        with closing(self._reader.images(self._split, samples, self.batch_size, draw)) as batches:
+            for start, images in zip(range(0, len(samples), self.batch_size), batches, strict=True):
+                yield images, labels[start : start + self.batch_size].clone()
+
+
+class VaryingSource:
+    """An opened image folder. Meant to be kept: a process opens it once and takes all its batches from it."""
+
+    def __init__(self, folder: ImageFolder, loader: str, reader: Reader) -> None:
+        self.classes, self.loader = folder.classes, loader
+        self._reader = reader
+        self._labels = {split: np.array(labels, np.int64) for split, labels in folder.labels.items()}
+
+    def count(self, split: str) -> int:
+        """Images in "train" or "val"."""
+        return len(self._labels[split])
+
+    def train(self, seed: int = 0, batch_size: int = 256, shard: tuple[int, int] = (0, 1)) -> VaryingBatches:
+        """Batches in random order with random crops and flips, all functions of (seed, epoch, stored position).
+
+        batch_size: of one rank.  shard: (rank, ranks).
+        """
+        _check(batch_size, shard)
+        if batch_size * shard[1] > self.count("train"):
+            raise InputError(
+                f"batch size {batch_size} on {shard[1]} ranks is larger than the {self.count('train')} training "
+                "images: no full batch"
+            )
+        return VaryingBatches(self._reader, "train", self._labels["train"], batch_size, shard, seed)
+
+    def val(self, batch_size: int = 256, shard: tuple[int, int] = (0, 1)) -> VaryingBatches:
+        """Batches in stored order, resized and cropped at the centre."""
+        _check(batch_size, shard)
+        return VaryingBatches(self._reader, "val", self._labels["val"], batch_size, shard, None)
+
+
+def open_varying(
+    folder: Path,
+    *,
+    train_crop: int,
+    val_resize: int,
+    val_crop: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    loader: str = "auto",
+    workers: int = 0,
+    threads: int = 1,
+    cache: Path | None = None,
+) -> VaryingSource:
+    """Open an image folder, DIR/train/<class>/* and DIR/val/<class>/*. InputError where it is not one.
+
+    mean, std: per channel, as fractions of full scale.  loader: "torchvision", or "auto" for the fastest that is there.
+    workers: processes of torchvision; they change no batch.
+    """
+    view = View(train_crop, val_resize, val_crop, _three(mean), _three(std))
+    if loader not in LOADERS:
+        raise InputError(f"unknown loader {loader!r}: choose one of {', '.join(LOADERS)}")
+    if workers < 0 or threads < 1:
+        raise InputError(f"{workers} workers and {threads} threads asked for: at least 0 and 1 are needed")
+    if loader == "ffcv":
+        raise InputError("images of varying size are not read with ffcv yet: use the loader torchvision")
+    images = scan_images(folder)
+    from fastprune.loaders.varying_torchvision import ImageFiles
+
+    return VaryingSource(images, "torchvision", ImageFiles(images, view, workers))
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    first, second, third = map(float, values)
+    return first, second, third
+
+
+def _check(batch_size: int, shard: tuple[int, int]) -> None:
+    rank, ranks = shard
+    if batch_size < 1:
+        raise InputError(f"batch size is {batch_size}, expected at least 1")
+    if not 0 <= rank < ranks:
+        raise InputError(f"shard {rank} of {ranks} asked for: ranks count from 0")
