@@ -1,6 +1,8 @@
 """What runs once a batch, on the device alone: a step captured as one CUDA graph, and the sums of an epoch."""
 
+import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,6 +13,30 @@ Step = Callable[[Tensor, Tensor], None]
 
 _EAGER = 3
 """Real batches before the capture: libraries choose their algorithms and allocate what they keep."""
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """What one epoch gave: mean losses in nats, accuracies (top-1) in [0, 1], the rate at the epoch's start.
+
+    epoch counts from 1. images_per_second is of training alone.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    images_per_second: float
+    seconds: float
+
+    @property
+    def diverged(self) -> bool:
+        """A training loss that is no finite number, or weights that give NaN afterwards."""
+        return not math.isfinite(self.train_loss) or math.isnan(self.val_loss)
+
+    as_dict = asdict
 
 
 class Captured:
@@ -44,6 +70,14 @@ class Captured:
             self._batch[0].copy_(images)
             self._batch[1].copy_(labels)
         self._graph.replay()
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """ValueError unless all labels (int64 [B]) lie in [0, classes). Waits for the device."""
+    if labels.numel():
+        low, high = (int(end) for end in labels.aminmax())
+        if low < 0 or high >= classes:
+            raise ValueError(f"labels reach from {low} to {high}, but the network has {classes} classes")
 
 
 class Tally:

@@ -1,10 +1,8 @@
 """The training loop: one warm Trainer runs dense and masked trainings one after another, all in place."""
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,36 +16,12 @@ from fastprune.optim import FlatSGD
 from fastprune.pruning import prune
 from fastprune.ranks import mean_over_ranks, share_statistics, sum_over_ranks
 from fastprune.specs import PRECISIONS, OptimizerSpec, ScheduleSpec
-from fastprune.step import Captured, Step, Tally
+from fastprune.step import Captured, EpochMetrics, Step, Tally, check_labels
 
 _LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """(images [B, 3, H, W], labels int64 [B]); `set_epoch(epoch)`, if it has one, is called before each training epoch."""
-
-
-@dataclass(frozen=True)
-class EpochMetrics:
-    """What one epoch gave: mean losses in nats, accuracies (top-1) in [0, 1], the rate at the epoch's start.
-
-    epoch counts from 1. images_per_second is of training alone.
-    """
-
-    epoch: int
-    lr: float
-    train_loss: float
-    train_accuracy: float
-    val_loss: float
-    val_accuracy: float
-    images_per_second: float
-    seconds: float
-
-    @property
-    def diverged(self) -> bool:
-        """A training loss that is no finite number, or weights that give NaN afterwards."""
-        return not math.isfinite(self.train_loss) or math.isnan(self.val_loss)
-
-    as_dict = asdict
 
 
 class Trainer:
@@ -99,6 +73,7 @@ class Trainer:
         self._pool = torch.cuda.graph_pool_handle() if on_gpu and graph is not False else None
         self._tally = Tally(self.device)
         self._smoothing = 0.0
+        self._classes: int | None = None  # known after the first batch
         self._marked: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
@@ -184,7 +159,8 @@ class Trainer:
         """Trains epochs start + 1 to stop (default: the schedule's end) from the present state and mask.
 
         The batch size is the loader's. on_batch gets the number of images of each training batch, on_epoch what each
-        epoch gave. Stops after an epoch whose loss is not finite. Returns the metrics of the epochs trained.
+        epoch gave. Stops after an epoch whose loss is not finite. Returns the metrics of the epochs trained. ValueError
+        for labels outside the network's classes (of batches on a GPU, only the first is looked at).
         """
         self.flat.check_aliased()
         self.flat.sync()  # whoever wrote weights since
@@ -243,7 +219,7 @@ class Trainer:
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         with self._autocast():
-            logits = self._network(images)
+            logits = self._logits(images, labels)
             loss = F.cross_entropy(logits, labels, label_smoothing=self._smoothing)
         self.flat.backward(self.scaler.scale(loss))
         mean_over_ranks(self.flat.grad, self.flat.rest_grad)
@@ -253,9 +229,16 @@ class Trainer:
 
     def _eval_step(self, images: Tensor, labels: Tensor) -> None:
         with self._autocast():
-            logits = self._network(images)
+            logits = self._logits(images, labels)
             loss = F.cross_entropy(logits, labels)
         self._tally.add(loss, logits, labels)
+
+    def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self._network(images)
+        if self._classes is None:
+            self._classes = logits.shape[1]
+            check_labels(labels, self._classes)
+        return logits
 
     def _compute(self, images: Tensor) -> Tensor:
         """The network's output; convs read the low-precision copy where there is one."""
@@ -274,6 +257,8 @@ class Trainer:
             ) from error
 
     def _run_step(self, step: Step, images: Tensor, labels: Tensor) -> None:
+        if self._classes is not None and not labels.is_cuda:  # on a GPU the check would wait for it
+            check_labels(labels, self._classes)
         images = self._moved(images).contiguous(memory_format=torch.channels_last)
         labels = self._moved(labels)
         if self._pool is None:

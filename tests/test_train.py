@@ -235,6 +235,14 @@ def test_a_loader_without_a_batch_is_refused():
         trainer().fit([], Epochs(), SGD, SCHEDULE)
 
 
+@pytest.mark.parametrize(("number", "label"), [(0, 4), (2, 7), (1, -1)])
+def test_labels_outside_the_classes_are_refused(number, label):
+    batches = list(Epochs())
+    batches[number][1][3] = label
+    with pytest.raises(ValueError, match=r"labels reach from -?\d to \d, but the network has 4 classes"):
+        trainer().fit(batches, Epochs(9), SGD, SCHEDULE)
+
+
 def test_out_of_memory_says_what_to_lower(monkeypatch):
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
