@@ -6,7 +6,7 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ def inspect(data: Mapping[str, Samples], *, workers: int, list_folder: Path, sho
     unreadable: list[tuple[str, str]] = []
     total = sum(map(len, data.values()))
     with progress_bar(total, "reading images", show) as bar:
-        for report in _reports(data, workers):
+        for report in from_children(inspect_share, workers, data):
             part = slice(report.start, report.start + len(report.digests))
             digests[report.split][part] = report.digests
             sizes[report.split][part] = report.sizes
@@ -112,9 +112,9 @@ def progress_bar(total: int, title: str, show: bool) -> "tqdm[Any]":
     )
 
 
-def _reports(data: Mapping[str, Samples], workers: int) -> Iterator[_Report]:
-    """From `workers` children, each over every workers-th chunk; unordered."""
-    arrived: queue.Queue[_Report | BaseException | None] = queue.Queue()
+def from_children(function: Callable[..., None], workers: int, *arguments: Any) -> Generator[Any, None, None]:
+    """What `workers` children send, each of which calls `function(*arguments, rank, workers, send)`; unordered."""
+    arrived: queue.Queue[Any] = queue.Queue()
 
     def collect(child: Child) -> None:
         try:
@@ -125,7 +125,7 @@ def _reports(data: Mapping[str, Samples], workers: int) -> Iterator[_Report]:
             arrived.put(error)
 
     with ExitStack() as stack:
-        children = [stack.enter_context(Child(inspect_share, data, rank, workers)) for rank in range(workers)]
+        children = [stack.enter_context(Child(function, *arguments, rank, workers)) for rank in range(workers)]
         for child in children:
             threading.Thread(target=collect, args=(child,), daemon=True).start()
         running = workers
