@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastprune.errors import InputError
+from fastprune.loaders.layout import Layout, scan
 from fastprune.loaders.manifest import Manifest
 
-LOADERS = ("auto", "ffcv", "torchvision", "synthetic")
+LOADERS = ("auto", "resident", "ffcv", "torchvision", "synthetic")
+_UNASKED = ("synthetic", "ffcv", "torchvision")  # "auto" on a CPU, the first that can
 
 
 class LoaderChoice(NamedTuple):
@@ -18,11 +20,15 @@ class LoaderChoice(NamedTuple):
     why: str
 
 
-def choose_loader(manifest: Manifest, folder: Path | None, loader: str = "auto") -> LoaderChoice:
+def choose_loader(
+    manifest: Manifest, folder: Path | None, loader: str = "auto", *, device: str = "cpu", copies: int = 1
+) -> LoaderChoice:
     """`loader` itself where it can read the data, or for "auto" the first that can of synthetic, ffcv and torchvision.
+    Before them all resident, where `device` is a GPU and the images fit into half of what is free there.
 
-    InputError where none can. Nothing is imported or opened: a broken installation of ffcv is an error when it is used,
-    never a reason to take another loader unasked.
+    copies: processes that will share the device, each with images of its own. InputError where none can. Nothing is
+    imported (but torch for a GPU) or opened: a broken installation of ffcv is an error when it is used, never a reason
+    to take another loader unasked.
     """
     if loader != "auto":
         if loader not in _OBSTACLES:
@@ -31,10 +37,16 @@ def choose_loader(manifest: Manifest, folder: Path | None, loader: str = "auto")
             raise InputError(f"loader {loader} cannot be used: {obstacle}")
         return LoaderChoice(loader, "asked for")
     passed: list[str] = []
-    for name, look in _OBSTACLES.items():
-        obstacle = look(manifest, folder)
+    if device.startswith("cuda"):
+        fits, why = _room(manifest, device, copies)
+        if obstacle := _resident_obstacle(manifest, folder) or (None if fits else why):
+            passed.append(f"not resident: {obstacle}")
+        else:
+            return LoaderChoice("resident", why)
+    for name in _UNASKED:
+        obstacle = _OBSTACLES[name](manifest, folder)
         if obstacle is None:
-            return LoaderChoice(name, "; ".join(passed) if name == "torchvision" else "the fastest here")
+            return LoaderChoice(name, "; ".join(passed) or "the fastest here")
         if name != "synthetic":
             passed.append(f"not {name}: {obstacle}")
     raise InputError(f"no loader can read the data in {folder}: {'; '.join(passed)}")
@@ -61,6 +73,38 @@ def source_folder(manifest: Manifest, folder: Path | None) -> Path | None:
     return Path(manifest.source) if folder is None else folder / manifest.source
 
 
+def unchanged_source(manifest: Manifest, folder: Path | None) -> Layout:
+    """That folder, scanned. InputError where its files are not what was prepared."""
+    source = source_folder(manifest, folder)
+    assert source is not None
+    layout = scan(source)
+    if layout.listing() != manifest.listing:
+        raise InputError(f"the files in {source} have changed since they were prepared: prepare the data again")
+    return layout
+
+
+def pixel_bytes(manifest: Manifest) -> int:
+    """What the images of both splits take as bytes."""
+    return (manifest.train_count + manifest.val_count) * manifest.height * manifest.width * 3
+
+
+def _room(manifest: Manifest, device: str, copies: int) -> tuple[bool, str]:
+    """Whether the images fit into half of the GPU's free memory, and that in words."""
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    fits = 2 * copies * pixel_bytes(manifest) <= free
+    times = f"{copies} x " if copies > 1 else ""
+    images = f"{times}{pixel_bytes(manifest) / 1e9:.2f} GB of images"
+    return fits, f"{images} {'fit into' if fits else 'are more than'} half of the {free / 1e9:.1f} GB free on {device}"
+
+
+def _resident_obstacle(manifest: Manifest, folder: Path | None) -> str | None:
+    if folder is None:
+        return _synthetic_obstacle(manifest, folder)
+    return None if manifest.train_file is not None else _torchvision_obstacle(manifest, folder)
+
+
 def _synthetic_obstacle(manifest: Manifest, folder: Path | None) -> str | None:
     if manifest.synthetic is None:
         return f"{manifest.name} is not generated"
@@ -81,6 +125,7 @@ def _torchvision_obstacle(manifest: Manifest, folder: Path | None) -> str | None
 
 
 _OBSTACLES: dict[str, Callable[[Manifest, Path | None], str | None]] = {
+    "resident": _resident_obstacle,
     "synthetic": _synthetic_obstacle,
     "ffcv": _ffcv_obstacle,
     "torchvision": _torchvision_obstacle,

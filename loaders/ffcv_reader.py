@@ -18,7 +18,7 @@ import torch
 from fastprune.errors import InputError
 from fastprune.loaders.beton import Beton, check_beton
 from fastprune.loaders.manifest import Manifest
-from fastprune.loaders.memory_reader import normalised
+from fastprune.loaders.memory_reader import Table, normalised, on_device
 
 
 class FfcvReader:
@@ -26,19 +26,22 @@ class FfcvReader:
     order and batch size.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, manifest: Manifest, files: dict[str, Beton]) -> None:
         self._manifest, self._files = manifest, files
         self._loaders: dict[str, Any] = {}
         self.labels = {split: file.labels for split, file in files.items()}
 
     def images(
-        self, split: str, samples: np.ndarray, crops: np.ndarray, flips: np.ndarray, batch_size: int
+        self, split: str, table: Table, batch_size: int, dtype: torch.dtype
     ) -> Generator[torch.Tensor, None, None]:
-        every = np.arange(batch_size)
-        with _epoch(self._loader(split), samples, batch_size) as batches:
-            for start, whole in zip(range(0, len(samples), batch_size), batches, strict=True):
+        every, crops, flips = (on_device(c, self.device) for c in (np.arange(batch_size), *table[1:]))
+        with _epoch(self._loader(split), table.samples, batch_size) as batches:
+            for start, whole in zip(range(0, len(table.samples), batch_size), batches, strict=True):
                 part = slice(start, start + len(whole))
-                yield normalised(torch.from_numpy(whole), every[: len(whole)], crops[part], flips[part], self._manifest)
+                images = torch.from_numpy(whole)
+                yield normalised(images, every[: len(whole)], crops[part], flips[part], self._manifest, dtype)
 
     def _loader(self, split: str) -> Any:
         if split not in self._loaders:
@@ -46,16 +49,21 @@ class FfcvReader:
         return self._loaders[split]
 
 
-def open_reader(manifest: Manifest, folder: Path | None, workers: int) -> FfcvReader:
+def open_reader(manifest: Manifest, folder: Path | None, device: torch.device, workers: int, show: bool) -> FfcvReader:
     """Check both files. InputError where one is missing, truncated, foreign, or not the manifest's."""
     assert folder is not None
+    return FfcvReader(manifest, checked_files(manifest, folder))
+
+
+def checked_files(manifest: Manifest, folder: Path) -> dict[str, Beton]:
+    """The tables of both files, without FFCV. InputError where one is not what the manifest describes."""
     files = {}
     for split in ("train", "val"):
         name, _ = manifest.file(split)
         if name is None:
             raise InputError(f"the manifest in {folder} names no {split} file: prepare the data again")
         files[split] = check_beton(folder / name, manifest, split)
-    return FfcvReader(manifest, files)
+    return files
 
 
 def _open_loader(path: Path) -> Any:

@@ -47,8 +47,9 @@ def locate(
 
     data: a prepared folder; a Tiny ImageNet folder; or SyntheticData ("synthetic" is its defaults). What a loader
     needs and is not there is made once, under `store`/data, named by the fingerprint: .beton files for ffcv, image
-    files for generated data through torchvision.  loader: one of LOADERS; "auto" is ffcv where that is installed.
-    workers: processes that decode and write.  show: progress on stderr.  InputError where the data is not usable.
+    files for generated data through torchvision.  loader: one of LOADERS; "auto" and "resident" make .beton files where
+    ffcv is installed.  workers: processes that decode and write.  show: progress on stderr.  InputError where the data
+    is not usable.
     """
     if loader not in LOADERS:
         raise InputError(f"unknown loader {loader!r}: choose one of {', '.join(LOADERS)}")
@@ -80,7 +81,7 @@ def _locate_synthetic(
     data: SyntheticData, root: Path, loader: str, workers: int, show: bool
 ) -> tuple[Manifest, Path | None]:
     manifest = data.manifest()
-    if loader in ("auto", "synthetic"):
+    if loader in ("auto", "resident", "synthetic"):
         return manifest, None
     from fastprune.loaders.publish import publish, writing
     from fastprune.loaders.samples import ArraySamples, digest
@@ -109,7 +110,7 @@ def _locate_raw(
     from fastprune.loaders.samples import folder_samples
 
     layout = scan(data)
-    beton = loader == "ffcv" or (loader == "auto" and ffcv_is_there())
+    beton = loader == "ffcv" or (loader in ("auto", "resident") and ffcv_is_there())
     if beton:
         need_ffcv()
     with writing(root):

@@ -9,9 +9,9 @@ import torchvision.transforms.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from fastprune.errors import InputError
-from fastprune.loaders.choice import source_folder
-from fastprune.loaders.layout import scan
+from fastprune.loaders.choice import unchanged_source
 from fastprune.loaders.manifest import Manifest
+from fastprune.loaders.memory_reader import Table
 from fastprune.loaders.samples import FolderSamples, folder_samples
 
 Item = tuple[int, Sequence[int], bool]
@@ -43,15 +43,17 @@ class FolderImages(Dataset[torch.Tensor]):
 class FolderReader:
     """Reader of an image folder through torch's DataLoader with `workers` processes."""
 
+    device = torch.device("cpu")
+
     def __init__(self, manifest: Manifest, samples: dict[str, FolderSamples], workers: int) -> None:
         self._images = {split: FolderImages(part, manifest) for split, part in samples.items()}
         self._workers = workers
         self.labels = {split: np.array(part.labels, np.int64) for split, part in samples.items()}
 
     def images(
-        self, split: str, samples: np.ndarray, crops: np.ndarray, flips: np.ndarray, batch_size: int
+        self, split: str, table: Table, batch_size: int, dtype: torch.dtype
     ) -> Generator[torch.Tensor, None, None]:
-        items = list(zip(samples.tolist(), crops.tolist(), flips.tolist(), strict=True))
+        items = list(zip(*(column.tolist() for column in table), strict=True))
         batches = DataLoader(
             self._images[split],
             batch_size=batch_size,
@@ -61,16 +63,13 @@ class FolderReader:
         )
         try:
             for batch in batches:
-                yield batch.contiguous(memory_format=torch.channels_last)
+                yield batch.to(dtype, memory_format=torch.channels_last)
         except InputError as error:  # from a worker process it comes with a traceback in its message
             raise InputError(str(error).splitlines()[-1].removeprefix("fastprune.errors.InputError: ")) from None
 
 
-def open_reader(manifest: Manifest, folder: Path | None, workers: int) -> FolderReader:
+def open_reader(
+    manifest: Manifest, folder: Path | None, device: torch.device, workers: int, show: bool
+) -> FolderReader:
     """Scan the image folder. InputError where it is not what was prepared."""
-    source = source_folder(manifest, folder)
-    assert source is not None
-    layout = scan(source)
-    if layout.listing() != manifest.listing:
-        raise InputError(f"the files in {source} have changed since they were prepared: prepare the data again")
-    return FolderReader(manifest, folder_samples(layout), workers)
+    return FolderReader(manifest, folder_samples(unchanged_source(manifest, folder)), workers)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = SyntheticData(classes=4, train_per_class=15, val_per_class=5, size=16, seed=1)
 # From Python 3.12 on a fork beside threads is warned of; torch's DataLoader forks.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-LOADERS = {"synthetic": 0, "ffcv": 0, "torchvision": 0, "torchvision in 2 processes": 2}
+LOADERS = {"synthetic": 0, "resident": 0, "ffcv": 0, "torchvision": 0, "torchvision in 2 processes": 2}
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,55 @@ def test_an_epoch_does_not_depend_on_what_was_read_before(source):
     assert all(torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(straight, list(resumed), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_floats_are_float32_rounded(source, dtype):
+    for short, full in (
+        (source.train(seed=1, batch_size=20, dtype=dtype), source.train(seed=1, batch_size=20)),
+        (source.val(batch_size=8, dtype=dtype), source.val(batch_size=8)),
+    ):
+        for (images, labels), (expected, their_labels) in zip(short, full, strict=True):
+            assert images.dtype == dtype
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(images, expected.to(dtype))
+            assert torch.equal(labels, their_labels)
+    with pytest.raises(ValueError, match=r"torch\.float64"):
+        source.train(seed=1, batch_size=20, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_together_see_what_one_process_sees(source, ranks):
+    """11 for each rank: 60 images are 2 batches of 22, or 1 of 33, and a rest that is dropped."""
+    whole = source.train(seed=4, batch_size=11 * ranks)
+    parts = [source.train(seed=4, batch_size=11, shard=(rank, ranks)) for rank in range(ranks)]
+    for batches in (whole, *parts):
+        batches.set_epoch(3)
+    assert [len(part) for part in parts] == [len(whole)] * ranks
+    assert [part.images for part in parts] == [11 * len(whole)] * ranks
+    for (images, labels), *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(images, torch.cat([share for share, _ in shares]))
+        assert torch.equal(labels, torch.cat([share for _, share in shares]))
+
+
+def test_ranks_share_the_validation_samples(source):
+    images, labels = next(iter(source.val(batch_size=20)))
+    for rank in range(3):
+        part = source.val(batch_size=4, shard=(rank, 3))
+        mine = list(part)
+        assert len(mine) == len(part) == 2
+        assert part.images == len(labels[rank::3])
+        assert torch.equal(torch.cat([x for x, _ in mine]), images[rank::3])
+        assert torch.equal(torch.cat([y for _, y in mine]), labels[rank::3])
+    assert list(source.val(batch_size=4, subset=Subset(1, None, 1), shard=(1, 2))) == []
+
+
+def test_shards_that_cannot_be(source):
+    for shard in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="ranks count from 0"):
+            source.train(seed=0, batch_size=1, shard=shard)
+    with pytest.raises(InputError, match="batch size 21 on each of 3 ranks is larger than the 60 training images"):
+        source.train(seed=0, batch_size=21, shard=(0, 3))
+
+
 def test_two_runs_at_once_do_not_mix(source):
     runs = [source.train(seed=0, batch_size=10), source.train(seed=1, batch_size=6)]
     alone = [list(run) for run in runs]
@@ -145,6 +194,32 @@ def test_sizes_that_cannot_be(source):
     assert len(source.val(batch_size=1000)) == 1
 
 
+@pytest.mark.parametrize("loader", ["ffcv", "resident"])
+def test_memory_does_not_grow(prepared_master, loader):
+    """Anonymous memory of a process over 150 epochs, the first 30 of which may warm up."""
+    code = (
+        "import re, sys, threading\n"
+        "from pathlib import Path\n"
+        "from fastprune.loaders import load_manifest, open_data\n"
+        "def used(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "folder = Path(sys.argv[1])\n"
+        "source = open_data(load_manifest(folder), folder, loader=sys.argv[2])\n"
+        "train, val = source.train(seed=0, batch_size=20), source.val(batch_size=8)\n"
+        "for epoch in range(150):\n"
+        "    train.set_epoch(epoch)\n"
+        "    batches = len(list(train)) + len(list(val))\n"
+        "    next(iter(train))\n"
+        "    if epoch == 30: print(used(), threading.active_count())\n"
+        "print(used(), threading.active_count())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, prepared_master, loader], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    (warm, threads), (end, threads_after) = [map(int, line.split()) for line in done.stdout.splitlines()]
+    assert threads_after == threads
+    assert end - warm < 8 * 1024, f"{(end - warm) / 1024} MiB more after 120 epochs"
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=40), st.integers(1, 6), st.integers(1, 5))
 def test_select_keeps_the_first_of_each(labels, classes, per_class):
@@ -157,30 +232,6 @@ def test_select_keeps_the_first_of_each(labels, classes, per_class):
 
 
 # FFCV
-
-
-def test_ffcv_memory_does_not_grow(prepared_master):
-    """Anonymous memory of a process over 150 epochs, the first 30 of which may warm up."""
-    code = (
-        "import re, sys, threading\n"
-        "from pathlib import Path\n"
-        "from fastprune.loaders import load_manifest, open_data\n"
-        "def used(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
-        "folder = Path(sys.argv[1])\n"
-        "source = open_data(load_manifest(folder), folder, loader='ffcv')\n"
-        "train, val = source.train(seed=0, batch_size=20), source.val(batch_size=8)\n"
-        "for epoch in range(150):\n"
-        "    train.set_epoch(epoch)\n"
-        "    batches = len(list(train)) + len(list(val))\n"
-        "    if epoch == 30: print(used(), threading.active_count())\n"
-        "print(used(), threading.active_count())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, prepared_master], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    (warm, threads), (end, threads_after) = [map(int, line.split()) for line in done.stdout.splitlines()]
-    assert threads_after == threads
-    assert end - warm < 8 * 1024, f"{(end - warm) / 1024} MiB more after 120 epochs"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -203,12 +254,16 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("loader", ["ffcv", "resident"])
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_found_on_opening(name, split, prepared):
+def test_bad_files_are_found_on_opening(name, split, loader, prepared):
     spoil, expected = BAD[name]
     spoil(prepared / f"{split}.beton")
-    for attempt in (lambda: open_data(load_manifest(prepared), prepared), lambda: locate(prepared, prepared / "store")):
+    for attempt in (
+        lambda: open_data(load_manifest(prepared), prepared, loader=loader),
+        lambda: locate(prepared, prepared / "store", loader=loader),
+    ):
         with pytest.raises(InputError, match=expected) as caught:
             attempt()
         assert "\n" not in str(caught.value)

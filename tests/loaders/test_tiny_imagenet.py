@@ -37,6 +37,22 @@ def test_real_images_come_alike_through_ffcv_and_torchvision(few_classes, tmp_pa
         assert abs(float(images.std()) - 1) < 0.2
 
 
+@pytest.mark.usefixtures("ffcv")
+def test_real_images_are_resident_as_ffcv_reads_them(few_classes, tmp_path):
+    """To the bit, filled from .beton files and from the image files."""
+    by_ffcv = open_data(*locate(few_classes, tmp_path, workers=2, show=False), loader="ffcv")
+    for loader in ("ffcv", "torchvision"):
+        place = locate(few_classes, tmp_path, loader=loader, workers=2, show=False)
+        resident = open_data(*place, loader="resident", workers=2)
+        for mine, theirs in (
+            (resident.train(seed=0, batch_size=500), by_ffcv.train(seed=0, batch_size=500)),
+            (resident.val(batch_size=64), by_ffcv.val(batch_size=64)),
+        ):
+            for (images, labels), (expected, their_labels) in zip(mine, theirs, strict=True):
+                assert torch.equal(images, expected)
+                assert torch.equal(labels, their_labels)
+
+
 def test_some_real_images_are_grey(few_classes):
     layout = scan(few_classes)
     grey = sum(bool(np.ptp(read_image(layout.root / name), axis=2).max() == 0) for name in layout.files["train"])
