@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, load
+from fastprune.loaders.choice import LOADERS
 from fastprune.reproduce import BAD_INPUT, DONE, INTERRUPTED, plan, redraw, run
 from fastprune.request import Request
 from fastprune.settings import PRESETS, Settings, preset
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--redraw", action="store_true", help="draw again from results.csv alone")
 
     run = p.add_argument_group("how it runs (changes no result)")
-    run.add_argument("--loader", choices=["auto", "ffcv", "torchvision", "synthetic"], default="auto")
+    run.add_argument("--loader", choices=LOADERS, default="auto")
     run.add_argument("--device", help="cpu, cuda or cuda:N (default: every GPU there is, else the CPU)")
     run.add_argument(
         "--workers", type=_positive, metavar="N", help="runs at once (default: one a GPU, or a core up to 8)"

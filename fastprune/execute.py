@@ -71,7 +71,7 @@ def execute(
     outcome = Outcome(devices or [config.device])
     count = max(1, min(workers, queue.left))
     if count == 1:
-        _run_here(queue, replace(config, device=outcome.devices[0]), view, outcome)
+        _run_here(queue, replace(config, device=outcome.devices[0], show=True), view, outcome)
     else:
         _Pool(queue, config, view, outcome, count).run()
     outcome.seconds = time.monotonic() - began

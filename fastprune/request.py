@@ -60,12 +60,12 @@ def planned_data(request: Request) -> DataSpec:
     return DataSpec("tiny-imagenet-200", UNKNOWN, classes, s.train_per_class, s.val_per_class, train, val)
 
 
-def find_data(request: Request) -> "tuple[Manifest, Path | None, LoaderChoice]":
-    """The data set, prepared where it was not, and the loader that will read it."""
+def find_data(request: Request, device: str, copies: int) -> "tuple[Manifest, Path | None, LoaderChoice]":
+    """The data set, prepared where it was not, and the loader that will read it; `copies` workers share a device."""
     from fastprune.loaders import choose_loader, locate
 
     manifest, folder = locate(asked_for(request), request.store, loader=request.loader)
-    return manifest, folder, choose_loader(manifest, folder, request.loader)
+    return manifest, folder, choose_loader(manifest, folder, request.loader, device=device, copies=copies)
 
 
 def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:

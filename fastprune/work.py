@@ -36,7 +36,10 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class WorkConfig:
-    """What a worker needs to know beside the node: nothing in here changes a result."""
+    """What a worker needs to know beside the node: nothing in here changes a result.
+
+    show: progress on stderr while the data set is opened.
+    """
 
     store: Path
     manifest: Manifest
@@ -44,6 +47,7 @@ class WorkConfig:
     loader: str
     device: str = "cpu"
     threads: int = 1
+    show: bool = False
     checkpoint_seconds: float = 60.0
 
 
@@ -55,6 +59,8 @@ class Worker:
         self.store = RunStore(config.store)
         if config.device == "cpu":
             torch.set_num_threads(config.threads)
+        elif ":" in config.device:
+            torch.cuda.set_device(config.device)  # where kernels and graphs go that name no device
         self._source: DataSource | None = None
         self._trainers: dict[tuple[ModelSpec, str], Trainer] = {}
         self._initial: dict[str, dict[str, Tensor]] = {}
@@ -199,7 +205,8 @@ class Worker:
 
     def _batches(self, data: DataSpec, seed: int, batch_size: int) -> tuple[Any, Any]:
         if self._source is None:
-            self._source = open_data(self.config.manifest, self.config.folder, loader=self.config.loader)
+            c = self.config
+            self._source = open_data(c.manifest, c.folder, loader=c.loader, device=c.device, show=c.show)
         subset = Subset(data.classes, data.train_per_class, data.val_per_class)
         train = self._source.train(seed=seed, batch_size=batch_size, subset=subset)
         return train, self._source.val(batch_size=batch_size, subset=subset)

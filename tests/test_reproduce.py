@@ -67,6 +67,16 @@ def test_what_a_run_leaves(finished):
     assert [c["id"] for c in summary["claims"]] == [c.id for c in a2.claims(preset(a2.PROTOCOL, "smoke"))]
 
 
+def test_the_resident_loader_gives_the_same_figure(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    assert main([*TINY, *folders(tmp_path), "--loader", "resident"]) == 0
+    assert "loader resident (asked for)" in capsys.readouterr().out
+    assert published(tmp_path).keys() == published(finished).keys()
+    assert (tmp_path / "out/A2/results.csv").read_bytes() == (finished / "out/A2/results.csv").read_bytes()
+    nodes = [json.loads(path.read_text()) for path in (tmp_path / "store").glob("nodes/*/*/node.json")]
+    assert {node["provenance"]["loader"] for node in nodes} == {"resident"}
+
+
 def test_find_and_eval_at_one_rate_are_one_run(finished):
     rows = read_csv(finished / "out" / "A2" / "results.csv")
     find = {r.round: r.node for r in rows if (r.panel, r.series) == ("find", "0.8")}
