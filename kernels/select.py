@@ -162,13 +162,15 @@ def _search(room, ranges, wanted, state, counts, D: tl.constexpr, BLOCK: tl.cons
     prefix, _, _ = _walk(counts, rank - tl.load(known + _BELOW + try_), D)
     gathered = room + tl.load(ranges + 2 * group)
     count = tl.zeros([_BINS], tl.int32)
-    for at in range(tl.program_id(1).to(tl.int64) * BLOCK, number, tl.num_programs(1).to(tl.int64) * BLOCK):
+    at = tl.program_id(1).to(tl.int64) * BLOCK
+    while at < number:
         i = at + tl.arange(0, BLOCK)
         there = i < number
         key = tl.load(gathered + i, mask=there, other=0) - low
         if D > 0:
             there &= (key >> (8 * (_DIGITS - D))) == prefix.to(tl.int32)
         count += _digits((key >> (8 * (_DIGITS - 1 - D))) & 255, there, BLOCK)
+        at += tl.num_programs(1).to(tl.int64) * BLOCK
     tl.atomic_add(counts + D * _BINS + tl.arange(0, _BINS), count.to(tl.int64), mask=count > 0, sem="relaxed")
 
 
