@@ -1,0 +1,180 @@
+"""What a careful user writes with PyTorch alone: `mask * weight` in the forward, torch.optim.SGD, kthvalue, DataLoader.
+
+The yardstick of bench_steps.py, gpu_steps.py and rounds.py. Careful: channels-last, autocast, fused optimiser, images
+decoded into memory beforehand, pinned and copied without waiting, no `.item()` inside an epoch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from fastprune.specs import OptimizerSpec
+
+LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ProductConv2d(nn.Conv2d):
+    """A conv that computes with `mask * weight`; mask: a float buffer, 1 keeps and 0 prunes, ones at first."""
+
+    mask: Tensor
+
+    @classmethod
+    def wrap(cls, module: nn.Conv2d) -> ProductConv2d:
+        module.__class__ = cls
+        module.register_buffer("mask", torch.ones_like(module.weight))
+        return module  # type: ignore[return-value]
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.mask * self.weight, self.bias)
+
+
+class Plain:
+    """A training loop. The model is moved to the device and, if `masked`, its convs get masks.
+
+    compile: the network goes through torch.compile. fused: the optimiser's kind, None for torch's own choice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        masked: bool = True,
+        compile: bool = False,
+        fused: bool | None = True,
+        sgd: OptimizerSpec | None = None,
+        lr: float = 0.1,
+    ) -> None:
+        self.device, self.precision, self._fused = torch.device(device), precision, fused
+        self._spec = sgd or OptimizerSpec(batch_size=0)
+        convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        self.convs = [ProductConv2d.wrap(m) for m in convs] if masked else []
+        self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network = torch.compile(self.model) if compile else self.model
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        """loss times images, hits, images."""
+        self.fresh(lr)
+        self._start: dict[str, Any] = {}
+
+    def fresh(self, lr: float) -> None:
+        """A new optimiser."""
+        s = self._spec
+        self.sgd = torch.optim.SGD(
+            self.model.parameters(),
+            lr,
+            s.momentum,
+            weight_decay=s.weight_decay,
+            nesterov=s.nesterov,
+            fused=self._fused,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        images, labels = self._moved(images, labels)
+        with self._autocast():
+            logits = self._network(images)
+            loss = F.cross_entropy(logits, labels)
+        self.sgd.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.sgd)
+        self.scaler.update()
+        self._count(loss, logits, labels)
+
+    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
+        """One epoch; (mean loss, accuracy, images)."""
+        self.model.train()
+        self.sums.zero_()
+        for images, labels in batches:
+            self.step(images, labels)
+        return self._result()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
+        self.model.eval()
+        self.sums.zero_()
+        for images, labels in batches:
+            images, labels = self._moved(images, labels)
+            with self._autocast():
+                logits = self._network(images)
+                loss = F.cross_entropy(logits, labels)
+            self._count(loss, logits, labels)
+        return self._result()
+
+    @torch.no_grad()
+    def prune(self, fraction: float) -> int:
+        """Prunes the smallest `fraction` of what remains over all convs, ties at the threshold too; what is kept."""
+        remaining = torch.cat([c.weight.abs()[c.mask > 0] for c in self.convs])
+        threshold = remaining.kthvalue(round(fraction * len(remaining))).values
+        for c in self.convs:
+            c.mask *= c.weight.abs() > threshold
+        return int(sum(c.mask.sum() for c in self.convs))
+
+    def mark(self) -> None:
+        """Keeps the weights and statistics as they are now."""
+        state = {name: value for name, value in self.model.state_dict().items() if not name.endswith(".mask")}
+        self._start = copy.deepcopy(state)
+
+    def rewind(self, lr: float) -> None:
+        """Weights and statistics of the last `mark`, and a new optimiser; masks stay."""
+        self.model.load_state_dict(self._start, strict=False)
+        self.fresh(lr)
+
+    def _moved(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+        return images, labels.to(self.device, non_blocking=True)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        low = LOW[self.precision]
+        return nullcontext() if low is None else torch.autocast(self.device.type, low)
+
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        self.sums[0] += loss.detach() * len(labels)
+        self.sums[1] += (logits.detach().argmax(1) == labels).sum()
+        self.sums[2] += len(labels)
+
+    def _result(self) -> tuple[float, float, int]:
+        loss, hits, images = self.sums.tolist()
+        return loss / images, hits / images, int(images)
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Decoded images, uint8 [n, 3, H, W], each transformed when it is asked for."""
+
+    def __init__(self, images: Tensor, labels: Sequence[int], transform: v2.Transform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def loaders(
+    train: tuple[Tensor, Sequence[int]],
+    val: tuple[Tensor, Sequence[int]],
+    batch: int,
+    norm: tuple[Sequence[float], Sequence[float]],
+    *,
+    workers: int = 0,
+    pin: bool = False,
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """New DataLoaders of decoded images uint8 [n, 3, H, W] and labels, augmented by torchvision image by image."""
+    normal = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(norm[0]), list(norm[1]))]
+    size = train[0].shape[-2:]
+    crop = [v2.RandomResizedCrop(list(size), antialias=True), v2.RandomHorizontalFlip()]
+    how: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "persistent_workers": workers > 0}
+    return (
+        DataLoader(Pictures(*train, v2.Compose([*crop, *normal])), batch, shuffle=True, drop_last=True, **how),
+        DataLoader(Pictures(*val, v2.Compose(normal)), batch, **how),
+    )

@@ -1,0 +1,409 @@
+"""What a round of iterative magnitude pruning costs, part by part, beside the same rounds in plain PyTorch.
+
+    python bench/rounds.py --rounds 5 --epochs 1 --model resnet18 --size 64 --batch 128 --train 2000 --out FOLDER
+
+A round: train under the present mask, evaluating after each epoch; store; prune; rewind to the initial weights. Ours is
+one Trainer over all rounds, fed by fastprune.loaders, storing what the run store keeps (weights, momentum, metrics, a
+bit mask, all flushed to disk). Theirs is bench/plain.py: `mask * weight` in the forward, torch.optim.SGD, kthvalue,
+load_state_dict, torch.save, a new DataLoader a round over images decoded beforehand. The two take turns, round by
+round. Writes rounds.json, rounds.png and rounds.pdf.
+
+Parts: "loading" is the time that a loop waits for its loader; steps and evaluation are the rest of their epochs, and
+the device is waited for at every border. "compilation" is told by difference: what the first epoch's steps, evaluation
+and loading, and the first pruning, took beyond the median of the later ones. "other" is what no part accounts for.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: `bench` then is importable from the folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from bench import plain
+from bench.rounds_picture import PARTS, draw
+from fastprune.errors import InputError
+from fastprune.loaders import SyntheticData, locate, open_data
+from fastprune.loaders.manifest import Manifest, Subset
+from fastprune.loaders.places import Data
+from fastprune.loaders.samples import ArraySamples, Samples, folder_samples
+from fastprune.loaders.source import select
+from fastprune.masks import Mask
+from fastprune.models import build, initial_model
+from fastprune.specs import DataSpec, Init, ModelSpec, OptimizerSpec, Prune, ScheduleSpec, Train
+from fastprune.store import RunStore, write_csv
+from fastprune.tensors import write_tensors
+from fastprune.train import Trainer
+
+OURS, THEIRS = "fastprune", "plain PyTorch"
+COMPILED = ("steps", "evaluation", "loading", "pruning")
+"""Parts whose first time is longer because something compiles."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both loops do, `rounds` times."""
+
+    model: ModelSpec
+    data: DataSpec
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
+    rounds: int
+    fraction: float
+    precision: str
+    device: str
+
+
+@dataclass
+class Row:
+    """One round of one loop. seconds: by part, in all `wall`. kept: weights after pruning. stored: bytes."""
+
+    who: str
+    round: int
+    seconds: dict[str, float]
+    wall: float
+    kept: int
+    images: int
+    loss: float
+    accuracy: float
+    stored: int
+
+
+class Clock:
+    """Seconds by part, the device idle at every border."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device.startswith("cuda")
+        self.events: dict[str, list[float]] = defaultdict(list)
+
+    def now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        began = self.now()
+        yield
+        self.events[part].append(self.now() - began)
+
+
+class Timed:
+    """Batches, and for how long they were waited for: one number an epoch."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches, self.images = batches, 0
+        self.waits: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        began, waited, self.images = time.perf_counter(), 0.0, 0
+        for images, labels in self.batches:
+            waited += time.perf_counter() - began
+            self.images += len(labels)
+            yield images, labels
+            began = time.perf_counter()
+        self.waits.append(waited + time.perf_counter() - began)
+
+
+Loaders = Callable[[], tuple[Any, Any]]
+"""Gives (train, val): iterables of batches."""
+
+
+class Ours:
+    """The Trainer, in which nothing is built twice."""
+
+    def __init__(self, work: Work, batches: Loaders) -> None:
+        self.work = work
+        self.train, self.val = batches()
+        self.trainer = Trainer(initial_model(Init(work.model, 0)), device=work.device, precision=work.precision)
+        self.trainer.mark()
+        self.node: Prune | None = None
+
+    def round(self, clock: Clock, folder: Path) -> tuple[int, int, float, float]:
+        """(weights kept, images trained on, loss, accuracy)."""
+        w, trainer, store = self.work, self.trainer, RunStore(folder)
+        train, val = Timed(self.train), Timed(self.val)
+        began = clock.now()
+        history = trainer.fit(train, val, w.optimizer, w.schedule)
+        whole, stepping = clock.now() - began, 0.0
+        for m, wait, val_wait in zip(history, train.waits, val.waits, strict=True):
+            training = train.images / m.images_per_second
+            clock.events["steps"].append(training - wait)
+            clock.events["evaluation"].append(m.seconds - training - val_wait)
+            clock.events["loading"].append(wait + val_wait)
+            stepping += m.seconds
+        clock.events["steps"][-1] += whole - stepping  # what fit does about its epochs
+        node = Train(w.data, Init(w.model, 0), self.node, w.optimizer, w.schedule, w.schedule.epochs, 0, w.precision)
+        with clock("storing"):
+            state = f"state-{w.schedule.epochs}.safetensors"
+            store.publish(
+                node,
+                asdict(history[-1]),
+                {},
+                {
+                    "metrics.csv": lambda p: write_csv(p, [m.as_dict() for m in history]),
+                    state: lambda p: write_tensors(p, trainer.state()),
+                },
+            )
+        with clock("pruning"):
+            mask = trainer.prune(w.fraction)
+            kept = mask.kept
+        self.node = Prune(node.final, self.node, w.fraction, "magnitude", "global", 0)
+        with clock("storing"):
+            files: dict[str, Any] = {
+                "mask.safetensors": mask.save,
+                "layers.csv": lambda p: p.write_text(mask.ratios_csv()),
+            }
+            store.publish(self.node, {"kept": kept}, {}, files)
+        with clock("rewinding"):
+            trainer.rewind()
+        return kept, train.images * len(history), history[-1].train_loss, history[-1].val_accuracy
+
+    def mask(self) -> dict[str, Tensor]:
+        """By parameter name, bool: what is kept."""
+        return Mask(self.trainer.flat.mask, self.trainer.flat.segments).tensors()
+
+
+class Theirs:
+    """Plain PyTorch. On a CPU torch's default optimiser, whose bits are those of ours; fused on a GPU."""
+
+    def __init__(self, work: Work, batches: Loaders) -> None:
+        self.work, self.batches = work, batches
+        self.plain = plain.Plain(
+            initial_model(Init(work.model, 0)),
+            device=work.device,
+            precision=work.precision,
+            fused=True if work.device.startswith("cuda") else None,
+            sgd=work.optimizer,
+            lr=work.schedule.lr,
+        )
+        self.plain.mark()
+
+    def round(self, clock: Clock, folder: Path) -> tuple[int, int, float, float]:
+        w, loop, history = self.work, self.plain, []
+        began = clock.now()
+        train, val = (Timed(batches) for batches in self.batches())
+        building = clock.now() - began
+        for epoch in range(w.schedule.epochs):
+            for group in loop.sgd.param_groups:
+                group["lr"] = w.schedule.lr_at(epoch)
+            began = clock.now()
+            loss, _, images = loop.train(train)
+            between = clock.now()
+            _, accuracy, _ = loop.evaluate(val)
+            ended = clock.now()
+            clock.events["steps"].append(between - began - train.waits[-1])
+            clock.events["evaluation"].append(ended - between - val.waits[-1])
+            clock.events["loading"].append(train.waits[-1] + val.waits[-1] + building)
+            building = 0.0
+            history.append({"epoch": epoch + 1, "loss": loss, "accuracy": accuracy})
+        with clock("pruning"):
+            kept = loop.prune(w.fraction)
+        with clock("storing"):
+            state = {"model": loop.model.state_dict(), "optimizer": loop.sgd.state_dict(), "history": history}
+            torch.save(state, folder / "round.pt")
+        with clock("rewinding"):
+            loop.rewind(w.schedule.lr)
+        return kept, images * w.schedule.epochs, loss, accuracy
+
+    def mask(self) -> dict[str, Tensor]:
+        buffers = dict(self.plain.model.named_buffers())
+        return {f"{n.removesuffix('.mask')}.weight": b > 0 for n, b in buffers.items() if n.endswith(".mask")}
+
+
+def measure(work: Work, ours: Ours, theirs: Theirs, folder: Path, show: Callable[[Row], None]) -> list[Row]:
+    """All rounds of both, by turns; compilation told apart at the end. `folder` is for what they store."""
+    loops: tuple[tuple[str, Ours | Theirs], ...] = ((OURS, ours), (THEIRS, theirs))
+    rows: list[Row] = []
+    events: dict[str, dict[str, list[float]]] = {who: defaultdict(list) for who, _ in loops}
+    for number in range(work.rounds):
+        for who, loop in loops:
+            clock = Clock(work.device)
+            with tempfile.TemporaryDirectory(dir=folder) as stored:
+                began = clock.now()
+                kept, images, loss, accuracy = loop.round(clock, Path(stored))
+                wall = clock.now() - began
+                size = sum(path.stat().st_size for path in Path(stored).rglob("*") if path.is_file())
+            seconds = {part: sum(clock.events[part]) for part in PARTS if part in clock.events}
+            for part in COMPILED:
+                events[who][part] += clock.events[part]
+            rows.append(Row(who, number, seconds, wall, kept, images, loss, accuracy, size))
+            show(rows[-1])
+    for who, _ in loops:
+        tell_compilation(next(row for row in rows if row.who == who), events[who])
+    for row in rows:
+        row.seconds = {part: row.seconds.get(part, 0.0) for part in PARTS}
+        row.seconds["other"] = row.wall - sum(row.seconds.values())
+    return rows
+
+
+def tell_compilation(first: Row, events: dict[str, list[float]]) -> None:
+    """Moves what each part's first time took beyond the median of its later times to "compilation"."""
+    first.seconds["compilation"] = 0.0
+    for part, times in events.items():
+        excess = max(0.0, times[0] - statistics.median(times[1:])) if len(times) > 1 else 0.0
+        first.seconds[part] -= excess
+        first.seconds["compilation"] += excess
+
+
+def header() -> str:
+    return f"{'round':<20}" + "".join(f"{part:>12}" for part in PARTS) + f"{'wall':>10}{'images/s':>10}{'kept':>12}"
+
+
+def line(row: Row) -> str:
+    """Seconds by part; images/s over the whole round."""
+    cells = "".join(f"{row.seconds[p]:12.3f}" if p in row.seconds else " " * 12 for p in PARTS)
+    return f"{row.round:>4}  {row.who:<14}{cells}{row.wall:10.2f}{row.images / row.wall:10,.0f}{row.kept:12,}"
+
+
+def medians(rows: Sequence[Row], who: str) -> dict[str, float]:
+    """Median seconds over the rounds but the first, by part, and of a whole round."""
+    later = [row for row in rows if row.who == who and row.round > 0]
+    found = {part: statistics.median(row.seconds[part] for row in later) for part in PARTS}
+    return found | {"wall": statistics.median(row.wall for row in later)}
+
+
+def decoded(manifest: Manifest, folder: Path | None, subset: Subset) -> dict[str, tuple[Tensor, list[int]]]:
+    """Of each split the images, uint8 [n, 3, H, W], and labels: the same that our loaders serve."""
+    samples: dict[str, Samples]
+    if manifest.synthetic is not None:
+        arrays = {split: SyntheticData(**manifest.synthetic).arrays(split) for split in ("train", "val")}
+        samples = {split: ArraySamples(images, labels.tolist()) for split, (images, labels) in arrays.items()}
+    else:
+        from fastprune.loaders.choice import unchanged_source
+
+        samples = dict(folder_samples(unchanged_source(manifest, folder)))
+    result = {}
+    for split, part in samples.items():
+        labels = torch.tensor(part.labels)
+        chosen = select(labels.numpy(), subset.classes, subset.per_class(split)).tolist()
+        images = torch.stack([torch.tensor(part.image(i)).permute(2, 0, 1) for i in chosen]).contiguous()
+        result[split] = (images, labels[chosen].tolist())
+    return result
+
+
+def open_both(args: argparse.Namespace, store: Path) -> tuple[DataSpec, Loaders, Loaders]:
+    """The data, and where each loop gets its batches. InputError where there is no such data."""
+    each, val_each = (max(1, n // args.classes) for n in (args.train, args.val))
+    data: Data = SyntheticData(args.classes, each, val_each, args.size) if args.data == "synthetic" else args.data
+    manifest, folder = locate(data, store)
+    classes = min(args.classes, len(manifest.classes))
+    subset = Subset(classes, each, val_each)
+    source = open_data(manifest, folder, loader=args.loader, device=args.device, show=True)
+    low = plain.LOW[args.precision] or torch.float32
+    images = decoded(manifest, folder, subset)
+    spec = DataSpec(
+        manifest.name, manifest.fingerprint, classes, each, val_each, *(len(images[s][1]) for s in ("train", "val"))
+    )
+
+    def ours() -> tuple[Any, Any]:
+        how: Any = {"batch_size": args.batch, "subset": subset, "dtype": low}
+        return source.train(seed=0, **how), source.val(**how)
+
+    def theirs() -> tuple[Any, Any]:
+        pin = args.device.startswith("cuda")
+        norm = (manifest.mean, manifest.std)
+        return plain.loaders(images["train"], images["val"], args.batch, norm, workers=args.workers, pin=pin)
+
+    return spec, ours, theirs
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """Medians of the later rounds, and theirs over ours."""
+    ours, theirs = medians(rows, OURS), medians(rows, THEIRS)
+    lines = [f"{'median after round 0':<24}{OURS:>14}{THEIRS:>16}{'ratio':>9}"]
+    for part in (*PARTS, "wall"):
+        if part not in ("compilation", "other"):
+            ratio = f"{theirs[part] / ours[part]:9.2f}" if ours[part] > 0 else ""
+            lines.append(f"  {part:<22}{ours[part]:12.4f} s{theirs[part]:14.4f} s{ratio}")
+    return "\n".join(lines)
+
+
+def save(args: argparse.Namespace, rows: list[Row], facts: dict[str, Any]) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    content = facts | {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
+    content |= {"rounds": [asdict(row) for row in rows], "medians": {w: medians(rows, w) for w in (OURS, THEIRS)}}
+    (args.out / "rounds.json").write_text(json.dumps(content, indent=1) + "\n")
+    title = (
+        f"{args.model}, width {args.width}, {args.size} px, batch {args.batch}, {rows[0].images:,} images a round, "
+        f"{args.precision}\n{facts['device']}, torch {facts['torch']}"
+    )
+    draw([asdict(row) for row in rows], (OURS, THEIRS), title, args.out / "rounds")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--rounds", type=int, default=5, help="at least 2")
+    p.add_argument("--epochs", type=int, default=1, help="in each round")
+    p.add_argument("--model", default="resnet18")
+    p.add_argument("--width", type=int, default=64)
+    p.add_argument("--size", type=int, default=64, help="pixels, of generated images")
+    p.add_argument("--batch", type=int, default=128)
+    p.add_argument("--train", type=int, default=2000, help="training images")
+    p.add_argument("--val", type=int, default=500, help="validation images")
+    p.add_argument("--classes", type=int, default=10)
+    p.add_argument("--fraction", type=float, default=0.2, help="pruned of what remains in each round")
+    p.add_argument("--lr", type=float, default=0.05)
+    p.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
+    p.add_argument("--data", default="synthetic", help="a data set's folder, or synthetic")
+    p.add_argument("--store", type=Path, help="where prepared data is kept, by default in --out")
+    p.add_argument("--loader", default="auto", help="of ours")
+    p.add_argument("--workers", type=int, default=None, help="processes of their DataLoader: 0 on a CPU, 8 on a GPU")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    args = p.parse_args(arguments)
+    if args.rounds < 2:
+        p.error("--rounds: at least 2, for compilation is told by comparing rounds")
+    if args.workers is None:
+        args.workers = 8 if args.device.startswith("cuda") else 0
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from bench.gpu_suite import environment
+
+    args = parse(arguments)
+    torch.set_num_threads(args.threads)
+    facts = environment(torch.device(args.device))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        data, ours, theirs = open_both(args, args.store or args.out)
+        model = ModelSpec(args.model, data.classes, width=args.width)
+        with torch.device("meta"):
+            build(model)  # an unknown name is told now
+    except (InputError, OSError) as error:
+        print(f"rounds.py: {error}", file=sys.stderr)
+        return 2
+    schedule = ScheduleSpec(args.lr, args.epochs)
+    optimizer = OptimizerSpec(args.batch)
+    work = Work(model, data, optimizer, schedule, args.rounds, args.fraction, args.precision, args.device)
+    print(" ".join(f"{k}={v}" for k, v in facts.items()), header(), sep="\n", flush=True)
+    with tempfile.TemporaryDirectory(dir=args.out) as folder:
+        rows = measure(work, Ours(work, ours), Theirs(work, theirs), Path(folder), lambda r: print(line(r), flush=True))
+    print("with compilation told apart:", header(), *map(line, rows), summary(rows), sep="\n")
+    save(args, rows, facts)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
