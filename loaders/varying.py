@@ -20,6 +20,8 @@ import torch
 
 from fastprune.errors import InputError
 from fastprune.loaders.augment import epoch_order
+from fastprune.loaders.choice import ffcv_is_there, need_ffcv
+from fastprune.loaders.varying_cache import is_cached
 from fastprune.loaders.varying_folder import ImageFolder, scan_images
 
 LOADERS = ("auto", "ffcv", "torchvision")
@@ -160,8 +162,10 @@ def open_varying(
 ) -> VaryingSource:
     """Open an image folder, DIR/train/<class>/* and DIR/val/<class>/*. InputError where it is not one.
 
-    mean, std: per channel, as fractions of full scale.  loader: "torchvision", or "auto" for the fastest that is there.
-    workers: processes of torchvision; they change no batch.
+    mean, std: per channel, as fractions of full scale.  loader: "torchvision" reads the images themselves; "ffcv" reads
+    .beton files, written on first use below `cache` (by default .fastprune beside the folder); "auto" is ffcv where
+    that is installed and either `cache` is given or the files are there.  workers: processes of torchvision, or the
+    threads that write .beton files (0: one a processor).  threads: of ffcv.  Neither changes a batch.
     """
     view = View(train_crop, val_resize, val_crop, _three(mean), _three(std))
     if loader not in LOADERS:
@@ -169,11 +173,18 @@ def open_varying(
     if workers < 0 or threads < 1:
         raise InputError(f"{workers} workers and {threads} threads asked for: at least 0 and 1 are needed")
     if loader == "ffcv":
-        raise InputError("images of varying size are not read with ffcv yet: use the loader torchvision")
+        need_ffcv()
     images = scan_images(folder)
+    if loader == "auto":
+        ffcv = ffcv_is_there() and (cache is not None or is_cached(images, cache))
+        loader = "ffcv" if ffcv else "torchvision"
+    if loader == "ffcv":
+        from fastprune.loaders.varying_ffcv import open_betons
+
+        return VaryingSource(images, loader, open_betons(images, view, cache, workers, threads))
     from fastprune.loaders.varying_torchvision import ImageFiles
 
-    return VaryingSource(images, "torchvision", ImageFiles(images, view, workers))
+    return VaryingSource(images, loader, ImageFiles(images, view, workers))
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
