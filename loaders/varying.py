@@ -45,8 +45,8 @@ class View:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1 pixel")
         if self.val_crop > self.val_resize:
             raise InputError(f"val_crop {self.val_crop} is larger than val_resize {self.val_resize}")
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise InputError(f"mean {self.mean} and std {self.std} are not three numbers each, std positive")
+        if not min(self.std) > 0:
+            raise InputError(f"std is {self.std}, expected three positive numbers")
 
     def output(self, training: bool) -> int:
         """Height and width of a batch's images."""
@@ -167,7 +167,7 @@ def open_varying(
     that is installed and either `cache` is given or the files are there.  workers: processes of torchvision, or the
     threads that write .beton files (0: one a processor).  threads: of ffcv.  Neither changes a batch.
     """
-    view = View(train_crop, val_resize, val_crop, _three(mean), _three(std))
+    view = View(train_crop, val_resize, val_crop, _three("mean", mean), _three("std", std))
     if loader not in LOADERS:
         raise InputError(f"unknown loader {loader!r}: choose one of {', '.join(LOADERS)}")
     if workers < 0 or threads < 1:
@@ -187,7 +187,9 @@ def open_varying(
     return VaryingSource(images, loader, ImageFiles(images, view, workers))
 
 
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
+def _three(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+    if len(values) != 3:
+        raise InputError(f"{name} is {tuple(values)}, expected a number for each of three channels")
     first, second, third = map(float, values)
     return first, second, third
 
