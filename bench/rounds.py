@@ -68,12 +68,14 @@ class Work:
 
 @dataclass
 class Row:
-    """One round of one loop. seconds: by part, in all `wall`. kept: weights after pruning. stored: bytes."""
+    """One round of one loop. seconds: by part, in all `wall`. cpu: seconds of this process's threads, in which a busy
+    neighbour counts for little. kept: weights after pruning. stored: bytes."""
 
     who: str
     round: int
     seconds: dict[str, float]
     wall: float
+    cpu: float
     kept: int
     images: int
     loss: float
@@ -239,14 +241,14 @@ def measure(work: Work, ours: Ours, theirs: Theirs, folder: Path, show: Callable
         for who, loop in loops:
             clock = Clock(work.device)
             with tempfile.TemporaryDirectory(dir=folder) as stored:
-                began = clock.now()
+                began, cpu = clock.now(), time.process_time()
                 kept, images, loss, accuracy = loop.round(clock, Path(stored))
-                wall = clock.now() - began
+                wall, cpu = clock.now() - began, time.process_time() - cpu
                 size = sum(path.stat().st_size for path in Path(stored).rglob("*") if path.is_file())
             seconds = {part: sum(clock.events[part]) for part in PARTS if part in clock.events}
             for part in COMPILED:
                 events[who][part] += clock.events[part]
-            rows.append(Row(who, number, seconds, wall, kept, images, loss, accuracy, size))
+            rows.append(Row(who, number, seconds, wall, cpu, kept, images, loss, accuracy, size))
             show(rows[-1])
     for who, _ in loops:
         tell_compilation(next(row for row in rows if row.who == who), events[who])
@@ -266,20 +268,25 @@ def tell_compilation(first: Row, events: dict[str, list[float]]) -> None:
 
 
 def header() -> str:
-    return f"{'round':<20}" + "".join(f"{part:>12}" for part in PARTS) + f"{'wall':>10}{'images/s':>10}{'kept':>12}"
+    return (
+        f"{'round':<20}"
+        + "".join(f"{part:>12}" for part in PARTS)
+        + f"{'wall':>10}{'cpu':>10}{'images/s':>10}{'kept':>12}"
+    )
 
 
 def line(row: Row) -> str:
     """Seconds by part; images/s over the whole round."""
     cells = "".join(f"{row.seconds[p]:12.3f}" if p in row.seconds else " " * 12 for p in PARTS)
-    return f"{row.round:>4}  {row.who:<14}{cells}{row.wall:10.2f}{row.images / row.wall:10,.0f}{row.kept:12,}"
+    last = f"{row.wall:10.2f}{row.cpu:10.2f}{row.images / row.wall:10,.0f}{row.kept:12,}"
+    return f"{row.round:>4}  {row.who:<14}{cells}{last}"
 
 
 def medians(rows: Sequence[Row], who: str) -> dict[str, float]:
-    """Median seconds over the rounds but the first, by part, and of a whole round."""
+    """Median seconds over the rounds but the first: by part, of a whole round ("wall"), of the processor ("cpu")."""
     later = [row for row in rows if row.who == who and row.round > 0]
     found = {part: statistics.median(row.seconds[part] for row in later) for part in PARTS}
-    return found | {"wall": statistics.median(row.wall for row in later)}
+    return found | {name: statistics.median(getattr(row, name) for row in later) for name in ("wall", "cpu")}
 
 
 def decoded(manifest: Manifest, folder: Path | None, subset: Subset) -> dict[str, tuple[Tensor, list[int]]]:
@@ -331,7 +338,7 @@ def summary(rows: Sequence[Row]) -> str:
     """Medians of the later rounds, and theirs over ours."""
     ours, theirs = medians(rows, OURS), medians(rows, THEIRS)
     lines = [f"{'median after round 0':<24}{OURS:>14}{THEIRS:>16}{'ratio':>9}"]
-    for part in (*PARTS, "wall"):
+    for part in (*PARTS, "wall", "cpu"):
         if part not in ("compilation", "other"):
             ratio = f"{theirs[part] / ours[part]:9.2f}" if ours[part] > 0 else ""
             lines.append(f"  {part:<22}{ours[part]:12.4f} s{theirs[part]:14.4f} s{ratio}")

@@ -33,6 +33,7 @@ def test_what_it_writes_adds_up(precision, tmp_path, capsys):
         assert set(row["seconds"]) == set(PARTS)
         assert all(row["seconds"][part] >= 0 for part in PARTS if part != "other")
         assert sum(row["seconds"].values()) == pytest.approx(row["wall"])
+        assert row["cpu"] > 0
         assert -1e-3 < row["seconds"]["other"] < 0.5 * row["wall"]
         assert (row["images"], row["stored"] > 0) == (2 * 64, True)
         assert f"{row['kept']:,}" in said
@@ -67,7 +68,7 @@ def test_on_the_same_batches_both_prune_the_same_weights(tmp_path):
 
 
 def test_compilation_is_what_the_first_time_took_beyond_the_later_ones():
-    row = rounds.Row("x", 0, {"steps": 9.0, "pruning": 1.0, "loading": 2.0}, 12.0, 0, 0, 0.0, 0.0, 0)
+    row = rounds.Row("x", 0, {"steps": 9.0, "pruning": 1.0, "loading": 2.0}, 12.0, 12.0, 0, 0, 0.0, 0.0, 0)
     rounds.tell_compilation(row, {"steps": [5.0, 4.0, 3.0, 4.0], "pruning": [1.0, 2.0], "loading": [2.0]})
     assert row.seconds == {"steps": 8.0, "pruning": 1.0, "loading": 2.0, "compilation": 1.0}
 
