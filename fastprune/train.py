@@ -65,6 +65,9 @@ class Trainer:
         self._fresh_scaler = self.scaler.state_dict()
         on_gpu = self.device.type == "cuda"
         compile = on_gpu if compile is None else compile
+        low = _LOW[precision]
+        self.images = low if on_gpu and low is not None else torch.float32
+        """The dtype in which batches are best made: the network's first conv would cast them to it anyway."""
         self._network = self._compute
         if compile:
             backend = compile if isinstance(compile, str) else "inductor"

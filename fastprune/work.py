@@ -26,9 +26,10 @@ from fastprune.masks import Mask
 from fastprune.models import build, initial_model
 from fastprune.pruning import magnitude_scores, prune, random_scores
 from fastprune.specs import ALLOCATIONS, SCORES, DataSpec, Init, ModelSpec, Prune, Train
+from fastprune.step import EpochMetrics
 from fastprune.store import RunStore, write_csv
 from fastprune.tensors import read_tensors, write_tensors
-from fastprune.train import EpochMetrics, Trainer
+from fastprune.train import Trainer
 
 Report = Callable[[int, int], None]
 """Called with (epochs done, training images since the last call)."""
@@ -79,7 +80,7 @@ class Worker:
         history = self._start(trainer, node, states)
         done_before = len(history)
         trainer.set_mask(None if node.mask is None else self._mask(node.mask))
-        train, val = self._batches(node.data, node.seed, node.optimizer.batch_size)
+        train, val = self._batches(node)
         saved_at = time.monotonic()
         report(len(history), 0)
 
@@ -203,13 +204,14 @@ class Worker:
             self._initial = {init.key: {f"model.{name}": tensor for name, tensor in state.items()}}
         return self._initial[init.key]
 
-    def _batches(self, data: DataSpec, seed: int, batch_size: int) -> tuple[Any, Any]:
+    def _batches(self, node: Train) -> tuple[Any, Any]:
+        data, batch_size = node.data, node.optimizer.batch_size
         if self._source is None:
             c = self.config
             self._source = open_data(c.manifest, c.folder, loader=c.loader, device=c.device, show=c.show)
         subset = Subset(data.classes, data.train_per_class, data.val_per_class)
-        train = self._source.train(seed=seed, batch_size=batch_size, subset=subset)
-        return train, self._source.val(batch_size=batch_size, subset=subset)
+        how = {"batch_size": batch_size, "subset": subset, "dtype": self._trainer(node.model, node.precision).images}
+        return self._source.train(seed=node.seed, **how), self._source.val(**how)
 
     def _provenance(self, seconds: float, rate: float | None) -> dict[str, Any]:
         where = environment(self.config.loader, [self.config.device])
