@@ -26,10 +26,10 @@ DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
 class Source:
     """Gaussian images whose mean tells the class."""
 
-    def train(self, *, seed, batch_size, subset):
+    def train(self, *, seed, batch_size, subset, dtype):
         return Epochs(seed, batch_size)
 
-    def val(self, *, batch_size, subset):
+    def val(self, *, batch_size, subset, dtype):
         return Epochs(99, batch_size)
 
 
