@@ -1,0 +1,259 @@
+"""One call of train.py: data, model, mask, training, checkpoints. Under torchrun, one of several ranks."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from fastprune.checkpoint import fitting_mask, load_checkpoint, replace_file, save_checkpoint, trainer_mask
+from fastprune.errors import InputError
+from fastprune.masks import Mask
+from fastprune.step import EpochMetrics
+from fastprune.train import Batches, Trainer
+from fastprune.train_data import Epochs, Images, open_images
+from fastprune.train_log import TrainLog, clock, say, say_test
+from fastprune.train_model import build_model
+from fastprune.train_request import TrainRequest
+
+_RESULT = (
+    *("data_path", "train_crop_size", "batch_size", "epochs", "opt", "lr", "momentum", "weight_decay"),
+    *("label_smoothing", "lr_scheduler", "lr_step_size", "lr_gamma", "lr_min", "lr_warmup_epochs"),
+    *("lr_warmup_method", "lr_warmup_decay", "amp", "amp_dtype", "seed"),
+)
+"""Flags that a run which is to continue to the bit must not change."""
+
+
+class Ranks(NamedTuple):
+    """This process among those that train together; local: its number on this machine."""
+
+    rank: int = 0
+    ranks: int = 1
+    local: int = 0
+    sharing: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """As torchrun says."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)))
+
+
+def run(request: TrainRequest) -> bool:
+    """Trains, or only tests, as asked; False if it diverged or ran out of memory. InputError for bad input."""
+    ranks = Ranks.from_environment()
+    device = choose_device(request, ranks)
+    images = None
+    try:
+        with _together(device, ranks):
+            images = open_images(request, device, show=ranks.rank == 0, sharing=ranks.sharing)
+            return _run(request, images, device, ranks)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        size = f" or --train-crop-size (now {images.size[0]})" if images and images.resized else ""
+        amp = ", or add --amp" if request.precision == "fp32" else ""
+        return _failed(f"out of memory on {device}: lower --batch-size (now {request.optimizer.batch_size}){size}{amp}")
+
+
+def _run(request: TrainRequest, images: Images, device: torch.device, ranks: Ranks) -> bool:
+    model = build_model(request.model, request.weights, images.classes, images.size, request.seed)
+    trainer = Trainer(model, device=device, precision=request.precision)
+    start, origin = prepare(trainer, request)
+    batch_size, shard = request.optimizer.batch_size, (ranks.rank, ranks.ranks)
+    val = images.val(batch_size, shard, trainer.images)
+    first = ranks.rank == 0
+    if first:
+        say(f"Data {images.about}")
+        say(f"Model {request.model}, {request.precision} on {_name(device)}, {_ranks(batch_size, ranks.ranks)}")
+        for line in origin:
+            say(line)
+        say(_sparsity(trainer))
+    if request.test_only:
+        with _input_errors():
+            loss, accuracy = trainer.evaluate(val)
+        if first:
+            say_test(loss, accuracy)
+        return True
+    return _fit(trainer, images.train(request.seed, batch_size, shard, trainer.images), val, request, start, ranks)
+
+
+def _fit(trainer: Trainer, train: Epochs, val: Batches, request: TrainRequest, start: int, ranks: Ranks) -> bool:
+    kept = request.checkpoint if ranks.rank == 0 else None
+    last = request.resume
+    log = None
+    if ranks.rank == 0:
+        sums = trainer._tally.result if trainer.device.type == "cpu" else None
+        log = TrainLog(
+            len(train),
+            request.optimizer.batch_size,
+            request.schedule,
+            every=request.print_freq,
+            sums=sums,
+            epoch=start,
+            ranks=ranks.ranks,
+        )
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        mask = trainer_mask(trainer)
+        if mask.kept < mask.total:
+            replace_file(kept.with_name("mask.safetensors"), mask.save)
+
+    def on_epoch(m: EpochMetrics) -> None:
+        nonlocal last
+        if log is not None:
+            log.epoch(m)
+        if kept is not None and not m.diverged:
+            save_checkpoint(kept, trainer, m.epoch, request.optimizer, m.lr, request.flags)
+            last = kept
+
+    if log is not None:
+        say("Start training")
+    began = time.monotonic()
+    try:
+        with _input_errors():
+            history = trainer.fit(
+                train,
+                val,
+                request.optimizer,
+                request.schedule,
+                start=start,
+                on_batch=log.batch if log else None,
+                on_epoch=on_epoch,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*([f"--resume {last} continues"] if last else [])) from None
+    if history and history[-1].diverged:
+        good = f"the last good state is in {last}" if last else "no epoch before it was kept"
+        return _failed(f"diverged in epoch {history[-1].epoch - 1} (loss {history[-1].train_loss:.4g}): {good}", ranks)
+    if log is not None:
+        say(f"Training time {clock(time.monotonic() - began)}")
+    return True
+
+
+def choose_device(request: TrainRequest, ranks: Ranks) -> torch.device:
+    """The device asked for, else a GPU if there is one, this rank's own. InputError for one that is not there."""
+    try:
+        device = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise InputError(f"unknown --device {request.device}: choose cuda, cuda:N or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"--device {request.device} is not supported: choose cuda, cuda:N or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        device = torch.device("cuda", ranks.local if device.index is None or ranks.ranks > 1 else device.index)
+        if device.index is None or device.index >= count:
+            raise InputError(f"there is no {device}: {count} GPUs are visible here; --device cpu trains without one")
+        torch.cuda.set_device(device)
+        if request.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16: add --amp-dtype fp16")
+    if request.deterministic:
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def prepare(trainer: Trainer, request: TrainRequest) -> tuple[int, list[str]]:
+    """Puts weights, momentum and mask where the run starts; returns the epochs done, and in lines what was done.
+
+    A checkpoint goes on from its own epoch. Only where --sparsity or --mask ask for another mask than it has, a new run
+    begins from its weights, at --start-epoch and without momentum.
+    """
+    lines, start, held = [], request.start_epoch, None
+    if request.resume is not None:
+        found = load_checkpoint(request.resume, trainer, request.model)
+        held = found.mask
+        same = _is_held(request, trainer, held)
+        trainer.load_state(found.state, momentum=same)
+        if held is not None:
+            trainer.set_mask(held)
+        if same and found.epochs is not None:
+            start = found.epochs
+            lines.append(f"Resumed {request.resume}, {start} epochs done")
+            changed = [n for n in _RESULT if n in found.flags and found.flags[n] != request.flags.get(n)]
+            lines += [f"note: --{n.replace('_', '-')} was {found.flags[n]} before" for n in changed]
+        else:
+            lines.append(f"A new run from the weights in {request.resume}")
+    if request.mask is not None:
+        trainer.set_mask(fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask))
+    elif request.sparsity is not None:
+        _prune(trainer, request.sparsity)
+    return start, lines
+
+
+def _is_held(request: TrainRequest, trainer: Trainer, held: Mask | None) -> bool:
+    """Whether the checkpoint's mask is the one asked for."""
+    if request.mask is not None:
+        wanted = fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask)
+        return held is not None and torch.equal(wanted.keep, held.keep)
+    if request.sparsity is not None:
+        pruned = 0 if held is None else held.total - held.kept
+        return pruned == round(request.sparsity * trainer.flat.total)
+    return True
+
+
+def _prune(trainer: Trainer, sparsity: float) -> None:
+    """Prunes until round(sparsity x all) conv weights are gone. InputError if more are gone, or none would be left."""
+    now = trainer_mask(trainer)
+    goal, gone = round(sparsity * now.total), now.total - now.kept
+    if goal < gone:
+        raise InputError(f"--sparsity {sparsity} is less than the {gone / now.total:.4f} pruned already")
+    if goal == now.total:
+        raise InputError(f"--sparsity {sparsity} would prune all {now.total} conv weights")
+    if goal > gone:
+        trainer.prune((goal - gone) / now.kept)
+
+
+def _sparsity(trainer: Trainer) -> str:
+    mask = trainer_mask(trainer)
+    if mask.kept == mask.total:
+        return f"Dense: {mask.total} conv weights"
+    dead = [name for name, ratio in mask.layerwise_ratios().items() if ratio == 1.0]
+    empty = f"; nothing is left of {', '.join(dead)}" if dead else ""
+    return f"Sparsity {1 - mask.density:.4f}: {mask.kept} of {mask.total} conv weights are left{empty}"
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return f"{device} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def _ranks(batch_size: int, ranks: int) -> str:
+    return f"batches of {batch_size}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+
+
+@contextmanager
+def _together(device: torch.device, ranks: Ranks) -> Iterator[None]:
+    """The process group, where torchrun started several."""
+    if ranks.ranks == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """What the Trainer refuses is the user's to mend: labels outside the classes, no batch."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _failed(why: str, ranks: Ranks | None = None) -> bool:
+    if ranks is None or ranks.rank == 0:
+        print(f"train.py: {why}", file=sys.stderr)
+    return False

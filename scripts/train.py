@@ -1,0 +1,14 @@
+"""Trains a torchvision model, dense or under a mask, with the flags of torchvision's reference script. See --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without an install
+
+if __name__ == "__main__":
+    try:
+        from fastprune.train_cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:  # before main could say so
+        sys.exit(130)
