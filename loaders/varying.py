@@ -5,13 +5,13 @@
     batches.set_epoch(3)
     for images, labels in batches: ...
 
-Order, boxes and flips are those of augment.py; readers fetch, crop and resize. The meaning is torchvision's:
-resized_crop to train, resize and center_crop to validate, on float tensors with antialiasing, then normalize.
+Order, boxes and flips are those of augment.py; readers fetch and decode; one compiled loop crops and resizes. The
+meaning is torchvision's: resized_crop to train, resize and center_crop to validate, on float tensors with antialiasing,
+then normalize.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -23,34 +23,9 @@ from fastprune.loaders.augment import epoch_order
 from fastprune.loaders.choice import ffcv_is_there, need_ffcv
 from fastprune.loaders.varying_cache import is_cached
 from fastprune.loaders.varying_folder import ImageFolder, scan_images
+from fastprune.loaders.varying_view import Draw, View
 
 LOADERS = ("auto", "ffcv", "torchvision")
-Draw = tuple[int, int]
-"""Seed and epoch: with an image's position and size, all that its box and flip depend on."""
-
-
-@dataclass(frozen=True)
-class View:
-    """What is made of an image. Sizes in pixels; mean and std per channel, as fractions of full scale."""
-
-    train_crop: int
-    val_resize: int
-    val_crop: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __post_init__(self) -> None:
-        for name in ("train_crop", "val_resize", "val_crop"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1 pixel")
-        if self.val_crop > self.val_resize:
-            raise InputError(f"val_crop {self.val_crop} is larger than val_resize {self.val_resize}")
-        if not min(self.std) > 0:
-            raise InputError(f"std is {self.std}, expected three positive numbers")
-
-    def output(self, training: bool) -> int:
-        """Height and width of a batch's images."""
-        return self.train_crop if training else self.val_crop
 
 
 class Reader(Protocol):

@@ -14,46 +14,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 
 from fastprune.errors import InputError
-from fastprune.kernels.jit import compiled
-from fastprune.loaders.augment import boxes
 from fastprune.loaders.beton import RAW
 from fastprune.loaders.ffcv_reader import _import_ffcv, _next
-from fastprune.loaders.varying import Draw, View
 from fastprune.loaders.varying_beton import Table
 from fastprune.loaders.varying_cache import cached_tables
 from fastprune.loaders.varying_folder import ImageFolder
 from fastprune.loaders.varying_jpeg import ACCURATE, RGB, turbojpeg
-from fastprune.loaders.varying_resample import normalisation, resampled
+from fastprune.loaders.varying_resample import make, normalisation
+from fastprune.loaders.varying_view import CUT, Draw, View, fill_cuts
 
 AHEAD = 2  # batches that a thread may have ready
-_NUMBERS = "pointer bytes height width top left tall wide full_height full_width window_top window_left".split()
-REQUEST = np.dtype([*((name, "<i8") for name in _NUMBERS), ("raw", "?"), ("flip", "?")])
-"""One image: where it is stored and its size; the box, the size that the box gets, the window of that; mirrored or not.
-"""
+REQUEST = np.dtype([*CUT, ("pointer", "<i8"), ("bytes", "<i8"), ("raw", "?")])
+"""One image: what is to be made of it, and where and how it is stored."""
 
 
 def requests(table: Table, samples: np.ndarray, draw: Draw | None, view: View) -> np.ndarray:
     """What is to be made of `samples` (int64 [n]), as REQUEST [n]."""
     stored, made = table.images[samples], np.zeros(len(samples), REQUEST)
-    made["bytes"] = table.sizes[samples]
-    made["pointer"], made["raw"] = stored["pointer"], stored["mode"] == RAW
+    made["pointer"], made["bytes"], made["raw"] = stored["pointer"], table.sizes[samples], stored["mode"] == RAW
     made["height"], made["width"] = stored["height"], stored["width"]
-    if draw:
-        box, made["flip"] = boxes(*draw, samples, made["height"], made["width"])
-        made["top"], made["left"], made["tall"], made["wide"] = box.T
-        made["full_height"] = made["full_width"] = view.train_crop
-        return made
-    made["tall"], made["wide"] = made["height"], made["width"]
-    short = np.minimum(made["height"], made["width"])
-    for side in ("height", "width"):
-        # As torchvision rounds: the long side down, the window's corner to the nearest, halves to even.
-        made[f"full_{side}"] = view.val_resize * made[side] / short
-        corner = "window_top" if side == "height" else "window_left"
-        made[corner] = np.rint((made[f"full_{side}"] - view.val_crop) / 2.0)
+    fill_cuts(made, samples, draw, view)
     return made
 
 
@@ -103,7 +88,7 @@ class _Batches:
     def __init__(self, table: Table, view: View, samples: np.ndarray, batch_size: int, draw: Draw | None) -> None:
         self.table, self.samples, self.batch_size = table, samples, batch_size
         self._view, self._draw = view, draw
-        self._size = view.output(draw is not None)
+        self._size = view.output(draw)
         self._lock = threading.Lock()
         self._tensors: dict[int, torch.Tensor] = {}
 
@@ -181,6 +166,7 @@ def _parts() -> _Parts:
             from ffcv.loader.epoch_iterator import EpochIterator
             from ffcv.memory_managers import OSCacheManager
             from ffcv.memory_managers.os_cache import OSCacheContext
+            from ffcv.pipeline.compiler import Compiler
         except (ImportError, OSError) as error:
             reason = " ".join(str(error).split())
             raise InputError(
@@ -189,7 +175,7 @@ def _parts() -> _Parts:
     torch.set_num_threads(threads)
 
     class Manager(OSCacheManager):
-        """Maps the file, without FFCV's table of pages (half a kilobyte an image) and its function that reads."""
+        """Maps the file, without FFCV's table of pages (half a kilobyte an image) and the function that reads."""
 
         def __init__(self, reader: Any) -> None:
             self.reader = reader
@@ -200,23 +186,25 @@ def _parts() -> _Parts:
 
     def open_with_manager(*arguments: Any, **options: Any) -> Any:
         loader.OSCacheManager = Manager
+        Compiler.set_enabled(False)  # it would allow roundings of which torchvision's loader knows nothing
         try:
             return loader.Loader(*arguments, **options)
         finally:
             loader.OSCacheManager = OSCacheManager
+            Compiler.set_enabled(True)
 
     class Decoder(SimpleRGBImageDecoder):
         """Gets (requests, where to write) in the place of the field's metadata; returns the first row that failed."""
 
         def __init__(self, view: View) -> None:
             super().__init__()
-            self._constants = normalisation(view.mean, view.std)
+            self._code = numba.njit(_decoder(*normalisation(view.mean, view.std)), nogil=True)
 
         def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, None]:
             return replace(previous_state, jit_mode=True, shape=(1,), dtype=np.dtype("<i8")), None
 
         def generate_code(self) -> Callable[..., int]:
-            return _decoder(*self._constants)
+            return self._code
 
     class Thread(EpochIterator):
         """Fills `share` rows of every batch, from row `first` on. What it hands over is None, the position of an image
@@ -262,7 +250,7 @@ def _decoder(gain: np.ndarray, shift: np.ndarray) -> Callable[..., int]:
             height, width = row["height"], row["width"]
             content = file[row["pointer"] : row["pointer"] + row["bytes"]]
             if row["raw"]:
-                make(content.reshape(height, 3 * width), row, gain, shift, out[i])
+                make(content.reshape(height, 3 * width), made, i, gain, shift, out[i])
                 continue
             pixels = np.empty((height, 3 * width), np.uint8)
             if decompress(
@@ -270,19 +258,8 @@ def _decoder(gain: np.ndarray, shift: np.ndarray) -> Callable[..., int]:
             ):
                 failed = i
                 break
-            make(pixels, row, gain, shift, out[i])
+            make(pixels, made, i, gain, shift, out[i])
         destroy(handle)
         return failed
 
     return decode
-
-
-def _make(pixels: np.ndarray, row: np.ndarray, gain: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
-    resampled(
-        pixels,
-        row["top"], row["left"], row["tall"], row["wide"], row["full_height"], row["full_width"],
-        row["window_top"], row["window_left"], row["flip"], gain, shift, out,
-    )  # fmt: skip
-
-
-make = compiled(_make)

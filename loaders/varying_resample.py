@@ -9,25 +9,6 @@ import numpy as np
 from fastprune.kernels.jit import compiled
 
 
-def resample(
-    image: np.ndarray,
-    box: tuple[int, int, int, int],
-    full: tuple[int, int],
-    window: tuple[int, int],
-    flip: bool,
-    gain: np.ndarray,
-    shift: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """Fill `out`, float32 [H, W, 3], with a window of the box of `image` resized to `full`, times gain plus shift.
-
-    image: uint8 [h, w, 3].  box: top, left, height, width, in pixels of the image.  full: height and width that the box
-    gets.  window: top and left of `out` in it.  gain, shift: float32 [3], see `normalisation`.
-    """
-    flat = image.reshape(image.shape[0], -1)
-    resampled(flat, *box, *full, *window, flip, gain, shift, out.reshape(out.shape[0], -1))
-
-
 def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Gain and shift, float32 [3], that turn grey levels from 0 to 255 into normalised values."""
     centre, scale = np.asarray(mean, np.float64), np.asarray(std, np.float64)
@@ -113,5 +94,19 @@ def _resample(
             target[goal + two] = blue * gain[2] + shift[2]
 
 
+def _make(pixels: np.ndarray, cuts: np.ndarray, i: int, gain: np.ndarray, shift: np.ndarray, out: np.ndarray) -> None:
+    """Fill `out`, float32 [H, 3 W], with what cuts[i] says of `pixels`, uint8 [h, 3 w], times gain plus shift.
+
+    cuts: structured, see varying_view.CUT.  gain, shift: float32 [3], see `normalisation`.
+    """
+    cut = cuts[i]
+    resample(
+        pixels,
+        cut["top"], cut["left"], cut["tall"], cut["wide"], cut["full_height"], cut["full_width"],
+        cut["window_top"], cut["window_left"], cut["flip"], gain, shift, out,
+    )  # fmt: skip
+
+
 taps = compiled(_taps)
-resampled = compiled(_resample)
+resample = compiled(_resample)
+make = compiled(_make)
