@@ -176,7 +176,8 @@ def prepare(trainer: Trainer, request: TrainRequest) -> tuple[int, list[str]]:
             start = found.epochs
             lines.append(f"Resumed {request.resume}, {start} epochs done")
             changed = [n for n in _RESULT if n in found.flags and found.flags[n] != request.flags.get(n)]
-            lines += [f"note: --{n.replace('_', '-')} was {found.flags[n]} before" for n in changed]
+            if not request.test_only:
+                lines += [f"note: --{n.replace('_', '-')} was {found.flags[n]} before" for n in changed]
         else:
             lines.append(f"A new run from the weights in {request.resume}")
     if request.mask is not None:

@@ -24,8 +24,11 @@ from fastprune.loaders import open_varying
 from fastprune.loaders.publish import prepare
 from fastprune.loaders.synthetic import SyntheticData
 from fastprune.masks import Mask
+from fastprune.specs import ScheduleSpec
+from fastprune.step import EpochMetrics
 from fastprune.train_cli import UNSUPPORTED, main, parser, request_of
 from fastprune.train_data import MEAN, STD
+from fastprune.train_log import TrainLog
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "shufflenet_v2_x0_5"
@@ -215,6 +218,18 @@ def test_lines_and_a_checkpoint_that_plain_torchvision_reads(folder, tmp_path, c
     assert capsys.readouterr().out.splitlines()[-1] == lines[-2]
 
 
+def test_on_a_gpu_an_epoch_is_one_line(capsys):
+    log = TrainLog(4, 8, ScheduleSpec(0.1, 2), every=1, sums=None, epoch=1, ranks=2)
+    for _ in range(4):
+        log.batch(8)
+    log.epoch(EpochMetrics(2, 0.1, 1.25, 0.5, 1.5, 0.25, images_per_second=32.0, seconds=9.0))
+    assert capsys.readouterr().out.splitlines() == [
+        "Epoch: [1]  [4/4]  eta: 0:00:00  lr: 0.1  img/s: 32.0  loss: 1.2500  acc1: 50.000",
+        "Epoch: [1] Total time: 0:00:02",
+        "Test:  Acc@1 25.000 loss 1.5000",
+    ]
+
+
 def test_same_seed_same_run_other_seed_another(folder, tmp_path, dense):
     for name, seed in (("same", "0"), ("other", "1")):
         assert main(flags(folder, tmp_path / name, "--seed", seed)) == 0
@@ -239,6 +254,7 @@ def test_no_output_folder_writes_nothing(folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(folder, tmp_path):
     """Under a mask, with dropout, whose draws must not depend on where the run was resumed."""
     more = ["--model", "mobilenet_v3_small", "--epochs", "3", "--print-freq", "1", "--sparsity", "0.3"]
