@@ -89,7 +89,7 @@ def _fit(trainer: Trainer, train: Epochs, val: Batches, request: TrainRequest, s
     last = request.resume
     log = None
     if ranks.rank == 0:
-        sums = trainer._tally.result if trainer.device.type == "cpu" else None
+        sums = trainer.so_far if trainer.device.type == "cpu" else None
         log = TrainLog(
             len(train),
             request.optimizer.batch_size,

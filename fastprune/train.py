@@ -216,6 +216,10 @@ class Trainer:
             self._run(self._eval_step, images, labels)
         return self._result()[:2]
 
+    def so_far(self) -> tuple[float, float, int]:
+        """(mean loss, accuracy, images) of the epoch that runs, on this rank; waits for the device."""
+        return self._tally.result()
+
     def _result(self) -> tuple[float, float, int]:
         sum_over_ranks(self._tally.sums)
         return self._tally.result()
