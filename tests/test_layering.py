@@ -29,6 +29,19 @@ ALLOWED = {
     "fastprune/tensors.py": {"torch", "safetensors", "fastprune.errors"},
     "fastprune/masks.py": {"torch", "fastprune.errors", "fastprune.flat", "fastprune.kernels", "fastprune.tensors"},
     "fastprune/pruning.py": {"torch", "numpy", "fastprune.kernels", "fastprune.masks", "fastprune.specs"},
+    "fastprune/train_request.py": {"fastprune.specs"},
+    "fastprune/train_log.py": {"fastprune.specs", "fastprune.step"},
+    "fastprune/train_cli.py": {
+        "fastprune.errors", "fastprune.specs", "fastprune.train_request", "fastprune.loaders.choice",
+        "fastprune.classify",
+    },
+    "fastprune/train_data.py": {
+        "torch", "numpy", "fastprune.errors", "fastprune.loaders", "fastprune.train_request",
+    },
+    "fastprune/train_model.py": {"torch", "torchvision", "fastprune.errors", "fastprune.flat"},
+    "fastprune/checkpoint.py": {
+        "torch", "fastprune.errors", "fastprune.specs", "fastprune.masks", "fastprune.train",
+    },
     "fastprune/step.py": {"torch"},
     "fastprune/ranks.py": {"torch"},
     "fastprune/train.py": {
