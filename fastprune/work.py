@@ -25,7 +25,7 @@ from fastprune.loaders.manifest import Manifest
 from fastprune.masks import Mask
 from fastprune.models import build, initial_model
 from fastprune.pruning import magnitude_scores, prune, random_scores
-from fastprune.specs import ALLOCATIONS, SCORES, DataSpec, Init, ModelSpec, Prune, Train
+from fastprune.specs import ALLOCATIONS, SCORES, Init, ModelSpec, Prune, Train
 from fastprune.step import EpochMetrics
 from fastprune.store import RunStore, write_csv
 from fastprune.tensors import read_tensors, write_tensors
