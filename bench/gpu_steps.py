@@ -1,11 +1,11 @@
-"""Whole models and training: right on this device, and then how fast a step is."""
+"""Whole models and training: right on this device, waiting for nothing, the captured step the same as the plain one."""
 
 from __future__ import annotations
 
 import io
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import SkipTest
@@ -14,16 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.gpu_speed import Around, resident
 from bench.gpu_tools import FLOATS, NAN, Check, bits, mask_of, require
+from bench.plain import LOW
 from fastprune.figures import load
 from fastprune.flat import layout, prunable
+from fastprune.loaders import Batches
 from fastprune.masks import Mask, MaskedConv2d, attach
-from fastprune.models import build
+from fastprune.models import build, initial_model
 from fastprune.pruning import prune, random_scores
 from fastprune.reproduce import run
 from fastprune.request import Request
 from fastprune.settings import preset
-from fastprune.specs import ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
 from fastprune.train import Trainer
 
 if TYPE_CHECKING:
@@ -157,30 +160,142 @@ def check_rounds(s: Suite) -> str:
         return f"{len(seen[0][0])} nodes"
 
 
+def loop(s: Suite, precision: str, steps: int, **how: Any) -> tuple[Trainer, Batches]:
+    """A Trainer of a small ResNet-18, and `steps` different batches an epoch from memory of the device."""
+    if s.interpreted:
+        raise SkipTest("interpreted kernels would take minutes")
+    batch = 16
+    source = resident(s, steps * batch, 32, classes=4)
+    trainer = Trainer(
+        initial_model(Init(ModelSpec("resnet18", 10, width=8 if s.small else 64), 0)),
+        device=s.device,
+        precision=precision,
+        **how,
+    )
+    return trainer, source.train(seed=0, batch_size=batch, dtype=LOW[precision] or torch.float32)
+
+
+def fit(trainer: Trainer, batches: Any, epoch: int, lr: float = 0.01, val: Any = None) -> None:
+    """One epoch."""
+    val = [next(iter(batches))] if val is None else val
+    trainer.fit(batches, val, OptimizerSpec(16), ScheduleSpec(lr, 1 << 20), start=epoch, stop=epoch + 1)
+
+
+def check_no_waiting(s: Suite) -> str:
+    """From the first batch of an epoch to its last nothing waits for the device: torch forbids it meanwhile."""
+    for precision in ("fp32", "bf16", "fp16"):
+        # What compiles is bf16 alone: three would take minutes.
+        trainer, batches = loop(s, precision, 10, compile=None if precision == "bf16" else False)
+        everything = Mask.dense(trainer.flat.segments)
+        trainer.set_mask(prune(random_scores(everything, 0, 1), everything, 0.8))
+        val = [next(iter(batches))]
+        fit(trainer, batches, 0, val=val)  # compiles and captures
+        if s.cuda:
+            with forbidden():
+                try:
+                    torch.ones(1, device=s.device).item()
+                except RuntimeError:
+                    pass
+                else:
+                    raise AssertionError("torch did not notice that .item() waits")
+        fit(trainer, Around(batches, forbidden if s.cuda else nullcontext), 1, val=val)
+    if not s.cuda:
+        raise SkipTest("a CPU waits for nothing")
+    return "fp32, bf16 and fp16"
+
+
+@contextmanager
+def forbidden() -> Iterator[None]:
+    """Within, waiting for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_captured(s: Suite) -> str:
+    """Ten steps of which seven are replayed against ten eager ones, on different batches: how far the weights part,
+    over how far they went."""
+    notes = []
+    # One wrong batch, or a rate or mask of the wrong step, parts them by a third or so.
+    for precision, limit in (("fp32", 5e-3), ("bf16", 1e-1)):
+        ends = []
+        with exact_convs():
+            for graph in (None, False):
+                trainer, batches = loop(s, precision, 10, graph=graph, compile=False)
+                start = trainer.flat.weight.clone()
+                fit(trainer, batches, 0)
+                ends.append(trainer.flat.weight - start)
+        apart = relative(ends[:1], ends[1:])
+        require(apart <= limit, f"{precision}: {apart:.1e} apart")
+        notes.append(f"{precision} {apart:.1e}")
+    return "apart by " + ", ".join(notes)
+
+
+def check_capture_follows(s: Suite) -> str:
+    """After the capture, a new learning rate, a smaller mask and a rewind hold from the next step on."""
+    trainer, batches = loop(s, "bf16", 10)
+    flat = trainer.flat
+    trainer.mark()
+    start = flat.weight.clone()
+    fit(trainer, batches, 0)
+    before = flat.weight.clone()
+    require((before - start).norm() > 0, "training changed nothing")
+    fit(trainer, batches, 1, lr=0.0)
+    require(torch.equal(bits(flat.weight), bits(before)), "at rate 0 the weights changed: the old rate was used")
+    captured = len(trainer._captured)
+    trainer.prune(0.5)
+    fit(trainer, batches, 2)
+    require(not bits(flat.weight[~flat.mask]).any(), "a pruned weight is not +0: the old mask was used")
+    require(not bits(flat.momentum[~flat.mask]).any(), "the momentum of a pruned weight is not +0")
+    assert flat.low is not None
+    require(not bits(flat.low[~flat.mask]).any(), "the low-precision copy of a pruned weight is not +0")
+    mask, shape = flat.mask.clone(), trainer.flat.segments
+    trainer.rewind()
+    expected = torch.where(mask, start, 0.0)
+    require(torch.equal(bits(flat.weight), bits(expected)), "rewound to other weights")
+    require(not bits(flat.momentum).any(), "there is momentum after rewinding")
+    fit(trainer, batches, 0)
+    require(len(trainer._captured) == captured, "a step was captured again")
+
+    fresh, _ = loop(s, "bf16", 10, graph=False)
+    fresh.set_mask(Mask(mask, shape))
+    fit(fresh, batches, 0)
+    apart = relative([flat.weight - expected], [fresh.flat.weight - expected])
+    require(apart <= 0.1, f"a rewound run and a fresh one are {apart:.1e} apart")
+    return f"a rewound run and a fresh, eager one are apart by {apart:.1e}"
+
+
+def check_scaler(s: Suite) -> str:
+    """fp16, captured: a step with infinite gradients changes no weight and halves the scale; the next is taken."""
+    trainer, batches = loop(s, "fp16", 6, compile=False)
+    fit(trainer, batches, 0)
+    every = list(batches)
+    buffers = (trainer.flat.weight, trainer.flat.momentum, trainer.flat.rest_weight, trainer.flat.rest_momentum)
+    require(all(b.isfinite().all() for b in buffers), "weights are not finite after ordinary steps")
+    scale = 2.0**80  # beyond fp16 whatever the loss
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": scale, "_growth_tracker": 0})
+    before = [b.clone() for b in buffers]
+    fit(trainer, every[:1], 1, val=every[:1])
+    same = all(torch.equal(bits(a), bits(b)) for a, b in zip(before, buffers, strict=True))
+    require(same, "a step with infinite gradients was taken")
+    require(trainer.scaler.get_scale() == scale / 2, f"the scale went from 2^80 to {trainer.scaler.get_scale():.3g}")
+    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": 2.0**10})
+    fit(trainer, every[:1], 2, val=every[:1])
+    require(trainer.scaler.get_scale() == 2.0**10, "the scale fell although the gradients were finite")
+    require(not torch.equal(before[0], buffers[0]), "a step with finite gradients was not taken")
+    require(all(b.isfinite().all() for b in buffers), "a weight is not finite")
+    return ""
+
+
 CHECKS: dict[str, Check] = {
     "MaskedConv2d under autocast": check_conv,
     "torch.compile of an attached model": check_compile,
     "training equals plain PyTorch": check_training,
+    "an epoch waits for nothing": check_no_waiting,
+    "captured steps equal eager ones": check_captured,
+    "a captured step follows rate, mask and rewind": check_capture_follows,
+    "a captured fp16 step skips infinite gradients": check_scaler,
     "figure A2, small, twice": check_rounds,
 }
-
-
-def time_steps(s: Suite) -> None:
-    """Whole training steps in bf16 on resident batches: images/s, and masked over dense."""
-    batch, size, steps = (16, 32, 1) if s.small else (512, 64, 10)
-    for name in ("resnet18", "resnet50"):
-        trainer = Trainer(build(ModelSpec(name, 200)), device=s.device, precision="bf16")
-        images = s.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
-        batches = [(images, torch.arange(batch, device=s.device) % 200)] * steps
-
-        def epoch(trainer: Trainer = trainer, batches: Any = batches) -> None:
-            trainer.fit(batches, batches[:1], OptimizerSpec(batch), ScheduleSpec(0.01, 1, (), 0.1))
-
-        ours = f"{name} dense, {steps} steps of {batch} x {size} px"
-        dense = s.time(ours, epoch, images=batch * steps)
-        everything = Mask.dense(trainer.flat.segments)
-        trainer.set_mask(prune(random_scores(everything, 0, 1), everything, 0.8))
-        masked = s.time(f"{name} masked", epoch, images=batch * steps)
-        if masked / dense > 0:  # both were measured
-            s.timings[f"{name} masked"]["over_dense"] = masked / dense
-            print(f"  {name} masked over dense: {masked / dense:.3f}", flush=True)

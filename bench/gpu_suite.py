@@ -1,6 +1,6 @@
 """One command on a CUDA machine, without network or FFCV: checks every operation, then times it and training steps.
 
-    PYTHONPATH=. python bench/gpu_suite.py [--json FILE] [--only checks kernels steps] [--sweep]
+    PYTHONPATH=. python bench/gpu_suite.py [--json FILE] [--only checks kernels steps] [--sweep] [--profile]
 
 Nothing is timed before all checks pass. A kernel's time is the median over replays of a CUDA graph that runs it once on
 each of several input sets, which together do not fit into the cache. Exits with 1 if a check failed and with 2 where
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import fastprune
-from bench import gpu_checks, gpu_far, gpu_steps
+from bench import gpu_checks, gpu_far, gpu_speed, gpu_steps
 from bench.gpu_times import sweep, targets, time_kernels
 
 STAGES = ("checks", "kernels", "steps")
@@ -234,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     p.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help="|".join(STAGES))
     p.add_argument("--sweep", action="store_true", help="also time block sizes")
+    p.add_argument("--profile", action="store_true", help="also list the kernels of a training step")
     args = p.parse_args(arguments)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         print("gpu_suite.py: no CUDA device here (--device cpu --small runs the same on a CPU)", file=sys.stderr)
@@ -255,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 sweep(suite)
         if "steps" in args.only:
             print("steps:", HEADER, sep="\n")
-            gpu_steps.time_steps(suite)
+            gpu_speed.time_steps(suite, args.profile)
         if "kernels" in args.only:
             print("targets:")
             targets(suite)
