@@ -65,9 +65,12 @@ def test_a_replay_under_an_old_mask_is_found(act):
 
 
 def test_a_scaler_that_takes_every_step_is_found(monkeypatch):
-    monkeypatch.setattr(
-        optim, "_scaling", lambda o: {"grad_scale": o.grad_scale, "found_inf": torch.zeros_like(o.found_inf)}
-    )
+    def careless(optimizer):
+        """Beyond a scale of 2^40; before the check reaches that, ordinary steps look for their own."""
+        found = optimizer.found_inf * (optimizer.grad_scale < 2.0**40)
+        return {"grad_scale": optimizer.grad_scale, "found_inf": found}
+
+    monkeypatch.setattr(optim, "_scaling", careless)
     with pytest.raises(AssertionError, match="infinite gradients was taken"):
         gpu_steps.check_scaler(Suite("cpu", small=True))
 
