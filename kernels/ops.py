@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastprune.kernels import reference, select_cpu
+from fastprune.kernels import reference, select_cpu, sgd_cpu
 from fastprune.kernels.segments import Segment, check_segments
 
 # Elements (of packed bits: bytes) that one program handles, where the caller does not say. Triton itself is imported
@@ -106,12 +106,7 @@ def masked_sgd_(
         if found_inf.item():
             return
         grad.mul_(grad_scale.double().reciprocal().to(grad.dtype))
-    # torch's own in-place operations, in the order of torch.optim.SGD: the same bits.
-    if weight_decay:
-        grad.add_(weight, alpha=weight_decay)
-    momentum_buffer.mul_(momentum).add_(grad)
-    step = grad.add_(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
-    weight.add_(step, alpha=-float(lr))
+    sgd_cpu.step(weight, grad, momentum_buffer, float(lr), momentum, weight_decay, nesterov)
     if mask is not None:
         _zero_pruned(weight, mask)
         _zero_pruned(momentum_buffer, mask)

@@ -71,14 +71,16 @@ def test_masked_sgd_against_float64(n, nesterov):
 
 @pytest.mark.skipif(INTERPRETED, reason="Triton may fuse a multiplication and an addition otherwise than torch")
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_dense_sgd_is_torchs_to_the_bit(nesterov):
+@pytest.mark.parametrize("n", [1000, 64 * 301])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dense_sgd_is_torchs_to_the_bit(nesterov, n, dtype):
     g = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(1000, generator=g))
+    p = torch.nn.Parameter(torch.randn(n, generator=g, dtype=dtype))
     hyper = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": nesterov}
     theirs = torch.optim.SGD([p], **hyper, foreach=False)
-    weight, buffer = p.detach().clone(), torch.zeros(1000)
+    weight, buffer = p.detach().clone(), torch.zeros(n, dtype=dtype)
     for _ in range(5):
-        grad = torch.randn(1000, generator=g)
+        grad = torch.randn(n, generator=g, dtype=dtype)
         p.grad = grad.clone()
         theirs.step()
         masked_sgd_(weight, grad, buffer, None, **hyper)
