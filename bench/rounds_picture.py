@@ -13,8 +13,8 @@ _STYLES = {
     "evaluation": ("#a6cbe3", "///"),
     "loading": ("#e69f00", "..."),
     "pruning": ("#d4201f", "xxx"),
-    "rewinding": ("#bfe3d0", "\\\\\\"),
-    "storing": ("#6b4c9a", "---"),
+    "rewinding": ("#2f7d5b", "\\\\\\"),
+    "storing": ("#cbb8e6", "---"),
     "compilation": ("#dddddd", "ooo"),
     "other": ("#ffffff", ""),
 }
