@@ -71,6 +71,9 @@ class Trainer:
         self._network = self._compute
         if compile:
             backend = compile if isinstance(compile, str) else "inductor"
+            # torch counts all Trainers of a process together, and past its limit runs uncompiled.
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
             self._network = torch.compile(self._compute, dynamic=False, backend=backend)
         self._captured: dict[tuple[Any, ...], Captured] = {}
         self._pool = torch.cuda.graph_pool_handle() if on_gpu and graph is not False else None
