@@ -65,13 +65,20 @@ def run(request: TrainRequest) -> bool:
 def _run(request: TrainRequest, images: Images, device: torch.device, ranks: Ranks) -> bool:
     model = build_model(request.model, request.weights, images.classes, images.size, request.seed)
     trainer = Trainer(model, device=device, precision=request.precision)
+    try:
+        return _trained(request, trainer, images, ranks)
+    finally:
+        trainer.close()
+
+
+def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ranks) -> bool:
     start, origin = prepare(trainer, request)
     batch_size, shard = request.optimizer.batch_size, (ranks.rank, ranks.ranks)
     val = images.val(batch_size, shard, trainer.images)
     first = ranks.rank == 0
     if first:
         say(f"Data {images.about}")
-        say(f"Model {request.model}, {request.precision} on {_name(device)}, {_ranks(batch_size, ranks.ranks)}")
+        say(f"Model {request.model}, {request.precision} on {_name(trainer.device)}, {_ranks(batch_size, ranks.ranks)}")
         for line in origin:
             say(line)
         say(_sparsity(trainer))
@@ -154,6 +161,7 @@ def choose_device(request: TrainRequest, ranks: Ranks) -> torch.device:
         if request.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16: add --amp-dtype fp16")
     if request.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
     return device
 

@@ -44,6 +44,11 @@ def layout(named: Iterable[tuple[str, Tensor]]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
+def buffer_size(segments: tuple[Segment, ...]) -> int:
+    """Elements of a buffer with this layout, padding behind the last segment included."""
+    return max((-(-(s.offset + s.numel) // _ALIGN) * _ALIGN for s in segments), default=0)
+
+
 class FlatParams:
     """Moves a model's parameters into flat fp32 buffers; its parameters become views of them, as do their gradients.
 
@@ -58,12 +63,15 @@ class FlatParams:
     """
 
     def __init__(self, model: nn.Module, linear: bool = False, low_precision: torch.dtype | None = None) -> None:
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                raise ValueError(f"{name} is frozen (requires_grad is False): a flat buffer is trained as a whole")
         named = prunable(model, linear)
         prunable_ids = {id(p) for _, p in named}
         rest = [(name, p) for name, p in model.named_parameters() if id(p) not in prunable_ids]
         device = next(model.parameters()).device
         self.segments = layout(named)
-        self.rest_segments = layout((name, p.view(-1)) for name, p in rest)
+        self.rest_segments = layout((name, p.reshape(-1)) for name, p in rest)
         self._model = model
         self.weight, self.grad, self.momentum = (_buffer(self.segments, device) for _ in range(3))
         self.rest_weight, self.rest_grad, self.rest_momentum = (_buffer(self.rest_segments, device) for _ in range(3))
@@ -106,10 +114,14 @@ class FlatParams:
     def backward(self, loss: Tensor) -> None:
         """Writes the gradients of `loss` into the flat buffers, whatever was there; zero where it does not depend."""
         grads = torch.autograd.grad(loss, self._leaves, allow_unused=True)
-        there = [(into, grad) for into, grad in zip(self._grads, grads, strict=True) if grad is not None]
-        if len(there) < len(grads):
+        if any(grad is None for grad in grads):
             self.zero_grad()
-        torch._foreach_copy_([into for into, _ in there], [grad for _, grad in there])
+        # In two calls, for one is a single launch only where all gradients have one dtype.
+        first = len(self.segments)
+        for part in (slice(first), slice(first, None)):
+            there = [(into, g) for into, g in zip(self._grads[part], grads[part], strict=True) if g is not None]
+            if there:
+                torch._foreach_copy_([into for into, _ in there], [g for _, g in there])
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero, in place."""
@@ -181,8 +193,7 @@ class FlatParams:
 
 
 def _buffer(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
-    size = max((-(-(s.offset + s.numel) // _ALIGN) * _ALIGN for s in segments), default=0)
-    return torch.zeros(size, device=device)
+    return torch.zeros(buffer_size(segments), device=device)
 
 
 def _rebind(p: Tensor, weight: Tensor, grad: Tensor) -> None:

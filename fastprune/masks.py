@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
-from fastprune.flat import layout, prunable
+from fastprune.flat import buffer_size, layout, prunable
 from fastprune.kernels import Segment, masked_weight, pack_bits, segment_counts, unpack_bits
 from fastprune.tensors import read_tensors, write_tensors
 
@@ -29,7 +29,7 @@ class Mask:
     @classmethod
     def dense(cls, segments: tuple[Segment, ...]) -> "Mask":
         """The mask that keeps every weight."""
-        keep = torch.zeros(max((s.offset + s.numel for s in segments), default=0), dtype=torch.bool)
+        keep = torch.zeros(buffer_size(segments), dtype=torch.bool)
         for s in segments:
             keep[s.span] = True
         return cls(keep, segments)
@@ -111,6 +111,9 @@ class _Masked(nn.Module):
         module.register_buffer("mask", None)
         return module  # type: ignore[return-value]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "held"}  # nobody holds a copy
+
     def set_mask(self, keep: Tensor) -> None:
         """Writes the mask in place (a captured graph stays valid) and +0 into the weights that it prunes."""
         if keep.shape != self.weight.shape:
@@ -189,6 +192,13 @@ def hold(model: nn.Module, segments: tuple[Segment, ...], keep: Tensor) -> None:
         module = model.get_submodule(s.name.rpartition(".")[0])
         if isinstance(module, _Masked):
             module.mask, module.held = s.view(keep), True
+
+
+def release(model: nn.Module) -> None:
+    """Ends what `hold` began: the layers mask their weights themselves again."""
+    for module in model.modules():
+        if isinstance(module, _Masked):
+            module.held = False
 
 
 def masks_of(model: nn.Module, *, linear: bool = False) -> Mask:

@@ -46,8 +46,9 @@ class Captured:
     was captured with. Batches are copied into its own.
     """
 
-    def __init__(self, step: Step, pool: Any) -> None:
-        self._step, self._pool = step, pool
+    def __init__(self, step: Step, pool: Any, stream: Any) -> None:
+        """stream: what the first batches and the capture run on, the same for all that share the pool."""
+        self._step, self._pool, self._stream = step, pool, stream
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: tuple[Tensor, Tensor] | None = None
@@ -55,17 +56,17 @@ class Captured:
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         self._calls += 1
         if self._calls <= _EAGER:
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 self._step(images, labels)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self._stream)
             return
         if self._graph is None or self._batch is None:
-            self._batch = images.clone(), labels.clone()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self._pool):
-                self._step(*self._batch)
+            batch, graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
+            # A loader's own threads may go on calling CUDA.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                self._step(*batch)
+            self._batch, self._graph = batch, graph
         else:
             self._batch[0].copy_(images)
             self._batch[1].copy_(labels)

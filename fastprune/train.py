@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastprune.flat import FlatParams
-from fastprune.masks import Mask, hold, masks_of
+from fastprune.masks import Mask, hold, masks_of, release
 from fastprune.optim import FlatSGD
 from fastprune.pruning import prune
 from fastprune.ranks import mean_over_ranks, share_statistics, sum_over_ranks
@@ -51,6 +51,9 @@ class Trainer:
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
         self.device = torch.device(device)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.precision = precision
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         carried = masks_of(self.model)
@@ -63,7 +66,6 @@ class Trainer:
         self.optimizer = FlatSGD(self.flat, lr=self._lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._fresh_scaler = self.scaler.state_dict()
-        on_gpu = self.device.type == "cuda"
         compile = on_gpu if compile is None else compile
         low = _LOW[precision]
         self.images = low if on_gpu and low is not None else torch.float32
@@ -76,7 +78,9 @@ class Trainer:
             dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
             self._network = torch.compile(self._compute, dynamic=False, backend=backend)
         self._captured: dict[tuple[Any, ...], Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle() if on_gpu and graph is not False else None
+        self._pool = (
+            (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)) if on_gpu and graph is not False else None
+        )
         self._tally = Tally(self.device)
         self._smoothing = 0.0
         self._classes: int | None = None  # known after the first batch
@@ -97,9 +101,11 @@ class Trainer:
 
         The mask becomes dense. ValueError if tensors are missing or have other shapes.
         """
-        for name, tensor in self._tensors().items():
+        tensors = self._tensors()
+        for name, tensor in tensors.items():
             if f"model.{name}" not in state or state[f"model.{name}"].shape != tensor.shape:
                 raise ValueError(f"the state has no {name} of shape {tuple(tensor.shape)}")
+        for name, tensor in tensors.items():
             tensor.detach().copy_(state[f"model.{name}"])
         self.flat.momentum.zero_()
         self.flat.rest_momentum.zero_()
@@ -126,6 +132,14 @@ class Trainer:
         if mask.segments != self.flat.segments:
             raise ValueError("the mask belongs to a model with other layers")
         self.flat.set_mask(mask.keep)
+
+    def close(self) -> None:
+        """Gives back the memory of captured steps, and the model to whoever trains it otherwise from now on.
+
+        Must come before a process group is destroyed: it waits for graphs that captured its collectives.
+        """
+        self._captured.clear()
+        release(self.model)
 
     def prune(self, fraction: float) -> Mask:
         """Prunes round(fraction x remaining) weights of the lowest magnitude over all layers, in place."""
@@ -181,7 +195,7 @@ class Trainer:
                 train.set_epoch(epoch)
             loss, accuracy, count = self._epoch(train, schedule, epoch, on_batch)
             rate = count / (time.perf_counter() - began)
-            val_loss, val_accuracy = self.evaluate(val)
+            val_loss, val_accuracy = self._evaluate(val)
             seconds = time.perf_counter() - began
             metrics = EpochMetrics(
                 epoch + 1, schedule.lr_at(epoch), loss, accuracy, val_loss, val_accuracy, rate, seconds
@@ -213,6 +227,11 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, val: Batches) -> tuple[float, float]:
         """(mean loss, top-1 accuracy) over `val`, with batch norm's running statistics."""
+        self.flat.sync()  # whoever wrote weights since
+        return self._evaluate(val)
+
+    @torch.no_grad()
+    def _evaluate(self, val: Batches) -> tuple[float, float]:
         self.model.eval()
         self._tally.clear()
         for images, labels in val:
@@ -258,7 +277,8 @@ class Trainer:
 
     def _run(self, step: Step, images: Tensor, labels: Tensor) -> None:
         try:
-            self._run_step(step, images, labels)
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                self._run_step(step, images, labels)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
                 f"out of memory on {self.device} with batches of {' x '.join(map(str, images.shape))} in "
@@ -278,7 +298,7 @@ class Trainer:
         hyper = (self._smoothing, *(group[name] for name in ("momentum", "weight_decay", "nesterov")))
         key = (step, images.shape, images.dtype, hyper if step == self._train_step else None)
         if key not in self._captured:
-            self._captured[key] = Captured(step, self._pool)
+            self._captured[key] = Captured(step, *self._pool)
         self._captured[key](images, labels)
 
     def _moved(self, tensor: Tensor) -> Tensor:
@@ -292,7 +312,8 @@ class Trainer:
         return nullcontext() if low is None else torch.autocast(self.device.type, low)
 
     def _tensors(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        buffers = {name: b for name, b in self.model.named_buffers() if b.dtype != torch.bool}  # masks are no state
+        return dict(self.model.named_parameters()) | buffers
 
     def _rest(self, buffer: Tensor) -> dict[str, Tensor]:
         shapes = dict(self.model.named_parameters())

@@ -197,3 +197,76 @@ def test_masks_of_an_attached_model_are_the_trainers():
 def test_a_model_without_convs_is_refused():
     with pytest.raises(ValueError, match="no conv layer"):
         Trainer(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+
+
+def odd_model() -> nn.Module:
+    """No layer's size is a multiple of anything."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 5, 3), nn.Flatten(), nn.Linear(80, 3)
+    )
+
+
+BATCH = [(torch.linspace(-1, 1, 4 * 3 * 64).view(4, 3, 8, 8), torch.tensor([0, 1, 2, 1]))]
+
+
+def test_a_model_of_odd_sizes_trains_prunes_and_takes_masks(tmp_path):
+    trainer = Trainer(odd_model())
+    trainer.fit(BATCH, BATCH, OptimizerSpec(4), ScheduleSpec(0.1, 1))
+    mask = trainer.prune(0.5)
+    mask.save(tmp_path / "mask.safetensors")
+    trainer.set_mask(None)
+    trainer.set_mask(Mask.load(tmp_path / "mask.safetensors"))
+    assert torch.equal(trainer.flat.mask, mask.keep)
+    assert mask.kept == mask.total - round(mask.total * 0.5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluation_sees_weights_and_masks_that_somebody_wrote(precision):
+    model = attach(odd_model())
+    trainer = Trainer(model, precision=precision)
+    before, _ = trainer.evaluate(BATCH)
+    model.load_state_dict({k: v * 3 if v.is_floating_point() else v for k, v in model.state_dict().items()})
+    changed, _ = trainer.evaluate(BATCH)
+    assert changed != before
+    model[3].set_mask(torch.zeros_like(model[3].weight, dtype=torch.bool))
+    assert trainer.evaluate(BATCH)[0] != changed
+    assert not model[3].weight.any()
+
+
+def test_who_trains_a_copy_or_a_released_model_masks_again():
+    model = attach(odd_model())
+    trainer = Trainer(model)
+    mask = trainer.prune(0.7)
+    twin = copy.deepcopy(model)
+    trainer.close()
+    for own in (twin, model):
+        for name, keep in mask.tensors().items():
+            layer = own.get_submodule(name.removesuffix(".weight"))
+            with torch.no_grad():
+                layer.weight.fill_(1.0)
+            assert torch.equal(layer._masked_weight() != 0, keep)
+
+
+def test_a_plain_models_state_loads_where_masks_are_attached_and_a_wrong_one_changes_nothing():
+    trainer = Trainer(attach(odd_model()))
+    trainer.load_state({f"model.{k}": v for k, v in odd_model().state_dict().items()})
+    before = trainer.state()
+    wrong = {k: v + 1 for k, v in before.items()} | {"model.5.bias": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"5\.bias"):
+        trainer.load_state(wrong)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.state().items())
+
+
+def test_other_parameters_of_four_dimensions_are_laid_out_too():
+    model = odd_model()
+    model.place = nn.Parameter(torch.randn(1, 3, 2, 2))
+    model[0].register_forward_pre_hook(lambda m, args: (args[0] + model.place.mean(),))
+    Trainer(model).fit(BATCH, BATCH, OptimizerSpec(4), ScheduleSpec(0.1, 1))
+
+
+def test_frozen_parameters_are_refused():
+    model = odd_model()
+    model[3].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"3\.bias is frozen"):
+        Trainer(model)
