@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import torch
 
+from fastprune.kernels.device import on_its_device
 from fastprune.kernels.jit import compiled
 from fastprune.kernels.ops import uses_triton
 
@@ -18,6 +19,7 @@ _AT_ONCE = 16
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@on_its_device
 def crop_flip_normalize(
     images: torch.Tensor,
     index: torch.Tensor,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastprune.kernels import reference, select_cpu, sgd_cpu
+from fastprune.kernels.device import on_its_device
 from fastprune.kernels.segments import Segment, check_segments
 
 # Elements (of packed bits: bytes) that one program handles, where the caller does not say. Triton itself is imported
@@ -27,6 +28,7 @@ def uses_triton(tensor: Tensor) -> bool:
     return tensor.is_cuda or _INTERPRETED
 
 
+@on_its_device
 def masked_cast(weight: Tensor, mask: Tensor, out: Tensor, *, block: int = ELEMENTWISE_BLOCK) -> Tensor:
     """Writes where(mask, weight, +0) into `out`, in out's dtype, and returns it.
 
@@ -46,6 +48,7 @@ def masked_cast(weight: Tensor, mask: Tensor, out: Tensor, *, block: int = ELEME
     return out
 
 
+@on_its_device
 def masked_sgd_(
     weight: Tensor,
     grad: Tensor,
@@ -114,6 +117,7 @@ def masked_sgd_(
         low_precision_copy.copy_(weight)
 
 
+@on_its_device
 def kth_smallest_magnitude(weight: Tensor, mask: Tensor, k: int, *, block: int = SELECT_BLOCK) -> Tensor:
     """The k-th smallest |weight| (k from 1) among the elements that the mask keeps; NaN counts as +inf.
 
@@ -140,6 +144,7 @@ def kth_smallest_magnitude(weight: Tensor, mask: Tensor, k: int, *, block: int =
     return torch.from_numpy(np.array([key], keys.dtype).view(values.dtype))[0]
 
 
+@on_its_device
 def keep_top(
     score: Tensor,
     mask: Tensor,
@@ -184,6 +189,7 @@ def keep_top(
     return new
 
 
+@on_its_device
 def segment_counts(mask: Tensor, segments: Sequence[Segment], *, block: int = SELECT_BLOCK) -> Tensor:
     """Kept elements of each segment: int64 [len(segments)] on the mask's device. ValueError on a foreign layout."""
     _check("mask", mask, mask, (torch.bool,))
@@ -197,6 +203,7 @@ def segment_counts(mask: Tensor, segments: Sequence[Segment], *, block: int = SE
     return torch.tensor([_kept(mask[s.span]) for s in segments], dtype=torch.int64)
 
 
+@on_its_device
 def pack_bits(flags: Tensor, *, block: int = BITS_BLOCK) -> Tensor:
     """bool [n] to uint8 [ceil(n / 8)], the first element in the lowest bit, unused bits zero."""
     _check("flags", flags, flags, (torch.bool,))
@@ -208,6 +215,7 @@ def pack_bits(flags: Tensor, *, block: int = BITS_BLOCK) -> Tensor:
     return torch.from_numpy(np.packbits(flags.numpy(), bitorder="little"))
 
 
+@on_its_device
 def unpack_bits(packed: Tensor, n: int, *, block: int = BITS_BLOCK) -> Tensor:
     """uint8 [ceil(n / 8)] to bool [n], the inverse of pack_bits. ValueError if the sizes do not fit."""
     _check("packed", packed, packed, (torch.uint8,))
