@@ -59,7 +59,8 @@ class MaskedSGD(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 grad = torch.empty_like(p).copy_(p.grad)  # the step works in it
                 mask = masks.get(p)
-                mask = None if mask is None else torch.empty_like(p, dtype=torch.bool).copy_(mask)
+                if mask is not None and mask.stride() != p.stride():
+                    mask = torch.empty_like(p, dtype=torch.bool).copy_(mask)
                 weight, grad, buffer = (_dense(t) for t in (p, grad, state["momentum_buffer"]))
                 masked_sgd_(weight, grad, buffer, None if mask is None else _dense(mask), **hyper, **scaling)
         return loss

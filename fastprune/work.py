@@ -80,7 +80,7 @@ class Worker:
         history = self._start(trainer, node, states)
         done_before = len(history)
         trainer.set_mask(None if node.mask is None else self._mask(node.mask))
-        train, val = self._batches(node)
+        train, val = self._batches(node, trainer.images)
         saved_at = time.monotonic()
         report(len(history), 0)
 
@@ -204,13 +204,13 @@ class Worker:
             self._initial = {init.key: {f"model.{name}": tensor for name, tensor in state.items()}}
         return self._initial[init.key]
 
-    def _batches(self, node: Train) -> tuple[Any, Any]:
+    def _batches(self, node: Train, dtype: torch.dtype) -> tuple[Any, Any]:
         data, batch_size = node.data, node.optimizer.batch_size
         if self._source is None:
             c = self.config
             self._source = open_data(c.manifest, c.folder, loader=c.loader, device=c.device, show=c.show)
         subset = Subset(data.classes, data.train_per_class, data.val_per_class)
-        how = {"batch_size": batch_size, "subset": subset, "dtype": self._trainer(node.model, node.precision).images}
+        how = {"batch_size": batch_size, "subset": subset, "dtype": dtype}
         return self._source.train(seed=node.seed, **how), self._source.val(**how)
 
     def _provenance(self, seconds: float, rate: float | None) -> dict[str, Any]:
