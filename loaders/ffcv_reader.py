@@ -5,8 +5,6 @@ overwrites, and when its thread fails the caller waits for ever: so it is asked 
 everything else happens here.
 """
 
-import queue
-import warnings
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 
 from fastprune.errors import InputError
 from fastprune.loaders.beton import Beton, check_beton
+from fastprune.loaders.ffcv_use import end_threads, importing_ffcv, next_batch, open_loader
 from fastprune.loaders.manifest import Manifest
 from fastprune.loaders.memory_reader import Table, normalised, on_device
 
@@ -37,7 +36,7 @@ class FfcvReader:
         self, split: str, table: Table, batch_size: int, dtype: torch.dtype
     ) -> Generator[torch.Tensor, None, None]:
         every, crops, flips = (on_device(c, self.device) for c in (np.arange(batch_size), *table[1:]))
-        with _epoch(self._loader(split), table.samples, batch_size) as batches:
+        with whole_images(self._loader(split), table.samples, batch_size) as batches:
             for start, whole in zip(range(0, len(table.samples), batch_size), batches, strict=True):
                 part = slice(start, start + len(whole))
                 images = torch.from_numpy(whole)
@@ -67,49 +66,18 @@ def checked_files(manifest: Manifest, folder: Path) -> dict[str, Beton]:
 
 
 def _open_loader(path: Path) -> Any:
-    """FFCV's loader over the images of a file; labels and order are kept here."""
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # FFCV's, about what it imports
-        try:
-            _import_ffcv()
-            from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-            from ffcv.loader import Loader
-        except (ImportError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"ffcv cannot be imported ({reason}): install it again, or use the loader torchvision"
-            ) from None
-        loader = Loader(
-            str(path),
-            batch_size=1,  # set for each epoch
-            num_workers=1,
-            os_cache=True,
-            seed=0,  # unused, but otherwise drawn from numpy's global generator
-            pipelines={"image": [SimpleRGBImageDecoder()], "label": None, "index": None},
-            drop_last=False,
-        )
-    torch.set_num_threads(threads)  # importing and opening set it to 1
-    return loader
-
-
-def _import_ffcv() -> None:
-    """Without three seconds of compiling a typed dictionary of two constants, which then is a plain one."""
-    from numba.core import config
-
-    compiling = getattr(config, "DISABLE_JIT", 0)
-    setattr(config, "DISABLE_JIT", 1)  # noqa: B010, numba's own types do not know it
-    try:
-        import ffcv  # noqa: F401
-    finally:
-        setattr(config, "DISABLE_JIT", compiling)  # noqa: B010
+    with importing_ffcv():
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+        from ffcv.loader import Loader
+    return open_loader(Loader, path, SimpleRGBImageDecoder())
 
 
 @contextmanager
-def _epoch(loader: Any, samples: np.ndarray, batch_size: int) -> Iterator[Iterator[np.ndarray]]:
+def whole_images(loader: Any, samples: np.ndarray, batch_size: int) -> Iterator[Iterator[np.ndarray]]:
     """FFCV's thread over `samples`, as batches uint8 [B, H, W, 3] that are valid until the next one is asked for.
 
-    However it is left, the thread is ended: one that waits to hand over a batch would live, and keep its buffers.
+    loader: as `open_loader` made it; its batch size is changed.  samples: int64 [n].  However it is left, the thread is
+    ended.
     """
     from ffcv.loader.epoch_iterator import EpochIterator
 
@@ -119,7 +87,7 @@ def _epoch(loader: Any, samples: np.ndarray, batch_size: int) -> Iterator[Iterat
 
     def batches() -> Iterator[np.ndarray]:
         for number in range(-(-len(samples) // batch_size)):
-            (images,) = _next(thread)
+            (images,) = next_batch(thread)
             if number == 0:
                 torch.set_num_threads(threads)  # the thread has set it to 1 before its first batch
             yield images
@@ -127,21 +95,4 @@ def _epoch(loader: Any, samples: np.ndarray, batch_size: int) -> Iterator[Iterat
     try:
         yield batches()
     finally:
-        thread.close()
-        while thread.is_alive():
-            while not thread.output_queue.empty():
-                thread.output_queue.get()
-            thread.join(timeout=0.01)
-
-
-def _next(thread: Any) -> tuple[np.ndarray, ...]:
-    while True:
-        try:
-            batch = thread.output_queue.get(timeout=1.0)
-        except queue.Empty:
-            if not thread.is_alive() and thread.output_queue.empty():
-                raise RuntimeError("FFCV's reading thread failed; what it printed says why") from None
-            continue
-        if batch is None:
-            raise RuntimeError("FFCV delivered fewer batches than it was asked for")
-        return batch[1]
+        end_threads([thread])

@@ -53,7 +53,7 @@ def open_reader(
         samples = folder_samples(unchanged_source(manifest, folder))
         labels = {split: np.array(part.labels, np.int64) for split, part in samples.items()}
         fill = partial(fill_from_samples, data=samples)
-    images = {split: _room(manifest, split, device) for split in labels}
+    images = {split: empty_images(manifest, split, device) for split in labels}
     with progress_bar(sum(map(len, images.values())), f"images to {device}", show) as bar:
         fill(images, workers=workers, done=bar.update)
     return MemoryReader(manifest, images, labels)
@@ -98,8 +98,8 @@ def fill_from_samples(
             done(len(part.pixels))
 
 
-def _room(manifest: Manifest, split: str, device: torch.device) -> torch.Tensor:
-    """Memory for a split, uint8 [n, H, W, 3], of undefined content."""
+def empty_images(manifest: Manifest, split: str, device: torch.device) -> torch.Tensor:
+    """Memory for a split, uint8 [n, H, W, 3], of undefined content. InputError where there is too little memory."""
     shape = (manifest.count(split), manifest.height, manifest.width, 3)
     try:
         if device.type == "cpu":

@@ -8,7 +8,6 @@ own tensor, so nothing is copied; each of several FFCV threads fills its share o
 import functools
 import os
 import threading
-import warnings
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from fastprune.errors import InputError
 from fastprune.loaders.beton import RAW
-from fastprune.loaders.ffcv_reader import _import_ffcv, _next
+from fastprune.loaders.ffcv_use import end_threads, importing_ffcv, next_batch, open_loader
 from fastprune.loaders.varying_beton import Table
 from fastprune.loaders.varying_cache import cached_tables
 from fastprune.loaders.varying_folder import ImageFolder
@@ -63,12 +62,12 @@ class BetonImages:
             for number in range(len(batches)):
                 for thread in running:
                     if number < thread.count:
-                        _raise_if_bad(_next(thread), batches.table)
+                        _raise_if_bad(next_batch(thread), batches.table)
                 if number == 0:
                     torch.set_num_threads(torch_threads)  # the threads have set it to 1 before their first batch
                 yield batches.take(number)
         finally:
-            _end(running)
+            end_threads(running)
 
     def _loader(self, split: str) -> Any:
         if split not in self._loaders:
@@ -118,32 +117,8 @@ def _raise_if_bad(result: Any, table: Table) -> None:
         raise InputError(f"image {result} in {table.path} is damaged: remove its folder and run again")
 
 
-def _end(running: list[Any]) -> None:
-    """End FFCV's threads: one that waits to hand over a batch would live for ever, and keep its memory."""
-    for thread in running:
-        thread.close()
-    for thread in running:
-        while thread.is_alive():
-            while not thread.output_queue.empty():
-                thread.output_queue.get()
-            thread.join(timeout=0.01)
-
-
 def _open_loader(table: Table, view: View) -> Any:
-    """FFCV's loader over the images of a file; labels and order are kept here."""
-    threads = torch.get_num_threads()
-    loader = _parts().open(
-        str(table.path),
-        batch_size=1,  # set for each thread
-        num_workers=1,
-        os_cache=True,
-        seed=0,  # unused, but otherwise drawn from numpy's global generator
-        pipelines={"image": [_parts().Decoder(view)], "label": None, "index": None},
-        drop_last=False,
-        batches_ahead=AHEAD,
-    )
-    torch.set_num_threads(threads)  # importing and opening set it to 1
-    return loader
+    return open_loader(_parts().open, table.path, _parts().Decoder(view), batches_ahead=AHEAD)
 
 
 class _Parts:
@@ -156,23 +131,13 @@ class _Parts:
 
 @functools.cache
 def _parts() -> _Parts:
-    threads = torch.get_num_threads()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # FFCV's, about what it imports
-        try:
-            _import_ffcv()
-            from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-            from ffcv.loader import loader
-            from ffcv.loader.epoch_iterator import EpochIterator
-            from ffcv.memory_managers import OSCacheManager
-            from ffcv.memory_managers.os_cache import OSCacheContext
-            from ffcv.pipeline.compiler import Compiler
-        except (ImportError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(
-                f"ffcv cannot be imported ({reason}): install it again, or use the loader torchvision"
-            ) from None
-    torch.set_num_threads(threads)
+    with importing_ffcv():
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+        from ffcv.loader import loader
+        from ffcv.loader.epoch_iterator import EpochIterator
+        from ffcv.memory_managers import OSCacheManager
+        from ffcv.memory_managers.os_cache import OSCacheContext
+        from ffcv.pipeline.compiler import Compiler
 
     class Manager(OSCacheManager):
         """Maps the file, without FFCV's table of pages (half a kilobyte an image) and the function that reads."""

@@ -16,10 +16,10 @@ from fastprune.errors import InputError
 from fastprune.loaders import Subset, SyntheticData, choose_loader, load_manifest, locate, open_data
 from fastprune.loaders import source as source_module
 from fastprune.loaders.beton import check_beton
-from fastprune.loaders.ffcv_reader import FfcvReader, _epoch, checked_files
+from fastprune.loaders.ffcv_reader import FfcvReader, checked_files, whole_images
 from fastprune.loaders.layout import scan
 from fastprune.loaders.manifest import Manifest
-from fastprune.loaders.resident_reader import _room, fill_from_betons, fill_from_samples
+from fastprune.loaders.resident_reader import empty_images, fill_from_betons, fill_from_samples
 from fastprune.loaders.samples import folder_samples, read_image
 from fastprune.loaders.source import Batches
 
@@ -112,7 +112,7 @@ def test_beton_files_are_read_as_ffcv_reads_them(prepared_master):
     assert sum(arrived) == 78
     reader = FfcvReader(manifest, files)
     for split, file in files.items():
-        with _epoch(reader._loader(split), np.arange(len(file)), len(file)) as batches:
+        with whole_images(reader._loader(split), np.arange(len(file)), len(file)) as batches:
             assert np.array_equal(images[split].numpy(), next(batches))
 
 
@@ -214,7 +214,7 @@ def test_spoilt_images_are_named(name, split, raw, tmp_path):
 def test_images_that_do_not_fit():
     huge = replace(DATA.manifest(), height=1 << 20, width=1 << 20)
     with pytest.raises(InputError, match=r"the images take [0-9.]+ GB, which cpu does not have free"):
-        _room(huge, "train", torch.device("cpu"))
+        empty_images(huge, "train", torch.device("cpu"))
 
 
 # Which loader is chosen
