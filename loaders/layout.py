@@ -1,6 +1,7 @@
-"""The Tiny ImageNet folder as it is distributed: which images there are, in which order, with which label.
+"""The data sets as they are distributed: which images there are, in which order, with which label.
 
-    train/<wnid>/images/*.JPEG     val/images/*.JPEG     val/val_annotations.txt     [wnids.txt]
+    Tiny ImageNet:  train/<wnid>/images/*.JPEG     val/images/*.JPEG     val/val_annotations.txt     [wnids.txt]
+    MiniPlaces:     images/train/, images/val/     train.txt, val.txt     [categories.txt]     (see miniplaces.py)
 
 No image is opened here. Standard library only.
 """
@@ -11,21 +12,40 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fastprune.errors import InputError
+from fastprune.loaders import miniplaces
 
 FOLDER_NAME = "tiny-imagenet-200"
+ANNOTATIONS = "val/val_annotations.txt"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
-DISTRIBUTED = (200, 500, 50)  # classes, images of each in train, in val
+
+
+class Distributed(NamedTuple):
+    """A data set as its authors give it. train, val: images of each class."""
+
+    title: str
+    classes: int
+    train: int
+    val: int
+
+
+DISTRIBUTED = {
+    FOLDER_NAME: Distributed("Tiny ImageNet", 200, 500, 50),
+    miniplaces.NAME: Distributed("MiniPlaces", 100, 1000, 100),
+}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A scanned folder. classes: sorted; files of a split: paths below `root`, ordered; labels: indices into classes.
+    """A scanned folder. name: of the data set, a key of DISTRIBUTED; classes: of Tiny ImageNet sorted, of MiniPlaces as
+    numbered; files of a split: paths below `root`, ordered; labels: indices into classes.
 
     Train is ordered as torchvision's ImageFolder orders it, by class and then by name; val by name.
     """
 
+    name: str
     root: Path
     classes: tuple[str, ...]
     files: dict[str, tuple[str, ...]]
@@ -46,21 +66,65 @@ class Layout:
         return digest.hexdigest()
 
     def remark(self) -> str | None:
-        """One line where the counts are not those of Tiny ImageNet as distributed (which is allowed), else None."""
-        number, train, val = DISTRIBUTED
+        """One line where the counts are not those of the data set as distributed (which is allowed), else None."""
+        title, number, train, val = DISTRIBUTED[self.name]
         held = {split: self.per_class(split) for split in self.files}
         if held == {"train": (train,) * number, "val": (val,) * number}:
             return None
         spans = ", ".join(f"{_span(counts)} {split}" for split, counts in held.items())
         return (
             f"{self.root} holds {len(self.classes)} classes with {spans} images each, not the {number} classes with "
-            f"{train} and {val} of Tiny ImageNet as distributed: going on with what is there"
+            f"{train} and {val} of {title} as distributed: going on with what is there"
         )
 
 
+def recognised(folder: str | os.PathLike[str]) -> str | None:
+    """Which data set the folder holds, a key of DISTRIBUTED, by what only that one has: Tiny ImageNet's file of
+    validation labels, MiniPlaces' images/train. None for anything else, an ordinary image folder among them.
+    """
+    folder = Path(folder)
+    if any((root / ANNOTATIONS).exists() for root in (folder, folder / FOLDER_NAME)):
+        return FOLDER_NAME
+    return miniplaces.NAME if _tiny_root(folder) is None and miniplaces.find_root(folder) else None
+
+
 def scan(folder: str | os.PathLike[str]) -> Layout:
-    """Read the folder, or the `tiny-imagenet-200` inside it. InputError names the first thing that is wrong there."""
-    root = _root(Path(folder))
+    """Read the folder, or the `tiny-imagenet-200` or the `data` (of MiniPlaces) inside it. InputError names the first
+    thing that is wrong there.
+    """
+    folder = Path(folder)
+    _check_folder(folder)
+    if root := _tiny_root(folder):
+        return _scan_tiny(root)
+    if root := miniplaces.find_root(folder):
+        found = miniplaces.read_lists(root)
+        return Layout(miniplaces.NAME, root, found.classes, found.files, found.labels)
+    raise InputError(
+        f"{folder} holds neither Tiny ImageNet (train/<wnid>/images and val/val_annotations.txt) nor MiniPlaces "
+        "(images/train, images/val, train.txt and val.txt)"
+    )
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise InputError(f"no such data folder: {folder}")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder")
+    try:
+        if not any(folder.iterdir()):
+            raise InputError(f"the data folder {folder} is empty")
+    except OSError as error:
+        raise InputError(f"cannot read the data folder {folder}: {error.strerror}") from None
+
+
+def _tiny_root(folder: Path) -> Path | None:
+    for root in (folder, folder / FOLDER_NAME):
+        if (root / "train").is_dir() and (root / "val").is_dir():
+            return root.resolve()
+    return None
+
+
+def _scan_tiny(root: Path) -> Layout:
     classes = _classes(root)
     files: list[str] = []
     labels: list[int] = []
@@ -73,27 +137,12 @@ def scan(folder: str | os.PathLike[str]) -> Layout:
         labels += [label] * len(names)
     val = _val_labels(root, classes)
     return Layout(
+        name=FOLDER_NAME,
         root=root,
         classes=classes,
         files={"train": tuple(files), "val": tuple(f"val/images/{name}" for name in val)},
         labels={"train": tuple(labels), "val": tuple(val.values())},
     )
-
-
-def _root(folder: Path) -> Path:
-    if not folder.exists():
-        raise InputError(f"no such data folder: {folder}")
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
-    try:
-        if not any(folder.iterdir()):
-            raise InputError(f"the data folder {folder} is empty")
-    except OSError as error:
-        raise InputError(f"cannot read the data folder {folder}: {error.strerror}") from None
-    for root in (folder, folder / FOLDER_NAME):
-        if (root / "train").is_dir() and (root / "val").is_dir():
-            return root.resolve()
-    raise InputError(f"{folder} does not hold Tiny ImageNet: expected train/<wnid>/images and val/val_annotations.txt")
 
 
 def _classes(root: Path) -> tuple[str, ...]:
@@ -122,7 +171,7 @@ def _images(folder: Path) -> list[str]:
 
 def _val_labels(root: Path, classes: tuple[str, ...]) -> dict[str, int]:
     """Label of every image in val/images, in the order of their names."""
-    path = root / "val" / "val_annotations.txt"
+    path = root / ANNOTATIONS
     present = _images(root / "val" / "images")
     index = {wnid: label for label, wnid in enumerate(classes)}
     labels: dict[str, int] = {}

@@ -45,11 +45,11 @@ def locate(
 ) -> tuple[Manifest, Path | None]:
     """Manifest and folder of `data`, ready for `open_data`; the folder is None for images generated in memory.
 
-    data: a prepared folder; a Tiny ImageNet folder; or SyntheticData ("synthetic" is its defaults). What a loader
-    needs and is not there is made once, under `store`/data, named by the fingerprint: .beton files for ffcv, image
-    files for generated data through torchvision.  loader: one of LOADERS; "auto" and "resident" make .beton files where
-    ffcv is installed.  workers: processes that decode and write.  show: progress on stderr.  InputError where the data
-    is not usable.
+    data: a prepared folder; Tiny ImageNet or MiniPlaces as distributed; or SyntheticData ("synthetic" is its defaults).
+    What a loader needs and is not there is made once, under `store`/data, named by the fingerprint: .beton files for
+    ffcv, image files for generated data through torchvision.  loader: one of LOADERS; "auto" and "resident" make .beton
+    files where ffcv is installed.  workers: processes that decode and write.  show: progress on stderr.  InputError
+    where the data is not usable.
     """
     if loader not in LOADERS:
         raise InputError(f"unknown loader {loader!r}: choose one of {', '.join(LOADERS)}")

@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastprune.errors import InputError
+from fastprune.loaders import miniplaces
+from fastprune.loaders.layout import FOLDER_NAME, recognised
 from fastprune.loaders.manifest import FILE_NAME, Manifest
 
 DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
-DATASETS = ("tiny-imagenet",)
+DATASETS = {"tiny-imagenet": FOLDER_NAME, "miniplaces": miniplaces.NAME}
+_BY_HAND = (
+    "--download fetches Tiny ImageNet only. MiniPlaces: unpack http://miniplaces.csail.mit.edu/data/data.tar.gz, put "
+    "train.txt, val.txt and categories.txt out of data/ of https://github.com/CSAILVision/miniplaces beside images/, "
+    "and give that folder as --source"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -24,14 +31,14 @@ def parser() -> argparse.ArgumentParser:
         description="Turn an image folder into train.beton, val.beton and a manifest. A second call does nothing.",
     )
     p.add_argument(
-        "--dataset", choices=DATASETS, default=DATASETS[0], help="layout of the folder (default %(default)s)"
+        "--dataset", choices=tuple(DATASETS), help="what the folder holds (default: seen from what is there)"
     )
     p.add_argument("--source", type=Path, metavar="DIR", help="the folder as distributed, or one that contains it")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the prepared data set goes")
     p.add_argument(
         "--download",
         action="store_true",
-        help="fetch the data set into --source (default: OUT/raw) from its official address, unless it is there",
+        help="fetch Tiny ImageNet into --source (default: OUT/raw) from its official address, unless it is there",
     )
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
     return p
@@ -62,8 +69,13 @@ def _run(args: argparse.Namespace) -> Manifest:
     from fastprune.loaders.publish import prepare
 
     source = args.source or args.out / "raw"
+    if args.download and args.dataset == "miniplaces":
+        raise InputError(_BY_HAND)
     if args.download:
         fetch_tiny_imagenet(source)
+    found = recognised(source)
+    if args.dataset and found and found != DATASETS[args.dataset]:
+        raise InputError(f"--dataset is {args.dataset}, but {source} holds {found}: leave --dataset away")
     return prepare(source, args.out, workers=args.workers)
 
 

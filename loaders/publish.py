@@ -17,7 +17,7 @@ from fastprune.errors import InputError
 from fastprune.loaders.beton import check_beton, estimated_bytes, verify_pixels
 from fastprune.loaders.choice import need_ffcv
 from fastprune.loaders.inspection import Inspection, inspect
-from fastprune.loaders.layout import FOLDER_NAME, Layout, scan
+from fastprune.loaders.layout import Layout, scan
 from fastprune.loaders.manifest import FILE_NAME, Manifest, load_manifest, save_manifest
 from fastprune.loaders.samples import Samples, folder_samples
 from fastprune.loaders.writer import write_betons
@@ -33,7 +33,7 @@ def prepare(
     beton: bool = True,
     show: bool = True,
 ) -> Manifest:
-    """Prepare the Tiny ImageNet folder `source` in `out`, and return its manifest.
+    """Prepare the folder `source`, Tiny ImageNet or MiniPlaces as distributed, in `out`, and return its manifest.
 
     workers: processes that decode and write, by default as many as there are processors.  beton: without it only the
     manifest is written.  show: progress and remarks on stderr.  A second call on the same source does nothing.
@@ -65,7 +65,7 @@ def prepare(
 def describe(layout: Layout, found: Inspection, listing: str) -> Manifest:
     """The manifest of an inspected folder, still without files."""
     return Manifest(
-        name=FOLDER_NAME,
+        name=layout.name,
         fingerprint=found.fingerprint,
         classes=layout.classes,
         train_per_class=layout.per_class("train"),

@@ -104,7 +104,7 @@ BAD = {
     "missing": (shutil.rmtree, "no such data folder"),
     "a file": (make_a_file, "not a folder"),
     "empty": (empty, "is empty"),
-    "no train": (lambda raw: shutil.rmtree(raw / "train"), "does not hold Tiny ImageNet"),
+    "no train": (lambda raw: shutil.rmtree(raw / "train"), "holds neither Tiny ImageNet .* nor MiniPlaces"),
     "no classes": (empty_train, "no class folders"),
     "class without images": (empty_class, "no images in .*synthetic1"),
     "class without folder": (lambda raw: shutil.rmtree(raw / "train/synthetic1/images"), "missing folder"),

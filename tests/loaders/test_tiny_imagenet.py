@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastprune.loaders import choose_loader, locate, open_data, prepare
-from fastprune.loaders.layout import DISTRIBUTED, scan
+from fastprune.loaders.layout import DISTRIBUTED, FOLDER_NAME, scan
 from fastprune.loaders.samples import read_image
 from tests.conftest import CLASSES, unpack
 
@@ -64,7 +64,7 @@ def test_some_real_images_are_grey(few_classes):
 def test_the_whole_data_set(given, tmp_path, capsys):
     root = unpack(given, tmp_path / "parts", "*.tar.gz")
     layout = scan(root)
-    number, train, val = DISTRIBUTED
+    _, number, train, val = DISTRIBUTED[FOLDER_NAME]
     assert layout.remark() is None
     began = time.perf_counter()
     manifest = prepare(root, tmp_path / "out", workers=2, show=False)
