@@ -9,6 +9,7 @@ import torch
 
 from fastprune.errors import InputError
 from fastprune.loaders.layout import scan
+from fastprune.loaders.places import locate
 from fastprune.loaders.samples import read_image
 from fastprune.loaders.source import open_data
 from fastprune.loaders.synthetic import VERSION, SyntheticData
@@ -39,6 +40,27 @@ def test_shapes_labels_and_manifest():
         assert manifest.count(split) == 4 * each
     assert (manifest.height, manifest.width) == (20, 20)
     assert SyntheticData(**manifest.synthetic) == DATA
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_sizes_of_the_data_sets(size, tmp_path):
+    """Those that smoke figures may take: in memory, and the same from files."""
+    data = SyntheticData(classes=2, train_per_class=4, val_per_class=2, size=size)
+    source = open_data(*locate(data, tmp_path))
+    batches = source.train(seed=0, batch_size=4), source.val(batch_size=4)
+    assert [len(part) for part in batches] == [2, 1]
+    for part in batches:
+        for images, labels in part:
+            assert images.shape == (4, 3, size, size)
+            assert 0.5 < float(images.std()) < 2, "normalised by the manifest"
+            assert set(labels.tolist()) <= {0, 1}
+    images, _ = data.arrays("train")
+    assert len({image.tobytes() for image in images}) == 8
+    files = open_data(*locate(data, tmp_path, loader="torchvision", workers=1, show=False))
+    both = [one.val(batch_size=3) for one in (files, source)]
+    for (images, labels), (expected, their_labels) in zip(*both, strict=True):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, their_labels)
 
 
 def test_the_first_images_do_not_depend_on_how_many_there_are():
