@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from fastprune.errors import InputError
-from fastprune.figures import FIGURES, load
+from fastprune.figures import EXTRA, FIGURES, PAPER, load
 from fastprune.loaders.choice import LOADERS
-from fastprune.reproduce import BAD_INPUT, DONE, INTERRUPTED, plan, redraw, run
-from fastprune.request import Request
-from fastprune.settings import PRESETS, Settings, preset
-from fastprune.specs import PRECISIONS
+from fastprune.planning import plan
+from fastprune.reproduce import BAD_INPUT, DONE, INTERRUPTED, redraw, run
+from fastprune.request import FigureRequest, Request
+from fastprune.settings import PRESETS, REWINDS, Settings, preset
+from fastprune.specs import ALLOCATIONS, DECAYS, PRECISIONS
 
 
 class _Parser(argparse.ArgumentParser):
@@ -32,14 +33,22 @@ def parser() -> argparse.ArgumentParser:
         epilog="Without further flags a small run on generated images shows the machinery. The paper's figure: "
         "--preset paper --data DIR (Tiny ImageNet). The same command continues whatever was interrupted.",
     )
-    p.add_argument("--fig", required=True, metavar="NAME", help=f"figure: {', '.join(FIGURES)}")
+    p.add_argument(
+        "--fig",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help=f"figures: {', '.join(PAPER)} of the paper; {', '.join(EXTRA)}; all",
+    )
     p.add_argument("--preset", default="smoke", metavar="NAME", help=f"{', '.join(PRESETS)} (default smoke)")
     p.add_argument("--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; or 'synthetic' (smoke's default)")
+    p.add_argument("--miniplaces", metavar="DIR", help="MiniPlaces, for figure A1 (default: as --data, if synthetic)")
     p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="figures (default results)")
     p.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="runs (default runs)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
     what.add_argument("--redraw", action="store_true", help="draw again from results.csv alone")
+    p.add_argument("--images-per-second", type=_rate, metavar="R", help="plan with this rate, not the measured ones")
 
     run = p.add_argument_group("how it runs (changes no result)")
     run.add_argument("--loader", choices=LOADERS, default="auto")
@@ -59,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
     h.add_argument("--milestones", type=int, nargs="+", metavar="E", help="epochs after which the rate decays")
     h.add_argument("--gamma", type=float, help="factor at each milestone")
     h.add_argument("--warmup-epochs", type=int, metavar="N", help="linear, from 0")
+    h.add_argument("--decay", choices=DECAYS)
+    h.add_argument("--allocation", choices=ALLOCATIONS, help="where weights go")
+    h.add_argument("--rewind", choices=REWINDS, help="where training restarts after a prune step")
+    h.add_argument("--rewind-epoch", type=int, metavar="E", help="of late rewinding")
+    h.add_argument("--prune-epochs", type=int, nargs="+", metavar="E", help="A6: where find runs stop")
+    h.add_argument("--sparsities", type=float, nargs="+", metavar="F", help="structured: fractions of filters removed")
     h.add_argument("--lr-find", type=float, nargs="+", metavar="LR")
     h.add_argument("--lr-eval", type=float, nargs="+", metavar="LR")
     h.add_argument("--batch-size", type=int, metavar="N")
@@ -73,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     h.add_argument("--classes", type=int, metavar="N", help="use the first N classes only")
     h.add_argument("--train-per-class", type=int, metavar="N", help="use the first N images of each class only")
     h.add_argument("--val-per-class", type=int, metavar="N")
+    h.add_argument("--image-size", type=int, metavar="N", help="pixels a side of generated images (64)")
     return p
 
 
@@ -80,6 +96,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no rate above 0")
     return value
 
 
@@ -115,23 +138,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    figure = load(args.fig)
-    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
-    settings = preset(figure.PROTOCOL, args.preset).override(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    )
     request = Request(
-        name=args.fig,
-        preset=args.preset,
-        settings=settings,
-        data="synthetic" if args.data is None and args.preset == "smoke" else args.data,
-        out=args.out / args.fig,
+        figures=_figures(args),
         store=args.store,
         loader=args.loader,
         device=args.device,
         workers=args.workers,
         checkpoint_seconds=args.checkpoint_seconds,
+        rate=args.images_per_second,
     )
     if args.redraw:
         return redraw(request)
-    return plan(request) if args.plan else run(request)
+    if args.plan:
+        plan(request)
+        return DONE
+    return run(request)
+
+
+def _figures(args: argparse.Namespace) -> tuple[FigureRequest, ...]:
+    names = FIGURES if "all" in args.fig else tuple(dict.fromkeys(args.fig))
+    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    modules = {name: load(name) for name in names}
+    for setting in given:
+        if all(setting in module.UNUSED for module in modules.values()):
+            raise InputError(f"--{setting.replace('_', '-')} means nothing to figure {', '.join(names)}")
+    figures = []
+    for name, module in modules.items():
+        used = {k: v for k, v in given.items() if k not in module.UNUSED}
+        settings = preset(module.PROTOCOL, args.preset, module.PRESETS).override(**used)
+        figures.append(FigureRequest(name, args.preset, settings, _data(args, settings, len(names)), args.out / name))
+    return tuple(figures)
+
+
+def _data(args: argparse.Namespace, settings: Settings, count: int) -> str | None:
+    """Which images a figure trains on. A figure alone takes what --data says, whichever they are."""
+    data: str | None = "synthetic" if args.data is None and args.preset == "smoke" else args.data
+    if settings.dataset != "miniplaces":
+        return data
+    if args.miniplaces is not None:
+        return str(args.miniplaces)
+    return data if data == "synthetic" or count == 1 else None

@@ -13,9 +13,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from fastprune.errors import InputError
-from fastprune.graph import Graph, Runnable
+from fastprune.graph import Graph
 from fastprune.schedule import Queue
-from fastprune.specs import Prune, StateRef, Train
+from fastprune.specs import Runnable, Train
 from fastprune.store import RunStore
 from fastprune.work import Report, WorkConfig, Worker
 
@@ -42,17 +42,16 @@ class View(Protocol):
 class Outcome:
     """What became of the nodes that were to do: keys computed here, and by key why a node failed.
 
-    found: nodes that another process published meanwhile. trained, epochs: trainings among the done, and the epochs
-    computed here. images: training images seen by all workers. not_reached: nodes that rest on a failed one. seconds:
-    wall time.
+    found: keys of nodes that another process published meanwhile. epochs: of the trainings among the done, how many
+    were computed here. images: training images seen by all workers. not_reached: nodes that rest on a failed one.
+    seconds: wall time.
     """
 
     devices: list[str]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    found: int = 0
-    trained: int = 0
-    epochs: int = 0
+    found: list[str] = field(default_factory=list)
+    epochs: dict[str, int] = field(default_factory=dict)
     images: int = 0
     not_reached: int = 0
     seconds: float = 0.0
@@ -78,18 +77,16 @@ def execute(
     return outcome
 
 
-def _compute(worker: Worker, node: Runnable, states: list[int], report: Report) -> tuple[str, Any]:
+def _compute(worker: Worker, graph: Graph, node: Runnable, report: Report) -> tuple[str, Any]:
     """What became of one node: ("done", (result, epochs computed)), ("found", result) where another process was faster,
     ("busy", None), ("input", line) or ("failed", traceback)."""
     try:
         with worker.store.lease(node) as mine:
             if not mine:
                 return "busy", None
-            if worker.store.has(node) and (
-                isinstance(node, Prune) or all(worker.store.has_state(StateRef(node, e)) for e in states)
-            ):
+            if worker.store.holds(node, graph.needed(node)):
                 return "found", worker.store.node(node)["result"]
-            return "done", worker.run(node, states, report)
+            return "done", worker.run(node, graph.products(node), report)
     except InputError as error:
         return "input", str(error)
     except OSError as error:
@@ -108,14 +105,14 @@ def _settle(queue: Queue, view: View, outcome: Outcome, worker: int, node: Runna
     elif kind == "input":
         raise InputError(value)
     elif kind == "found":
-        outcome.found += 1
+        outcome.found.append(node.key)
         queue.done(node)
         view.finished(worker, node, value)
     elif kind == "done":
         result, epochs = value
         outcome.done.append(node.key)
-        outcome.trained += isinstance(node, Train)
-        outcome.epochs += epochs
+        if isinstance(node, Train):
+            outcome.epochs[node.key] = epochs
         queue.done(node)
         view.finished(worker, node, result)
     else:
@@ -134,13 +131,12 @@ def _run_here(queue: Queue, config: WorkConfig, view: View, outcome: Outcome) ->
             time.sleep(0.05)
             continue
         view.started(0, node)
-        states = queue.graph.states_wanted(node) if isinstance(node, Train) else []
 
         def report(epoch: int, images: int, node: Runnable = node) -> None:
             outcome.images += images
             view.progress(0, node, epoch, images)
 
-        _settle(queue, view, outcome, 0, node, _compute(worker, node, states, report))
+        _settle(queue, view, outcome, 0, node, _compute(worker, queue.graph, node, report))
 
 
 class _Pool:
@@ -267,8 +263,7 @@ def _worker_main(pipe: Connection, config: WorkConfig, graph: Graph) -> None:
                 pipe.send(("progress", epoch, images))
                 sent, images = time.monotonic(), 0
 
-        states = graph.states_wanted(node) if isinstance(node, Train) else []
-        answer = _compute(worker, node, states, report)
+        answer = _compute(worker, graph, node, report)
         pipe.send(("progress", 0, images))
         pipe.send(answer)
 

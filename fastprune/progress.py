@@ -5,8 +5,8 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from fastprune.graph import Cost, Graph, Runnable
-from fastprune.specs import Train
+from fastprune.graph import Cost, Graph
+from fastprune.specs import Runnable, Train
 
 
 class Bars:

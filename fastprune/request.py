@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastprune.errors import InputError
+from fastprune.loaders.layout import DISTRIBUTED
 from fastprune.loaders.manifest import Manifest, Subset
 from fastprune.loaders.places import known
 from fastprune.loaders.synthetic import SyntheticData
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 UNKNOWN = "unknown"
 """The fingerprint of images that nobody has read yet."""
 
+TITLES = {name: title for name, (title, *_) in DISTRIBUTED.items()} | {"synthetic": "generated images"}
+"""Data set -> what a person calls it."""
+
 
 @dataclass(frozen=True)
-class Request:
-    """One call of reproduce.py, its settings resolved. `out` is the figure's folder.
+class FigureRequest:
+    """A figure that is asked for, its settings resolved. `out` is the figure's folder.
 
     data: a folder, "synthetic", or None where none was given: enough to plan.
     """
@@ -30,47 +34,68 @@ class Request:
     settings: Settings
     data: str | None
     out: Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of reproduce.py. rate: images/s to plan with, where not the measured ones."""
+
+    figures: tuple[FigureRequest, ...]
     store: Path
     loader: str = "auto"
     device: str | None = None
     workers: int | None = None
     checkpoint_seconds: float = 60.0
+    rate: float | None = None
 
 
-def asked_for(request: Request) -> str | SyntheticData:
+def asked_for(figure: FigureRequest) -> str | SyntheticData:
     """What the loaders are asked for: a folder, or as many generated images as the settings use."""
-    if request.data == "":
-        raise InputError("--data is empty: give the folder of Tiny ImageNet, or 'synthetic'")
-    if request.data is None:
-        raise InputError(f"preset {request.preset} trains on Tiny ImageNet: say where it is with --data DIR")
-    if request.data != "synthetic":
-        return request.data
-    s = request.settings
-    return SyntheticData(s.classes or 10, s.train_per_class or 500, s.val_per_class or 50, size=64)
+    flag, title = data_flag(figure.settings), TITLES[figure.settings.dataset]
+    if figure.data == "":
+        raise InputError(f"{flag} is empty: give the folder of {title}, or 'synthetic'")
+    if figure.data is None:
+        raise InputError(
+            f"figure {figure.name} at preset {figure.preset} trains on {title}: say where it is with {flag} DIR"
+        )
+    if figure.data != "synthetic":
+        return figure.data
+    s = figure.settings
+    return SyntheticData(s.classes or 10, s.train_per_class or 500, s.val_per_class or 50, size=s.image_size)
 
 
-def planned_data(request: Request) -> DataSpec:
-    """The data a plan counts with: what is known without reading an image, else Tiny ImageNet's own numbers."""
-    s = request.settings
-    manifest = None if request.data is None else known(asked_for(request), request.store)
+def data_flag(settings: Settings) -> str:
+    """The flag that says where the figure's images are."""
+    return "--miniplaces" if settings.dataset == "miniplaces" else "--data"
+
+
+def planned_data(figure: FigureRequest, store: Path) -> DataSpec:
+    """The data a plan counts with: what is known without reading an image, else the numbers of the set as it is
+    distributed."""
+    s = figure.settings
+    manifest = None if figure.data is None else known(asked_for(figure), store)
     if manifest is not None:
         return data_spec(manifest, s)
-    classes = s.classes or 200
-    train, val = (classes * min(n or most, most) for n, most in ((s.train_per_class, 500), (s.val_per_class, 50)))
-    return DataSpec("tiny-imagenet-200", UNKNOWN, classes, s.train_per_class, s.val_per_class, train, val)
+    _, number, most_train, most_val = DISTRIBUTED[s.dataset]
+    classes = s.classes or number
+    pairs = ((s.train_per_class, most_train), (s.val_per_class, most_val))
+    train, val = (classes * min(n or most, most) for n, most in pairs)
+    return DataSpec(s.dataset, f"{UNKNOWN} {s.dataset}", classes, s.train_per_class, s.val_per_class, train, val)
 
 
-def find_data(request: Request, device: str, copies: int) -> "tuple[Manifest, Path | None, LoaderChoice]":
+def find_data(
+    request: Request, figure: FigureRequest, device: str, copies: int
+) -> "tuple[Manifest, Path | None, LoaderChoice]":
     """The data set, prepared where it was not, and the loader that will read it; `copies` workers share a device."""
     from fastprune.loaders import choose_loader, locate
 
-    manifest, folder = locate(asked_for(request), request.store, loader=request.loader)
+    manifest, folder = locate(asked_for(figure), request.store, loader=request.loader)
     return manifest, folder, choose_loader(manifest, folder, request.loader, device=device, copies=copies)
 
 
 def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
     """The part of a data set that the settings use. InputError if it has too few classes or images."""
-    part = subset(settings)
+    part = Subset(settings.classes, settings.train_per_class, settings.val_per_class)
     train, val = (part.count(manifest, split) for split in ("train", "val"))
     if settings.batch_size > train:
         raise InputError(f"--batch-size is {settings.batch_size}, but there are only {train} training images")
@@ -99,7 +124,3 @@ def check_rounds(settings: Settings, data: DataSpec) -> None:
                 f"round {round} of {settings.rounds} would prune {what} of {left} weights: change --fraction"
             )
         left -= gone
-
-
-def subset(settings: Settings) -> Subset:
-    return Subset(settings.classes, settings.train_per_class, settings.val_per_class)

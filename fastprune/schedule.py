@@ -3,7 +3,8 @@
 import heapq
 import time
 
-from fastprune.graph import Graph, Runnable
+from fastprune.graph import Graph
+from fastprune.specs import Runnable
 from fastprune.store import RunStore
 
 _BUSY_SECONDS = 1.0

@@ -7,14 +7,20 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fastprune.errors import InputError
-from fastprune.specs import DataSpec, ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.specs import ALLOCATIONS, DECAYS, DataSpec, ModelSpec, OptimizerSpec, ScheduleSpec
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every hyperparameter of a figure. Rates are per batch, `fraction` is pruned of what remains in each round.
+    """Every hyperparameter of a figure. `fraction` is pruned of what remains in each round.
 
-    milestones are epochs of a run of `protocol_epochs`; a run of other length scales them (see `schedule`).
+    rewind: where training restarts after a prune step. "init": the initial weights; "late": the dense run with LR_find
+    after `rewind_epoch`, as it was then (weights, statistics, momentum, place in schedule and data order); "lr": the
+    weights and statistics that were pruned, the schedule from its start, momentum zero; "finetune": the same, at the
+    schedule's last rate throughout.
+
+    milestones, warmup_epochs, rewind_epoch and prune_epochs are epochs of a run of `protocol_epochs`: a run of other
+    length scales them, but not those given `by_hand`. image_size: pixels a side of generated images; others have theirs.
     """
 
     model: str
@@ -26,6 +32,7 @@ class Settings:
     protocol_epochs: int
     lr_find: tuple[float, ...]
     lr_eval: tuple[float, ...]
+    dataset: str = "tiny-imagenet-200"
     seeds: int = 5
     rounds: int = 30
     fraction: float = 0.2
@@ -34,33 +41,67 @@ class Settings:
     nesterov: bool = False
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0
+    decay: str = "multistep"
     warmup_epochs: int = 0
+    allocation: str = "global"
+    rewind: str = "init"
+    rewind_epoch: int = 2
+    prune_epochs: tuple[int, ...] = ()
+    sparsities: tuple[float, ...] = ()
     precision: str = "bf16"
     classes: int | None = None
     train_per_class: int | None = None
     val_per_class: int | None = None
+    image_size: int = 64
+    by_hand: tuple[str, ...] = ()
 
     def optimizer(self) -> OptimizerSpec:
         return OptimizerSpec(self.batch_size, self.momentum, self.weight_decay, self.nesterov, self.label_smoothing)
 
     def schedule(self, lr: float) -> ScheduleSpec:
-        """The protocol's decay, its milestones at the same fractions of the run; those on epoch 0 are dropped."""
-        scaled = (round(m * self.epochs / self.protocol_epochs) for m in self.milestones)
-        return ScheduleSpec(lr, self.epochs, tuple(m for m in scaled if m > 0), self.gamma, self.warmup_epochs)
+        """The protocol's warmup and decay; milestones that fall on epoch 0 are dropped."""
+        milestones = (self.scaled("milestones", m) for m in self.milestones)
+        return ScheduleSpec(
+            lr,
+            self.epochs,
+            tuple(m for m in milestones if m > 0),
+            self.gamma,
+            max(1, self.scaled("warmup_epochs", self.warmup_epochs)) if self.warmup_epochs else 0,
+            self.decay,
+        )
+
+    def scaled(self, name: str, epoch: int) -> int:
+        """An epoch of the setting `name`, at the same fraction of the run as in the protocol."""
+        return epoch if name in self.by_hand else round(epoch * self.epochs / self.protocol_epochs)
+
+    @property
+    def late_epoch(self) -> int:
+        """The epoch that late rewinding goes back to."""
+        return max(1, self.scaled("rewind_epoch", self.rewind_epoch))
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The epochs after which find runs are pruned early."""
+        return tuple(max(1, self.scaled("prune_epochs", e)) for e in self.prune_epochs)
 
     def network(self, data: DataSpec) -> ModelSpec:
         return ModelSpec(self.model, data.classes, self.stem, self.width)
 
     def override(self, **changes: Any) -> "Settings":
-        """These settings with what is not None changed; milestones given by hand are taken as they are."""
+        """These settings with what is not None changed; epochs given by hand are taken as they are."""
         changes = {k: v for k, v in changes.items() if v is not None}
         unknown = set(changes) - {f.name for f in fields(self)}
         if unknown:
             raise InputError(f"unknown settings: {', '.join(sorted(unknown))}")
-        if "milestones" in changes:
-            changes["protocol_epochs"] = changes.get("epochs", self.epochs)
-        return check(replace(self, **changes))
+        for name in ("lr_find", "lr_eval", "sparsities", "prune_epochs"):
+            if name in changes and not changes[name]:
+                raise InputError(f"{_flag(name)} names nothing")
+        by_hand = {*self.by_hand, *(changes.keys() & _IN_EPOCHS)}
+        return check(replace(self, **changes, by_hand=tuple(sorted(by_hand))))
 
+
+_IN_EPOCHS = {"milestones", "warmup_epochs", "rewind_epoch", "prune_epochs"}
+REWINDS = ("init", "late", "lr", "finetune")
 
 _BOUNDS: dict[str, tuple[float, float]] = {
     # Narrower networks crash CPU convolutions of some PyTorch versions in channels-last.
@@ -73,6 +114,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "train_per_class": (1, 1 << 30),
     "val_per_class": (1, 1 << 30),
     "warmup_epochs": (0, 100_000),
+    "rewind_epoch": (1, 100_000),
+    "image_size": (32, 512),
     "gamma": (1e-9, 1.0),
     "fraction": (1e-6, 1 - 1e-6),
     "momentum": (0.0, 0.999999),
@@ -93,12 +136,23 @@ def check(s: Settings) -> Settings:
         raise InputError(
             f"--milestones are {' '.join(map(str, s.milestones))}, expected epochs in rising order, from 1"
         )
-    if s.warmup_epochs > s.epochs:
-        raise InputError(f"--warmup-epochs is {s.warmup_epochs}, but a training has {s.epochs} epochs")
+    for name, known in (("allocation", ALLOCATIONS), ("rewind", REWINDS), ("decay", DECAYS)):
+        if getattr(s, name) not in known:
+            raise InputError(f"{_flag(name)} is {getattr(s, name)}, expected one of {', '.join(known)}")
+    for name, epoch in (("warmup_epochs", s.schedule(1.0).warmup_epochs), ("rewind_epoch", s.late_epoch)):
+        if epoch > s.epochs:
+            raise InputError(f"{_flag(name)} is {epoch}, but a training has {s.epochs} epochs")
+    if s.rewind == "late" and s.late_epoch >= min((*s.stops, s.epochs)):
+        raise InputError(f"--rewind-epoch is {s.late_epoch}: nothing is left to train up to {min((*s.stops, s.epochs))}")
+    if list(s.stops) != sorted(set(s.stops)) or not all(1 <= e <= s.epochs for e in s.stops):
+        stops = " ".join(map(str, s.stops))
+        raise InputError(f"--prune-epochs are {stops}, expected rising epochs from 1 to {s.epochs}")
+    if list(s.sparsities) != sorted(set(s.sparsities)) or not all(0 < x < 1 for x in s.sparsities):
+        raise InputError("--sparsities are rising fractions above 0 and below 1")
     for name in ("lr_find", "lr_eval"):
         rates = getattr(s, name)
-        if not rates or any(not 0 < r < float("inf") for r in rates):
-            raise InputError(f"{_flag(name)} needs one or more rates above 0")
+        if any(not 0 < r < float("inf") for r in rates):
+            raise InputError(f"{_flag(name)} needs rates above 0")
         if len({f"{r:g}" for r in rates}) < len(rates):
             raise InputError(f"{_flag(name)} names a rate twice (to six digits)")
     return s
@@ -128,8 +182,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(protocol: Settings, name: str) -> Settings:
-    """The protocol under a preset. InputError for an unknown one."""
+def preset(protocol: Settings, name: str, figure: dict[str, dict[str, Any]] | None = None) -> Settings:
+    """The protocol under a preset; `figure`: what a figure changes of the presets. InputError for an unknown one."""
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return protocol.override(**PRESETS[name])
+    return protocol.override(**(PRESETS[name] | (figure or {}).get(name, {})))

@@ -17,7 +17,7 @@ SEMANTICS = 2
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 SCORES = ("magnitude", "random")
-ALLOCATIONS = ("global",)
+ALLOCATIONS = ("global", "local")
 DECAYS = ("multistep", "cosine", "exponential")
 WARMUPS = ("linear", "constant")
 
@@ -135,7 +135,7 @@ class Node(Record):
         described = {"kind": self.kind, "semantics": SEMANTICS, **self.identity()}
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
-    def parents(self) -> "Iterator[Train | Prune]":
+    def parents(self) -> "Iterator[Runnable]":
         """The nodes that must exist before this one."""
         return iter(())
 
@@ -163,16 +163,44 @@ class StateRef(Record):
     epoch: int
 
 
+@dataclass(frozen=True)
+class Trace(Record):
+    """The LPR of a training run before its first epoch and after each, were it pruned there and then: `fraction` of
+    what its mask keeps, by magnitude over all layers. Computed while it trains."""
+
+    node: "Train"
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Rewind(Record):
+    """A start from trained weights and their batch-norm statistics.
+
+    epoch: where the schedule and the data order begin. momentum: whether that is restored as well (else zero).
+    """
+
+    state: StateRef
+    epoch: int
+    momentum: bool
+
+
+@dataclass(frozen=True)
+class Ratios(Record):
+    """An allocation: each layer is pruned by the ratio that `mask` prunes of it."""
+
+    mask: "Prune"
+
+
 @dataclass(frozen=True, eq=False)
 class Train(Node):
-    """A training run from `start` under `mask` (None: dense), stopped after `stop` epochs of its schedule.
+    """A training run from `start` under `mask` (None: dense), stopped after epoch `stop` of its schedule.
 
-    seed: data order and augmentation. precision: one of PRECISIONS.
+    A mask of `Filters` makes a smaller network. seed: data order and augmentation. precision: one of PRECISIONS.
     """
 
     data: DataSpec
-    start: Init
-    mask: "Prune | None"
+    start: Init | Rewind
+    mask: "Prune | Filters | None"
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
     stop: int
@@ -182,13 +210,25 @@ class Train(Node):
 
     @property
     def model(self) -> ModelSpec:
-        return self.start.model
+        return self.start.model if isinstance(self.start, Init) else self.start.state.node.model
+
+    @property
+    def begin(self) -> int:
+        """Epochs of the schedule that lie before the start."""
+        return 0 if isinstance(self.start, Init) else self.start.epoch
+
+    @property
+    def epochs(self) -> int:
+        """How many are trained."""
+        return self.stop - self.begin
 
     @property
     def final(self) -> StateRef:
         return StateRef(self, self.stop)
 
-    def parents(self) -> "Iterator[Train | Prune]":
+    def parents(self) -> "Iterator[Runnable]":
+        if isinstance(self.start, Rewind):
+            yield self.start.state.node
         if self.mask is not None:
             yield self.mask
 
@@ -197,14 +237,15 @@ class Train(Node):
 class Prune(Node):
     """A mask: `prior` (None: dense) less `fraction` of what it keeps, the lowest scores of `source` first.
 
-    score: "magnitude" of the source's weights, or "random", drawn from `seed` for each round anew.
+    score: "magnitude" of the source's weights, or "random", drawn from `seed` for each round anew. allocation: where
+    the weights go: "global" over all layers, "local" (the same fraction of each layer), or as another mask's ratios.
     """
 
     source: StateRef | Init
     prior: "Prune | None"
     fraction: float
     score: str
-    allocation: str
+    allocation: str | Ratios
     seed: int
     kind = "prune"
 
@@ -217,11 +258,37 @@ class Prune(Node):
     def model(self) -> ModelSpec:
         return self.source.model if isinstance(self.source, Init) else self.source.node.model
 
-    def parents(self) -> "Iterator[Train | Prune]":
+    def parents(self) -> "Iterator[Runnable]":
         if isinstance(self.source, StateRef):
             yield self.source.node
         if self.prior is not None:
             yield self.prior
+        if isinstance(self.allocation, Ratios):
+            yield self.allocation.mask
+
+
+@dataclass(frozen=True, eq=False)
+class Filters(Node):
+    """Which filters of a network stay: `fraction` of them go, those with the lowest |gamma| of their batch norms
+    first; channels that a residual joins go together, by the sum of their |gamma|."""
+
+    source: StateRef
+    fraction: float
+    kind = "filters"
+
+    @property
+    def model(self) -> ModelSpec:
+        return self.source.node.model
+
+    @property
+    def seed(self) -> int:
+        return self.source.node.seed
+
+    def parents(self) -> "Iterator[Runnable]":
+        yield self.source.node
+
+
+Runnable = Train | Prune | Filters
 
 
 def n_to_prune(remaining: int, fraction: float) -> int:

@@ -4,7 +4,10 @@
     nodes/<kk>/<key>/node.json          what the node is, what it gave, where and how it was computed
                      metrics.csv        a training run: one line an epoch
                      mask.safetensors   a prune step: one bit a weight, and layers.csv, its LPR
-                     state-<epoch>.safetensors   weights and momentum after an epoch, where an edge asks for them
+                     filters.json       which filters stay, and layers.csv, how many of each conv
+                     state-<epoch>.safetensors     weights and batch-norm statistics, where an edge asks for them
+                     momentum-<epoch>.safetensors  likewise
+                     ratios-<fraction>.csv         the LPR at each epoch, were the run pruned there
     partial/<key>.*.safetensors         checkpoint of an interrupted run, and states it has passed
     locks/ tmp/ logs/ data/ cache/      housekeeping
 
@@ -18,13 +21,24 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
-from fastprune.specs import SEMANTICS, Node, Prune, StateRef, Train
+from fastprune.specs import SEMANTICS, Filters, Node, Prune, StateRef, Trace, Train
 
 FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Products:
+    """What is asked of a training run beside its metrics: epochs after which its weights (with batch-norm statistics)
+    or its momentum are kept, and fractions whose LPR is traced."""
+
+    weights: tuple[int, ...] = ()
+    momentum: tuple[int, ...] = ()
+    traces: tuple[float, ...] = ()
 
 
 class RunStore:
@@ -56,17 +70,40 @@ class RunStore:
     def has(self, node: Node) -> bool:
         return (self.path(node) / "node.json").exists()
 
-    def has_state(self, ref: StateRef) -> bool:
-        """Whether the node is published with its state after `ref.epoch`; a run that diverged keeps only its last."""
-        return self.state_path(ref) is not None
+    def holds(self, node: Node, products: Products) -> bool:
+        """Whether the node is published with all of `products`."""
+        return (
+            self.has(node)
+            and all(self.state_path(StateRef(node, e)) for e in products.weights)  # type: ignore[arg-type]
+            and all(self.state_path(StateRef(node, e), "momentum") for e in products.momentum)  # type: ignore[arg-type]
+            and all((self.path(node) / trace_name(f)).exists() for f in products.traces)
+        )
 
-    def state_path(self, ref: StateRef) -> Path | None:
-        """The file of a state, or None. A run that diverged before the epoch stands there with its last state."""
+    def state_path(self, ref: StateRef, what: str = "state") -> Path | None:
+        """The file of a state or "momentum", or None. A run that diverged before the epoch stands there with its last
+        state."""
         if not self.has(ref.node):
             return None
         epoch = min(ref.epoch, self.node(ref.node)["result"]["epochs"])
-        path = self.path(ref.node) / f"state-{epoch}.safetensors"
+        path = self.path(ref.node) / f"{what}-{epoch}.safetensors"
         return path if path.exists() else None
+
+    def metrics(self, node: Train) -> dict[int, dict[str, float]]:
+        """By epoch (from 1) what a published run measured. InputError if the file is damaged."""
+        return self._numbers(node, "metrics.csv")
+
+    def trace(self, trace: Trace) -> dict[int, dict[str, float]]:
+        """By epoch (0: before the first) the LPR of each layer, up to the epoch in which the run diverged."""
+        return self._numbers(trace.node, trace_name(trace.fraction))
+
+    def _numbers(self, node: Node, name: str) -> dict[int, dict[str, float]]:
+        path = self.path(node) / name
+        try:
+            with path.open(newline="") as f:
+                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f, strict=True)]
+            return {int(row.pop("epoch")): row for row in rows}
+        except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+            raise InputError(f"{path}: damaged or unreadable ({error}); delete its folder to make it again") from error
 
     def node(self, node: Node) -> dict[str, Any]:
         """node.json of a published node. InputError if it is damaged."""
@@ -82,8 +119,11 @@ class RunStore:
     def mask_path(self, node: Prune) -> Path:
         return self.path(node) / "mask.safetensors"
 
+    def filters_path(self, node: Filters) -> Path:
+        return self.path(node) / "filters.json"
+
     def partial_path(self, node: Train, name: str) -> Path:
-        """What a run in progress keeps: its "checkpoint", and the states that it has passed ("state-<epoch>")."""
+        """What a run in progress keeps: its "checkpoint", and what it has passed: "state-<epoch>", "momentum-<epoch>"."""
         return self.root / "partial" / f"{node.key}.{name}.safetensors"
 
     def publish(
@@ -96,7 +136,7 @@ class RunStore:
         """Makes the node's folder appear whole: written aside, flushed to disk, renamed. The first published wins.
 
         files: name -> function that writes it at the path it is given. A node that is there already only gains the
-        states that it lacks.
+        files that it lacks.
         """
         described = {
             "kind": node.kind,
@@ -109,7 +149,7 @@ class RunStore:
         final = self.path(node)
         if self.has(node):
             for name, write in files.items():
-                if name.startswith("state-") and not (final / name).exists():
+                if not (final / name).exists():
                     _write_atomically(final / name, write)
             return
         final.parent.mkdir(exist_ok=True)
@@ -162,7 +202,7 @@ class RunStore:
                 shutil.rmtree(folder, ignore_errors=True)
             for half_written in (self.root / "partial").glob(f".{node.key}.*"):
                 half_written.unlink(missing_ok=True)
-            for half_written in self.path(node).glob(".state-*"):
+            for half_written in self.path(node).glob(".*"):
                 half_written.unlink(missing_ok=True)
             yield True
         finally:
@@ -173,6 +213,11 @@ class RunStore:
         path = self.root / "logs" / f"{node.key}.log"
         path.write_text(text)
         return path
+
+
+def trace_name(fraction: float) -> str:
+    """The file of an LPR at each epoch."""
+    return f"ratios-{fraction!r}.csv"
 
 
 def check_format(root: Path) -> None:

@@ -141,10 +141,13 @@ class Trainer:
         self._captured.clear()
         release(self.model)
 
+    def would_prune(self, fraction: float) -> Mask:
+        """The mask that `prune` would leave; nothing is changed."""
+        return prune(self.flat.weight.abs(), Mask(self.flat.mask, self.flat.segments), fraction)
+
     def prune(self, fraction: float) -> Mask:
         """Prunes round(fraction x remaining) weights of the lowest magnitude over all layers, in place."""
-        now = Mask(self.flat.mask, self.flat.segments)
-        new = prune(self.flat.weight.abs(), now, fraction)
+        new = self.would_prune(fraction)
         self.flat.set_mask(new.keep)
         return new
 

@@ -1,4 +1,4 @@
-"""Computes one node. A Worker stays warm: it keeps a Trainer per network and the opened data set over many nodes."""
+"""Computes one node. A Worker stays warm: it keeps a Trainer per network and the opened data sets over many nodes."""
 
 import math
 import os
@@ -6,9 +6,9 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,70 @@ import torch
 from torch import Tensor
 
 import fastprune
-from fastprune.errors import InputError
-from fastprune.flat import layout, prunable
-from fastprune.graph import Runnable
 from fastprune.loaders import DataSource, Subset, open_data
 from fastprune.loaders.manifest import Manifest
-from fastprune.masks import Mask
 from fastprune.models import build, initial_model
-from fastprune.pruning import magnitude_scores, prune, random_scores
-from fastprune.specs import ALLOCATIONS, SCORES, Init, ModelSpec, Prune, Train
+from fastprune.selection import choose_filters, choose_weights, read_mask, read_state, smaller
+from fastprune.specs import DataSpec, Filters, Init, ModelSpec, Prune, Rewind, Runnable, Train
 from fastprune.step import EpochMetrics
-from fastprune.store import RunStore, write_csv
+from fastprune.store import Products, RunStore, trace_name, write_csv
 from fastprune.tensors import read_tensors, write_tensors
 from fastprune.train import Trainer
 
 Report = Callable[[int, int], None]
-"""Called with (epochs done, training images since the last call)."""
+"""Called with (epochs of the schedule done, training images since the last call)."""
+Files = dict[str, Callable[[Path], Any]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the images of a data set are read, and how."""
+
+    manifest: Manifest
+    folder: Path | None
+    loader: str
 
 
 @dataclass(frozen=True)
 class WorkConfig:
     """What a worker needs to know beside the node: nothing in here changes a result.
 
-    show: progress on stderr while the data set is opened.
+    images: by fingerprint. show: progress on stderr while a data set is opened.
     """
 
     store: Path
-    manifest: Manifest
-    folder: Path | None
-    loader: str
+    images: Mapping[str, Images]
     device: str = "cpu"
     threads: int = 1
     show: bool = False
     checkpoint_seconds: float = 60.0
+
+
+@dataclass
+class _Progress:
+    """What a run has behind it: the metrics of its epochs and, by fraction, the LPR at each epoch."""
+
+    begin: int
+    history: list[EpochMetrics] = field(default_factory=list)
+    traces: dict[float, list[dict[str, float]]] = field(default_factory=dict)
+
+    @property
+    def epoch(self) -> int:
+        return self.begin + len(self.history)
+
+    def trace(self, trainer: Trainer) -> None:
+        for fraction, rows in self.traces.items():
+            rows.append({"epoch": self.epoch, **trainer.would_prune(fraction).layerwise_ratios()})
+
+    def facts(self) -> dict[str, Any]:
+        traces = [[fraction, rows] for fraction, rows in self.traces.items()]
+        return {"history": [m.as_dict() for m in self.history], "traces": traces}
+
+    @classmethod
+    def of(cls, begin: int, facts: Any) -> "_Progress":
+        """ValueError, TypeError or KeyError for what is no progress."""
+        traces = {float(fraction): list(rows) for fraction, rows in facts["traces"]}
+        return cls(begin, [EpochMetrics(**m) for m in facts["history"]], traces)
 
 
 class Worker:
@@ -62,60 +93,80 @@ class Worker:
             torch.set_num_threads(config.threads)
         elif ":" in config.device:
             torch.cuda.set_device(config.device)  # where kernels and graphs go that name no device
-        self._source: DataSource | None = None
+        self._sources: dict[str, DataSource] = {}
         self._trainers: dict[tuple[ModelSpec, str], Trainer] = {}
         self._initial: dict[str, dict[str, Tensor]] = {}
 
-    def run(self, node: Runnable, states: list[int], report: Report) -> tuple[dict[str, Any], int]:
+    def run(self, node: Runnable, products: Products, report: Report) -> tuple[dict[str, Any], int]:
         """Computes and publishes a node whose parents are published; returns its result, and the epochs it took here.
 
-        states: epochs after which a training run's state is kept.
+        products: what a training run is to leave beside its metrics.
         """
+        if isinstance(node, Train):
+            return self._train(node, products, report)
+        began = time.perf_counter()
         if isinstance(node, Prune):
-            return self._prune(node), 0
-        return self._train(node, states, report)
+            source = node.source
+            state = self._initial_state(source) if isinstance(source, Init) else read_state(self.store, source)
+            result, files = choose_weights(self.store, node, state)
+        else:
+            manifest = self.config.images[node.source.node.data.fingerprint].manifest
+            result, files = choose_filters(self.store, node, manifest.height, self.config.device)
+        self.store.publish(node, result, self._provenance(None, time.perf_counter() - began, None), files)
+        return result, 0
 
-    def _train(self, node: Train, states: list[int], report: Report) -> tuple[dict[str, Any], int]:
-        trainer = self._trainer(node.model, node.precision)
-        history = self._start(trainer, node, states)
-        done_before = len(history)
-        trainer.set_mask(None if node.mask is None else self._mask(node.mask))
+    def _train(self, node: Train, products: Products, report: Report) -> tuple[dict[str, Any], int]:
+        trainer = self._trainer(node)
+        progress = self._start(trainer, node, products)
+        epochs_before = progress.epoch
         train, val = self._batches(node, trainer.images)
         saved_at = time.monotonic()
-        report(len(history), 0)
+        report(progress.epoch, 0)
 
         def on_epoch(metrics: EpochMetrics) -> None:
             nonlocal saved_at
-            history.append(metrics)
-            report(len(history), 0)
-            if metrics.epoch in states and metrics.epoch < node.stop:
-                self.store.save_partial(node, f"state-{metrics.epoch}", lambda p: write_tensors(p, trainer.state()))
-            if metrics.epoch < node.stop and time.monotonic() - saved_at >= self.config.checkpoint_seconds:
-                done = [m.as_dict() for m in history]
-                self.store.save_partial(node, "checkpoint", lambda p: write_tensors(p, trainer.state(), done))
+            progress.history.append(metrics)
+            report(progress.epoch, 0)
+            if metrics.diverged:
+                return
+            progress.trace(trainer)
+            if metrics.epoch == node.stop:
+                return
+            for what in _asked(products, metrics.epoch):
+                self.store.save_partial(node, f"{what}-{metrics.epoch}", _writer(trainer, what))
+            if time.monotonic() - saved_at >= self.config.checkpoint_seconds:
+                facts = progress.facts()
+                self.store.save_partial(node, "checkpoint", lambda p: write_tensors(p, trainer.state(), facts))
                 saved_at = time.monotonic()
 
-        if len(history) < node.stop and not (history and history[-1].diverged):
+        if progress.epoch < node.stop:
             trainer.fit(
                 train,
                 val,
                 node.optimizer,
                 node.schedule,
-                start=len(history),
+                start=progress.epoch,
                 stop=node.stop,
-                on_batch=lambda images: report(len(history), images),
+                on_batch=lambda images: report(progress.epoch, images),
                 on_epoch=on_epoch,
             )
-        last = history[-1]
-        files: dict[str, Callable[[Path], Any]] = {
-            "metrics.csv": lambda p: write_csv(p, [m.as_dict() for m in history])
-        }
-        for epoch in states:
-            if epoch < last.epoch:
-                source = self.store.partial_path(node, f"state-{epoch}")
-                files[f"state-{epoch}.safetensors"] = lambda p, source=source: shutil.copyfile(source, p)  # type: ignore
-            else:
-                files[f"state-{last.epoch}.safetensors"] = lambda p: write_tensors(p, trainer.state())
+        result = self._publish(node, products, progress, trainer)
+        if isinstance(node.mask, Filters):
+            trainer.close()
+        return result, progress.epoch - epochs_before
+
+    def _publish(self, node: Train, products: Products, progress: _Progress, trainer: Trainer) -> dict[str, Any]:
+        history, last = progress.history, progress.history[-1]
+        files: Files = {"metrics.csv": lambda p: write_csv(p, [m.as_dict() for m in history])}
+        for fraction, rows in progress.traces.items():
+            files[trace_name(fraction)] = partial(write_csv, rows=rows)
+        for epoch in sorted({*products.weights, *products.momentum}):
+            for what in _asked(products, epoch):
+                if epoch < last.epoch:
+                    passed = partial(shutil.copyfile, self.store.partial_path(node, f"{what}-{epoch}"))
+                    files[f"{what}-{epoch}.safetensors"] = passed
+                else:  # a run that diverged before stands there with its last state
+                    files[f"{what}-{last.epoch}.safetensors"] = _writer(trainer, what)
         result = {
             "epochs": last.epoch,
             "diverged": last.diverged,
@@ -124,79 +175,59 @@ class Worker:
         }
         rate = sum(m.images_per_second for m in history) / len(history)
         seconds = sum(m.seconds for m in history)
-        self.store.publish(node, result, self._provenance(seconds, rate), files)
+        loader = self.config.images[node.data.fingerprint].loader
+        self.store.publish(node, result, self._provenance(loader, seconds, rate), files)
         self.store.drop_partial(node)
-        return result, len(history) - done_before
-
-    def _start(self, trainer: Trainer, node: Train, states: list[int]) -> list[EpochMetrics]:
-        """Puts the trainer where the run begins, or where its checkpoint left it; returns the epochs done.
-
-        A checkpoint that has passed a state which is wanted only now does not help.
-        """
-        path = self.store.partial_path(node, "checkpoint")
-        if path.exists():
-            try:
-                state, done = read_tensors(path)
-                history = [EpochMetrics(**m) for m in done]
-                passed = (e for e in states if e <= len(history))
-                if all(self.store.partial_path(node, f"state-{e}").exists() for e in passed):
-                    trainer.load_state(state)
-                    return history
-            except (TypeError, ValueError) as error:
-                print(f"unusable checkpoint, this run starts from its beginning: {error}", file=sys.stderr)
-        trainer.load_state(self._initial_state(node.start), momentum=False)
-        return []
-
-    def _prune(self, node: Prune) -> dict[str, Any]:
-        if node.score not in SCORES or node.allocation not in ALLOCATIONS:
-            raise ValueError(f"cannot prune by score {node.score!r} with allocation {node.allocation!r}")
-        began = time.perf_counter()
-        if node.prior is not None:
-            mask = self._mask(node.prior)
-        else:
-            with torch.device("meta"):
-                model = build(node.model)
-            mask = Mask.dense(layout(prunable(model)))
-        if node.score == "random":
-            scores = random_scores(mask, node.seed, node.round)
-        else:
-            scores = magnitude_scores(self._weights(node), mask)
-        new = prune(scores, mask, node.fraction)
-        result = {
-            "round": node.round,
-            "total": new.total,
-            "kept": new.kept,
-            "density": new.density,
-            "layerwise_ratios": new.layerwise_ratios(),
-        }
-        self.store.publish(
-            node,
-            result,
-            self._provenance(time.perf_counter() - began, None),
-            {"mask.safetensors": new.save, "layers.csv": lambda p: p.write_text(new.ratios_csv())},
-        )
         return result
 
-    def _mask(self, node: Prune) -> Mask:
-        path = self.store.mask_path(node)
-        with _to_be_made_again(path):
-            return Mask.load(path)
+    def _start(self, trainer: Trainer, node: Train, products: Products) -> _Progress:
+        """Puts the trainer where the run begins, or where its checkpoint left it; returns what is done."""
+        progress = self._resume(trainer, node, products)
+        if progress is None:
+            progress = _Progress(node.begin, traces={fraction: [] for fraction in products.traces})
+            if not isinstance(node.mask, Filters):  # such a network begins as it was cut
+                self._load_start(trainer, node.start)
+            progress.trace(trainer)
+        if isinstance(node.mask, Prune):
+            trainer.set_mask(read_mask(self.store, node.mask))
+        return progress
 
-    def _weights(self, node: Prune) -> dict[str, Tensor]:
-        if isinstance(node.source, Init):
-            state = self._initial_state(node.source)
+    def _load_start(self, trainer: Trainer, start: Init | Rewind) -> None:
+        """Weights, batch-norm statistics and, where it is restored, momentum."""
+        if isinstance(start, Init):
+            trainer.load_state(self._initial_state(start), momentum=False)
         else:
-            path = self.store.state_path(node.source)
-            if path is None:
-                raise RuntimeError(f"training {node.source.node.key} has no state after epoch {node.source.epoch}")
-            with _to_be_made_again(path):
-                state, _ = read_tensors(path)
-        return {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+            trainer.load_state(read_state(self.store, start.state, momentum=start.momentum), momentum=start.momentum)
 
-    def _trainer(self, model: ModelSpec, precision: str) -> Trainer:
-        if (model, precision) not in self._trainers:
-            self._trainers[model, precision] = Trainer(build(model), device=self.config.device, precision=precision)
-        return self._trainers[model, precision]
+    def _resume(self, trainer: Trainer, node: Train, products: Products) -> _Progress | None:
+        """What a checkpoint holds. One that has passed something which is wanted only now does not help."""
+        path = self.store.partial_path(node, "checkpoint")
+        if not path.exists():
+            return None
+        try:
+            state, facts = read_tensors(path)
+            progress = _Progress.of(node.begin, facts)
+            for epoch in (e for e in {*products.weights, *products.momentum} if e <= progress.epoch):
+                names = (f"{what}-{epoch}" for what in _asked(products, epoch))
+                if not all(self.store.partial_path(node, name).exists() for name in names):
+                    return None
+            if not set(products.traces) <= set(progress.traces):
+                return None
+            trainer.load_state(state)
+        except (TypeError, ValueError, KeyError) as error:
+            print(f"unusable checkpoint, this run starts from its beginning: {error}", file=sys.stderr)
+            return None
+        return progress
+
+    def _trainer(self, node: Train) -> Trainer:
+        if isinstance(node.mask, Filters):
+            assert isinstance(node.start, Rewind)
+            model = smaller(self.store, node.mask, read_state(self.store, node.start.state), self._size(node.data))
+            return Trainer(model, device=self.config.device, precision=node.precision)
+        which = node.model, node.precision
+        if which not in self._trainers:
+            self._trainers[which] = Trainer(build(node.model), device=self.config.device, precision=node.precision)
+        return self._trainers[which]
 
     def _initial_state(self, init: Init) -> dict[str, Tensor]:
         if init.key not in self._initial:
@@ -204,30 +235,40 @@ class Worker:
             self._initial = {init.key: {f"model.{name}": tensor for name, tensor in state.items()}}
         return self._initial[init.key]
 
+    def _size(self, data: DataSpec) -> int:
+        return self.config.images[data.fingerprint].manifest.height
+
     def _batches(self, node: Train, dtype: torch.dtype) -> tuple[Any, Any]:
         data, batch_size = node.data, node.optimizer.batch_size
-        if self._source is None:
-            c = self.config
-            self._source = open_data(c.manifest, c.folder, loader=c.loader, device=c.device, show=c.show)
+        if data.fingerprint not in self._sources:
+            c, found = self.config, self.config.images[data.fingerprint]
+            self._sources[data.fingerprint] = open_data(
+                found.manifest, found.folder, loader=found.loader, device=c.device, show=c.show
+            )
+        source = self._sources[data.fingerprint]
         subset = Subset(data.classes, data.train_per_class, data.val_per_class)
         how = {"batch_size": batch_size, "subset": subset, "dtype": dtype}
-        return self._source.train(seed=node.seed, **how), self._source.val(**how)
+        return source.train(seed=node.seed, **how), source.val(**how)
 
-    def _provenance(self, seconds: float, rate: float | None) -> dict[str, Any]:
-        where = environment(self.config.loader, [self.config.device])
+    def _provenance(self, loader: str | None, seconds: float, rate: float | None) -> dict[str, Any]:
+        where = environment(loader, [self.config.device])
         return {**where, "wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
 
 
-@contextmanager
-def _to_be_made_again(path: Path) -> Iterator[None]:
-    """Says what to do about a damaged file of a published node."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{error}; delete the folder {path.parent} to make it again") from error
+def _asked(products: Products, epoch: int) -> list[str]:
+    """What is kept of the state after `epoch`."""
+    return [what for what, epochs in (("state", products.weights), ("momentum", products.momentum)) if epoch in epochs]
 
 
-def environment(loader: str, devices: list[str]) -> dict[str, Any]:
+def _writer(trainer: Trainer, what: str) -> Callable[[Path], Any]:
+    def write(path: Path) -> None:
+        state = trainer.state().items()
+        write_tensors(path, {k: t for k, t in state if k.startswith("model.") == (what == "state")})
+
+    return write
+
+
+def environment(loader: str | None, devices: list[str]) -> dict[str, Any]:
     """Where results are computed: versions, devices, threads, loader. Recorded, never part of a key."""
 
     def name(device: str) -> str:

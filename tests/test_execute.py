@@ -4,7 +4,6 @@ import shutil
 from dataclasses import replace
 
 import pytest
-import torch
 
 from fastprune import execute as execution
 from fastprune import schedule, work
@@ -18,63 +17,17 @@ from fastprune.settings import preset
 from fastprune.specs import DataSpec, Prune, Train
 from fastprune.store import RunStore
 from fastprune.work import WorkConfig, Worker
+from tests.made_up import Images, Silent, eval_runs, find_runs, masks
 
 SETTINGS = preset(a2.PROTOCOL, "smoke").override(seeds=1, rounds=2, fraction=0.6, epochs=3, batch_size=8)
 DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
 
 
-class Source:
-    """Gaussian images whose mean tells the class."""
-
-    def train(self, *, seed, batch_size, subset, dtype):
-        return Epochs(seed, batch_size)
-
-    def val(self, *, batch_size, subset, dtype):
-        return Epochs(99, batch_size)
-
-
-class Epochs:
-    def __init__(self, seed: int, batch_size: int) -> None:
-        self.seed, self.batch_size, self.epoch = seed, batch_size, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return 3
-
-    def __iter__(self):
-        g = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-        for _ in range(3):
-            labels = torch.randint(4, (self.batch_size,), generator=g)
-            yield torch.randn(self.batch_size, 3, 32, 32, generator=g) + labels.view(-1, 1, 1, 1), labels
-
-
-class Silent:
-    """A View that remembers."""
-
-    def __init__(self) -> None:
-        self.finished_nodes: list = []
-        self.failures: list = []
-        self.images = 0
-
-    def started(self, worker, node): ...
-
-    def progress(self, worker, node, epoch, images):
-        self.images += images
-
-    def finished(self, worker, node, result):
-        self.finished_nodes.append(node)
-
-    def failed(self, worker, node, reason):
-        self.failures.append((node, reason))
-
-
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> WorkConfig:
-    monkeypatch.setattr(work, "open_data", lambda *args, **kwargs: Source())
+    monkeypatch.setattr(work, "open_data", lambda *args, **kwargs: Images())
     manifest = Manifest.__new__(Manifest)  # nothing looks into it
-    return WorkConfig(tmp_path, manifest, None, "made up", checkpoint_seconds=0.0)
+    return WorkConfig(tmp_path, {DATA.fingerprint: work.Images(manifest, None, "made up")}, checkpoint_seconds=0.0)
 
 
 def chains(**changes) -> Chains:
@@ -95,27 +48,27 @@ def contents(store: RunStore) -> dict[str, bytes]:
 
 def test_a_chain_of_rounds_by_hand(config):
     c = chains()
-    graph = Graph.of([*c.find_runs(0.2), c.masks(0.2)[-1]])
+    graph = Graph.of([*find_runs(c, 0.2), masks(c, 0.2)[-1]])
     view = Silent()
     outcome = execute(graph, config, view)
     assert outcome.done == [n.key for n in graph.nodes]
     store = RunStore(config.store)
-    first, second = (store.node(m)["result"] for m in c.masks(0.2))
+    first, second = (store.node(m)["result"] for m in masks(c, 0.2))
     assert first["kept"] == first["total"] - round(0.6 * first["total"])
     assert second["kept"] == first["kept"] - round(0.6 * first["kept"])
     assert view.images == 2 * 3 * 24
-    assert (store.path(c.masks(0.2)[0]) / "layers.csv").read_text().startswith("layer,weights,kept")
+    assert (store.path(masks(c, 0.2)[0]) / "layers.csv").read_text().startswith("layer,weights,kept")
     assert not list((config.store / "partial").iterdir())
     assert execute(graph, config, Silent()).done == []
 
 
 def test_only_what_is_missing_is_computed(config):
     c = chains()
-    graph = Graph.of(c.eval_runs(None, 0.5))
-    execute(Graph.of(c.eval_runs(None, 0.5)[:2]), config, Silent())
+    graph = Graph.of(eval_runs(c, None, 0.5))
+    execute(Graph.of(eval_runs(c, None, 0.5)[:2]), config, Silent())
     view = Silent()
     execute(graph, config, view)
-    assert {n.key for n in view.finished_nodes} == {c.eval_runs(None, 0.5)[2].key, c.masks(None)[1].key}
+    assert {n.key for n in view.finished_nodes} == {eval_runs(c, None, 0.5)[2].key, masks(c, None)[1].key}
 
 
 class Killed(BaseException):
@@ -125,7 +78,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after", range(1, 12))
 def test_interrupted_anywhere_it_ends_the_same(config, monkeypatch, after, tmp_path_factory):
     c = chains()
-    graph = Graph.of(c.find_runs(0.2))
+    graph = Graph.of(find_runs(c, 0.2))
     whole = replace(config, store=tmp_path_factory.mktemp("whole"))
     execute(graph, whole, Silent())
     left = after
@@ -156,7 +109,7 @@ def test_interrupted_anywhere_it_ends_the_same(config, monkeypatch, after, tmp_p
 
 def test_a_resumed_run_trains_only_the_epochs_it_lacks(config, monkeypatch):
     c = chains()
-    run = c.find_runs(0.2)[0]
+    run = find_runs(c, 0.2)[0]
     graph = Graph.of([run])
     original = work.Trainer.fit
 
@@ -179,7 +132,7 @@ def test_a_resumed_run_trains_only_the_epochs_it_lacks(config, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_said_and_the_run_starts_again(config, capsys):
-    run = chains().find_runs(0.2)[0]
+    run = find_runs(chains(), 0.2)[0]
     store = RunStore(config.store)
     store.save_partial(run, "checkpoint", lambda p: p.write_bytes(b"damaged"))
     view = Silent()
@@ -190,22 +143,22 @@ def test_a_damaged_checkpoint_is_said_and_the_run_starts_again(config, capsys):
 
 def test_divergence_is_a_result(config):
     c = chains(lr_find=(1e30,))
-    graph = Graph.of(c.eval_runs(1e30, 0.5))
+    graph = Graph.of(eval_runs(c, 1e30, 0.5))
     view = Silent()
     outcome = execute(graph, config, view)
     assert outcome.failed == {}
     store = RunStore(config.store)
-    result = store.node(c.find_runs(1e30)[0])["result"]
+    result = store.node(find_runs(c, 1e30)[0])["result"]
     assert result["diverged"] is True
     assert result["accuracy"] is None
     assert result["epochs"] < 3
-    mask = store.node(c.masks(1e30)[0])["result"]
+    mask = store.node(masks(c, 1e30)[0])["result"]
     assert mask["kept"] == mask["total"] - round(0.6 * mask["total"])
 
 
 def test_a_failure_is_kept_and_the_others_go_on(config, monkeypatch):
     c = chains()
-    graph = Graph.of([*c.find_runs(0.2), *c.eval_runs(None, 0.5)])
+    graph = Graph.of([*find_runs(c, 0.2), *eval_runs(c, None, 0.5)])
     original = Worker._train
 
     def fail_on_find(self, node, states, report):
@@ -217,7 +170,7 @@ def test_a_failure_is_kept_and_the_others_go_on(config, monkeypatch):
         patch.setattr(Worker, "_train", fail_on_find)
         view = Silent()
         outcome = execute(graph, config, view)
-    assert list(outcome.failed) == [c.find_runs(0.2)[0].key]
+    assert list(outcome.failed) == [find_runs(c, 0.2)[0].key]
     assert outcome.not_reached == 2
     assert "planted" in view.failures[0][1]
     log = next((config.store / "logs").iterdir()).read_text()
@@ -232,18 +185,18 @@ def test_a_full_disk_is_bad_input(config, monkeypatch):
 
     monkeypatch.setattr(work, "write_csv", full)
     with pytest.raises(InputError, match="No space left") as error:
-        execute(Graph.of(chains().find_runs(0.2)[:1]), config, Silent())
+        execute(Graph.of(find_runs(chains(), 0.2)[:1]), config, Silent())
     assert "\n" not in str(error.value)
     assert not list((config.store / "tmp").iterdir())
 
 
 def test_a_damaged_mask_says_what_to_delete_and_then_is_made_again(config):
     c = chains()
-    first = c.masks(None)[0]
+    first = masks(c, None)[0]
     execute(Graph.of([first]), config, Silent())
     store = RunStore(config.store)
     store.mask_path(first).write_bytes(b"")
-    graph = Graph.of(c.eval_runs(None, 0.5)[:2])
+    graph = Graph.of(eval_runs(c, None, 0.5)[:2])
     with pytest.raises(InputError, match=f"delete the folder {store.path(first)}"):
         execute(graph, config, Silent())
     shutil.rmtree(store.path(first))
@@ -251,32 +204,32 @@ def test_a_damaged_mask_says_what_to_delete_and_then_is_made_again(config):
 
 
 def test_what_another_process_published_is_not_counted_as_done_here(config):
-    run = chains().find_runs(0.2)[0]
+    run = find_runs(chains(), 0.2)[0]
     queue = Queue(Graph.of([run]), RunStore(config.store))
     execute(Graph.of([run]), config, Silent())
     outcome = Outcome(["cpu"])
     execution._run_here(queue, config, Silent(), outcome)
-    assert (outcome.done, outcome.found, outcome.trained, outcome.epochs) == ([], 1, 0, 0)
+    assert (outcome.done, outcome.found, outcome.epochs) == ([], [run.key], {})
 
 
 def test_an_unknown_allocation_is_no_global_mask(config):
-    prune = replace(chains().masks(None)[0], allocation="by moonlight")
+    prune = replace(masks(chains(), None)[0], allocation="by moonlight")
     outcome = execute(Graph.of([prune]), config, Silent())
     assert "by moonlight" in outcome.failed[prune.key]
 
 
 def test_the_longest_chain_goes_first(config):
     c = chains(rounds=3)
-    graph = Graph.of([*c.eval_runs(None, 0.5), *c.find_runs(0.2)])
+    graph = Graph.of([*eval_runs(c, None, 0.5), *find_runs(c, 0.2)])
     queue = Queue(graph, RunStore(config.store))
     first = queue.next()
     assert isinstance(first, Train)
-    assert first.key == c.find_runs(0.2)[0].key
+    assert first.key == find_runs(c, 0.2)[0].key
     assert isinstance(queue.next(), Prune)
 
 
 def test_a_node_that_another_process_computes_is_waited_for(config, monkeypatch):
-    run = chains().find_runs(0.2)[0]
+    run = find_runs(chains(), 0.2)[0]
     graph = Graph.of([run])
     monkeypatch.setattr(schedule, "_BUSY_SECONDS", 0.01)
     store = RunStore(config.store)
@@ -286,7 +239,7 @@ def test_a_node_that_another_process_computes_is_waited_for(config, monkeypatch)
         queue = Queue(graph, store)
         outcome = Outcome(["cpu"])
         node = queue.next()
-        answer = execution._compute(Worker(config), node, [], lambda epoch, images: None)
+        answer = execution._compute(Worker(config), graph, node, lambda epoch, images: None)
         assert answer == ("busy", None)
         execution._settle(queue, Silent(), outcome, 0, node, answer)
         assert queue.left == 1

@@ -10,6 +10,7 @@ from fastprune.figures.plan import Chains
 from fastprune.graph import Cost, Graph
 from fastprune.settings import PRESETS, preset
 from fastprune.specs import DataSpec, Init, ModelSpec, OptimizerSpec, Prune, ScheduleSpec, StateRef, Train, n_to_prune
+from tests.made_up import eval_runs, find_runs, masks
 
 DATA = DataSpec("tiny-imagenet", "f" * 64, 200, None, None, 100_000, 10_000)
 PAPER = preset(a2.PROTOCOL, "paper")
@@ -37,13 +38,13 @@ def test_every_node_stands_once_and_after_its_parents():
 
 def test_an_eval_run_at_its_find_rate_is_the_find_run():
     chains = Chains(SMALL, DATA, 0)
-    assert [n.key for n in chains.find_runs(0.8)] == [n.key for n in chains.eval_runs(0.8, 0.8)[:-1]]
-    assert chains.eval_runs(0.2, 0.5)[0].key == chains.eval_runs(None, 0.5)[0].key
-    assert chains.eval_runs(0.2, 0.5)[1].key != chains.eval_runs(None, 0.5)[1].key
+    assert [n.key for n in find_runs(chains, 0.8)] == [n.key for n in eval_runs(chains, 0.8, 0.8)[:-1]]
+    assert eval_runs(chains, 0.2, 0.5)[0].key == eval_runs(chains, None, 0.5)[0].key
+    assert eval_runs(chains, 0.2, 0.5)[1].key != eval_runs(chains, None, 0.5)[1].key
 
 
 def test_random_masks_rest_on_no_training():
-    nodes = Graph.of(Chains(SMALL, DATA, 0).masks(None)).nodes
+    nodes = Graph.of(masks(Chains(SMALL, DATA, 0), None)).nodes
     assert [type(n) for n in nodes] == [Prune] * 3
     assert [n.round for n in nodes] == [1, 2, 3]
 
@@ -51,7 +52,7 @@ def test_random_masks_rest_on_no_training():
 def other_values():
     """A train and a prune node, and the same with each semantic field changed in turn."""
     chains = Chains(SMALL, DATA, 0)
-    train, prune = chains.find_runs(0.2)[1], chains.masks(0.2)[1]
+    train, prune = find_runs(chains, 0.2)[1], masks(chains, 0.2)[1]
     yield "train.data.fingerprint", train, replace(train, data=replace(DATA, fingerprint="0"))
     yield "train.data.classes", train, replace(train, data=replace(DATA, classes=10))
     yield "train.data.train_per_class", train, replace(train, data=replace(DATA, train_per_class=3))
@@ -62,7 +63,7 @@ def other_values():
         yield f"train.model.{f.name}", train, replace(train, start=Init(changed, 0))
     yield "train.start.seed", train, replace(train, start=Init(train.model, 1))
     yield "train.mask", train, replace(train, mask=None)
-    yield "train.mask's parents", train, replace(train, mask=chains.masks(0.05)[0])
+    yield "train.mask's parents", train, replace(train, mask=masks(chains, 0.05)[0])
     for f in fields(OptimizerSpec):
         value = True if f.name == "nesterov" else 0.25 if f.name != "batch_size" else 8
         yield f"train.optimizer.{f.name}", train, replace(train, optimizer=replace(train.optimizer, **{f.name: value}))
@@ -100,16 +101,16 @@ def test_no_field_is_left_out_of_the_test_above():
 def test_keys_are_pinned():
     """A change of these keys orphans every store: it needs a new SEMANTICS, on purpose."""
     chains = Chains(SMALL, DATA, 0)
-    assert chains.find_runs(0.2)[1].key == "d07e7c4ed419b2e4358bd4b0a8954976"
-    assert chains.masks(None)[1].key == "1cc00ce17e765a1103520de376fd94c9"
+    assert find_runs(chains, 0.2)[1].key == "d07e7c4ed419b2e4358bd4b0a8954976"
+    assert masks(chains, None)[1].key == "1cc00ce17e765a1103520de376fd94c9"
 
 
 def test_what_is_longest_starts_first():
     g = graph()
     chain = Chains(SMALL, DATA, 0)
-    heights = [g.height[n.key] for n in chain.find_runs(0.05)]
+    heights = [g.height[n.key] for n in find_runs(chain, 0.05)]
     assert heights == [12, 8, 4]
-    assert g.height[chain.eval_runs(0.05, 0.5)[-1].key] == 0
+    assert g.height[eval_runs(chain, 0.05, 0.5)[-1].key] == 0
 
 
 def test_milestones_scale_with_the_epochs_unless_given():

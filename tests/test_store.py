@@ -14,10 +14,11 @@ from fastprune.graph import Graph
 from fastprune.settings import preset
 from fastprune.specs import DataSpec, StateRef
 from fastprune.store import RunStore, write_csv
+from tests.made_up import find_runs, masks
 
 DATA = DataSpec("tiny-imagenet", "f" * 64, 200, None, None, 100_000, 10_000)
 CHAINS = Chains(preset(a2.PROTOCOL, "paper").override(rounds=2), DATA, 0)
-TRAIN, PRUNE = CHAINS.find_runs(0.2)[0], CHAINS.masks(0.2)[0]
+TRAIN, PRUNE = find_runs(CHAINS, 0.2)[0], masks(CHAINS, 0.2)[0]
 
 
 def publish(store: RunStore, node=TRAIN, text: str = "one", states: tuple[int, ...] = ()) -> None:
@@ -58,7 +59,7 @@ def test_a_write_that_fails_publishes_nothing(tmp_path):
 def test_a_published_node_gains_states_that_are_asked_for_later(tmp_path):
     store = RunStore(tmp_path)
     publish(store)
-    assert not store.has_state(TRAIN.final)
+    assert not store.state_path(TRAIN.final)
     assert TRAIN in Graph.of([PRUNE]).todo(store)
     publish(store, text="later", states=(110,))
     assert store.state_path(TRAIN.final).read_text() == "later"
@@ -69,8 +70,8 @@ def test_a_published_node_gains_states_that_are_asked_for_later(tmp_path):
 def test_a_run_that_diverged_stands_with_its_last_state(tmp_path):
     store = RunStore(tmp_path)
     store.publish(TRAIN, {"epochs": 3}, {}, {"state-3.safetensors": lambda p: p.write_text("x")})
-    assert store.has_state(TRAIN.final)
-    assert not store.has_state(StateRef(TRAIN, 2))
+    assert store.state_path(TRAIN.final)
+    assert not store.state_path(StateRef(TRAIN, 2))
 
 
 def test_a_trained_parent_is_not_trained_again_for_a_finished_prune(tmp_path):

@@ -1,7 +1,11 @@
 """Figure A2: ResNet-18 on Tiny ImageNet, masks found with three learning rates and at random, evaluated with two."""
 
-from fastprune.figures.claims import Claim, Comparison
-from fastprune.figures.plan import Chains, Point, evaluation_panel, find_panel, series_name
+from typing import Any
+
+from fastprune.figures.claims import Claim
+from fastprune.figures.claims_accuracy import Comparison
+from fastprune.figures.draw import Panel
+from fastprune.figures.plan import Point, Source, grid
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec
 
@@ -16,31 +20,26 @@ PROTOCOL = Settings(
     lr_find=(0.05, 0.2, 0.8),
     lr_eval=(0.5, 0.8),
 )
-
+PRESETS: dict[str, dict[str, Any]] = {}
+UNUSED = ("prune_epochs", "sparsities")
 
 MASKED = (0.001, 0.8)
 """Densities over which masks are compared: every round from the first, down to 0.8 ** 30."""
 
 
-def panels(settings: Settings) -> dict[str, str]:
-    """Panel letter -> title, one for each LR_eval."""
-    return {chr(ord("a") + i): f"LR_eval = {lr:g}" for i, lr in enumerate(settings.lr_eval)}
-
-
-def points(settings: Settings, data: DataSpec) -> list[Point]:
-    """Every point of the figure, and the find runs."""
-    found = []
-    for seed in range(settings.seeds):
-        chains = Chains(settings, data, seed)
-        found += find_panel(chains, settings.lr_find)
-        for panel, lr_eval in zip(panels(settings), settings.lr_eval, strict=True):
-            found += evaluation_panel(panel, chains, (*settings.lr_find, None), lr_eval)
-    return found
+def panels(settings: Settings) -> dict[str, Panel]:
+    """One for each LR_eval."""
+    return {chr(ord("a") + i): Panel(f"LR_eval = {lr:g}") for i, lr in enumerate(settings.lr_eval)}
 
 
 def series(settings: Settings) -> dict[str, str]:
     """Series -> label, in the legend's order."""
-    return {series_name(lr): f"LR_find = {lr:g}" for lr in settings.lr_find} | {"random": "random pruning"}
+    return {f"{lr:g}": f"LR_find = {lr:g}" for lr in settings.lr_find} | {"random": "random pruning"}
+
+
+def points(settings: Settings, data: DataSpec) -> list[Point]:
+    """Every point of the figure, and the find runs."""
+    return grid(settings, data, [*map(Source, settings.lr_find), Source(None)])
 
 
 def claims(settings: Settings) -> list[Claim]:

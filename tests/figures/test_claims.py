@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.figures.claims import Claim, Comparison, judge, t_interval
+from fastprune.figures.claims import Claim, judge, t_interval
+from fastprune.figures.claims_accuracy import Comparison
 from fastprune.figures.results import Row
 
 CHANCE = 0.005
@@ -20,7 +21,7 @@ def claim(*comparisons):
 
 
 def row(series, seed, number, y, panel="a"):
-    return Row("A2", panel, series, seed, number, 0.8**number, y, 0.1, 0.5, y is None, "node")
+    return Row("A2", panel, series, seed, number, 0.8**number, y, 0.1, 0.5, y is None, 0, "node")
 
 
 def gap(points, *, rounds=5, base=0.4, panel="a", left="0.05", right="0.8"):

@@ -1,0 +1,73 @@
+"""From published runs to the rows of results.csv."""
+
+from collections.abc import Iterable
+from statistics import fmean
+
+from fastprune.figures.plan import AnyPoint, Point, TracePoint
+from fastprune.figures.results import Row
+from fastprune.specs import Prune
+from fastprune.store import Products, RunStore
+
+_MEASURED = {
+    "filters": "removed_fraction",
+    "parameters": "parameters",
+    "flops": "flops",
+    "latency": "latency_ms",
+}
+"""What stands on the axis -> where a filter selection's result has it."""
+
+
+def collect(figure: str, points: Iterable[AnyPoint], store: RunStore) -> list[Row]:
+    """The rows of every point whose runs are published."""
+    rows: list[Row] = []
+    for point in points:
+        if isinstance(point, TracePoint):
+            if store.holds(point.node, Products(traces=(point.trace.fraction,))):
+                rows += _trace_rows(figure, point, store)
+        elif all(store.has(node) for node in point.wanted):
+            rows.append(_row(figure, point, store))
+    return rows
+
+
+def _row(figure: str, p: Point, store: RunStore) -> Row:
+    result = store.node(p.node)["result"]
+    accuracy = result["accuracy"]
+    if p.epoch is not None and p.epoch != p.node.stop:
+        accuracy = store.metrics(p.node)[p.epoch]["val_accuracy"] if p.epoch <= result["epochs"] else None
+        if result["diverged"] and p.epoch == result["epochs"]:
+            accuracy = None
+    x, dead = 1.0, 0
+    if p.filters is not None:
+        x = float(store.node(p.filters)["result"][_MEASURED[p.x]])
+    elif isinstance(p.node.mask, Prune):
+        mask = store.node(p.node.mask)["result"]
+        x = mask["density"]
+        dead = sum(ratio == 1.0 for ratio in mask["layerwise_ratios"].values())
+    gone = accuracy is None
+    return Row(
+        figure, p.panel, p.series, p.seed, p.round, x, accuracy, p.lr_find, p.lr_eval, gone, dead, p.node.key
+    )
+
+
+def _trace_rows(figure: str, p: TracePoint, store: RunStore) -> list[Row]:
+    """A row for each epoch and layer, or for each epoch; from the epoch on in which the run diverged without a value."""
+    trace = store.trace(p.trace)
+    diverged = store.node(p.node)["result"]["diverged"]
+    layers = list(trace[0])
+    rows = []
+    for epoch in range(p.node.stop + 1):
+        ratios = trace.get(epoch)
+        values: dict[str, float | None]
+        if p.series is None:
+            values = dict.fromkeys(layers) if ratios is None else dict(ratios)
+        elif ratios is None or diverged:  # there is no end to compare with
+            values = {p.series: None}
+        else:
+            end = trace[p.node.stop]
+            values = {p.series: fmean(abs(ratios[layer] - end[layer]) for layer in layers)}
+        for series, y in values.items():
+            about = [series] if p.series is None else layers
+            dead = 0 if ratios is None else sum(ratios[layer] == 1.0 for layer in about)
+            where = (figure, p.panel, series, p.seed, epoch, float(epoch))
+            rows.append(Row(*where, y, p.lr_find, None, y is None, dead, p.node.key))
+    return rows
