@@ -24,7 +24,7 @@ from fastprune.masks import Mask, MaskedConv2d, attach
 from fastprune.models import build, initial_model
 from fastprune.pruning import prune, random_scores
 from fastprune.reproduce import run
-from fastprune.request import Request
+from fastprune.request import FigureRequest, Request
 from fastprune.settings import preset
 from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
 from fastprune.train import Trainer
@@ -143,9 +143,8 @@ def check_rounds(s: Suite) -> str:
     settings = preset(load("A2").PROTOCOL, "smoke").override(seeds=1, **size)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        request = Request(
-            "A2", "smoke", settings, "synthetic", root / "out", root / "store", device=str(s.device), workers=1
-        )
+        figure = FigureRequest("A2", "smoke", settings, "synthetic", root / "out")
+        request = Request((figure,), root / "store", device=str(s.device), workers=1)
         seen = []
         for _ in range(2):
             said = io.StringIO()

@@ -23,9 +23,7 @@ class Graph:
         wanted = list(wanted)
         traces = tuple(w for w in wanted if isinstance(w, Trace))
         seen: dict[str, Runnable] = {}
-        stack: list[tuple[Runnable, bool]] = [
-            (w.node if isinstance(w, Trace) else w, False) for w in reversed(wanted)
-        ]
+        stack: list[tuple[Runnable, bool]] = [(w.node if isinstance(w, Trace) else w, False) for w in reversed(wanted)]
         while stack:
             node, expanded = stack.pop()
             if node.key in seen:
@@ -77,7 +75,9 @@ class Graph:
         """What the run is to leave: what others read of it, and the LPR at each epoch of a run that is pruned first,
         as that costs next to nothing and may spare training it again."""
         needed = self.needed(node)
-        return Products(needed.weights, needed.momentum, tuple(sorted({*needed.traces, *self._first.get(node.key, ())})))
+        return Products(
+            needed.weights, needed.momentum, tuple(sorted({*needed.traces, *self._first.get(node.key, ())}))
+        )
 
     def needed(self, node: Runnable) -> Products:
         """What others read of the run."""

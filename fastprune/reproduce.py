@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import InputError
 from fastprune.figures import load
+from fastprune.figures.axes import Drawing
 from fastprune.figures.claims import judge
 from fastprune.figures.collect import collect
-from fastprune.figures.draw import Drawing
 from fastprune.figures.plan import AnyPoint
 from fastprune.figures.report import redraw as draw_again
 from fastprune.figures.report import summarize, terminal_summary, write_all
@@ -221,7 +221,9 @@ def redraw(request: Request) -> int:
     """Draws again from results.csv; titles and notes are those of summary.json, where that is still there."""
     for figure in request.figures:
         if not figure.out.is_dir():
-            raise InputError(f"no results.csv in {figure.out}: run the figure first, or give its folder's parent as --out")
+            raise InputError(
+                f"no results.csv in {figure.out}: run the figure first, or give its folder's parent as --out"
+            )
         _check_writable(figure.out)
         with tempfile.TemporaryDirectory(dir=figure.out) as caches:
             _keep_caches_in(Path(caches))

@@ -127,7 +127,9 @@ def smaller(store: RunStore, node: Filters, state: dict[str, Tensor], image_size
         selection = structured.Selection.from_dict(json.loads(path.read_text()))
         return structured.remove(_with_weights(node, state), selection, image_size)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged or missing ({error}); delete the folder {path.parent} to make it again") from error
+        raise InputError(
+            f"{path}: damaged or missing ({error}); delete the folder {path.parent} to make it again"
+        ) from error
 
 
 def _with_weights(node: Filters, state: dict[str, Tensor]) -> nn.Module:

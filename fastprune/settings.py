@@ -20,7 +20,7 @@ class Settings:
     schedule's last rate throughout.
 
     milestones, warmup_epochs, rewind_epoch and prune_epochs are epochs of a run of `protocol_epochs`: a run of other
-    length scales them, but not those given `by_hand`. image_size: pixels a side of generated images; others have theirs.
+    length scales them, but not those given `by_hand`. image_size: a side of generated images, in pixels.
     """
 
     model: str
@@ -143,7 +143,9 @@ def check(s: Settings) -> Settings:
         if epoch > s.epochs:
             raise InputError(f"{_flag(name)} is {epoch}, but a training has {s.epochs} epochs")
     if s.rewind == "late" and s.late_epoch >= min((*s.stops, s.epochs)):
-        raise InputError(f"--rewind-epoch is {s.late_epoch}: nothing is left to train up to {min((*s.stops, s.epochs))}")
+        raise InputError(
+            f"--rewind-epoch is {s.late_epoch}: nothing is left to train up to {min((*s.stops, s.epochs))}"
+        )
     if list(s.stops) != sorted(set(s.stops)) or not all(1 <= e <= s.epochs for e in s.stops):
         stops = " ".join(map(str, s.stops))
         raise InputError(f"--prune-epochs are {stops}, expected rising epochs from 1 to {s.epochs}")

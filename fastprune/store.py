@@ -123,7 +123,7 @@ class RunStore:
         return self.path(node) / "filters.json"
 
     def partial_path(self, node: Train, name: str) -> Path:
-        """What a run in progress keeps: its "checkpoint", and what it has passed: "state-<epoch>", "momentum-<epoch>"."""
+        """What a run in progress keeps: its "checkpoint", and what it passed ("state-<epoch>", "momentum-<epoch>")."""
         return self.root / "partial" / f"{node.key}.{name}.safetensors"
 
     def publish(

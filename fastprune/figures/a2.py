@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim
 from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.draw import Panel
 from fastprune.figures.plan import Point, Source, grid
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from fastprune.figures import resnet50
+from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim
 from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.draw import Panel
 from fastprune.figures.plan import Point, Source, grid
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec

@@ -6,9 +6,9 @@ Read from the dense runs that the other figures train anyway.
 from dataclasses import replace
 
 from fastprune.figures import resnet50
+from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim
 from fastprune.figures.claims_ratios import FirstAgainstOthers, Hardly, MoreMovement
-from fastprune.figures.draw import Panel
 from fastprune.figures.plan import TracePoint, dense_traces
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec

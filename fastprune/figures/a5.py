@@ -7,9 +7,9 @@ from dataclasses import replace
 from itertools import pairwise
 
 from fastprune.figures import resnet50
+from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim
 from fastprune.figures.claims_ratios import Flattens, SmallerStart
-from fastprune.figures.draw import Panel
 from fastprune.figures.plan import TracePoint, dense_traces
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec

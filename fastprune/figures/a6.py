@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from fastprune.errors import InputError
 from fastprune.figures import resnet50
-from fastprune.figures.claims import Claim
+from fastprune.figures.axes import Panel
+from fastprune.figures.claims import Claim, Kind
 from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.draw import Panel
 from fastprune.figures.plan import Chains, Point, Source, evaluation_panel, find_panel
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec
@@ -56,7 +56,7 @@ def points(settings: Settings, data: DataSpec) -> list[Point]:
 def claims(settings: Settings) -> list[Claim]:
     """What the caption says: panel a is LR_find 0.05, b is 0.2."""
 
-    def masks(panel: str, kind: str, left: str, right: str) -> Comparison:
+    def masks(panel: str, kind: Kind, left: str, right: str) -> Comparison:
         return Comparison(panel, kind, left, right, densities=MASKED)
 
     bad = (masks("a", "better", "110", "20"), masks("b", "better", "110", "20"))

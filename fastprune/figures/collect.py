@@ -44,13 +44,11 @@ def _row(figure: str, p: Point, store: RunStore) -> Row:
         x = mask["density"]
         dead = sum(ratio == 1.0 for ratio in mask["layerwise_ratios"].values())
     gone = accuracy is None
-    return Row(
-        figure, p.panel, p.series, p.seed, p.round, x, accuracy, p.lr_find, p.lr_eval, gone, dead, p.node.key
-    )
+    return Row(figure, p.panel, p.series, p.seed, p.round, x, accuracy, p.lr_find, p.lr_eval, gone, dead, p.node.key)
 
 
 def _trace_rows(figure: str, p: TracePoint, store: RunStore) -> list[Row]:
-    """A row for each epoch and layer, or for each epoch; from the epoch on in which the run diverged without a value."""
+    """A row for each epoch and layer, or for each epoch; no values from the epoch on that diverged."""
     trace = store.trace(p.trace)
     diverged = store.node(p.node)["result"]["diverged"]
     layers = list(trace[0])
@@ -68,6 +66,6 @@ def _trace_rows(figure: str, p: TracePoint, store: RunStore) -> list[Row]:
         for series, y in values.items():
             about = [series] if p.series is None else layers
             dead = 0 if ratios is None else sum(ratios[layer] == 1.0 for layer in about)
-            where = (figure, p.panel, series, p.seed, epoch, float(epoch))
+            where = (figure, p.panel, series.removesuffix(".weight"), p.seed, epoch, float(epoch))
             rows.append(Row(*where, y, p.lr_find, None, y is None, dead, p.node.key))
     return rows

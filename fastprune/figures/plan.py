@@ -173,9 +173,7 @@ def find_panel(
         for round in range(chains.settings.rounds):
             assert source.lr is not None
             state = chains.found(source, round)
-            points.append(
-                Point(panel, name, chains.seed, round, source.lr, source.lr, state.node, epoch=state.epoch)
-            )
+            points.append(Point(panel, name, chains.seed, round, source.lr, source.lr, state.node, epoch=state.epoch))
     return points
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
+from fastprune.figures import FIGURES, load
+from fastprune.figures.axes import Drawing, Panel
 from fastprune.figures.claims import Verdict
-from fastprune.figures.draw import Drawing, density_curves
-from fastprune.figures.results import Row, curve, natural_key, read_csv, series_of, write_atomic, write_csv
+from fastprune.figures.draw import draw
+from fastprune.figures.results import Row, curve, read_csv, series_of, write_atomic, write_csv
+from fastprune.figures.tables import COLUMNS, count_of, panel_table
 
-COLUMNS = 100  # of the terminal
-_SHOWN_ROUNDS = 6
 _MACHINERY = "This shows that the machinery works. It is not the paper's result; that takes the real run:"
 
 
@@ -45,6 +46,7 @@ def summarize(
         "claims": [asdict(verdict) for verdict in verdicts],
         "panels": {panel: _panel(rows, panel, drawing.chance) for panel in sorted({row.panel for row in rows})},
         "diverged": len({row.node or row for row in rows if row.diverged}),
+        "dead": len({row.node or row for row in rows if row.dead}),
         "cost": cost,
         "environment": environment,
         "drawing": asdict(drawing),
@@ -61,7 +63,7 @@ def write_all(folder: Path, rows: Sequence[Row], drawing: Drawing, summary: Mapp
     """
     results, described = folder / "results.csv", folder / "summary.json"
     write_csv(results, rows)
-    pictures = density_curves(rows, drawing, folder)
+    pictures = draw(rows, drawing, folder)
     content = json.dumps(_plain(summary), sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
     write_atomic(described, f"{content}\n".encode())
     return [results, *pictures, described]
@@ -75,13 +77,14 @@ def redraw(folder: Path, drawing: Drawing | None = None) -> list[Path]:
     """
     rows = read_csv(folder / "results.csv")
     drawing = _recorded_drawing(folder / "summary.json") or drawing or _bare_drawing(rows)
-    return list(density_curves(rows, drawing, folder))
+    return list(draw(rows, drawing, folder))
 
 
 def _recorded_drawing(path: Path) -> Drawing | None:
     try:
         recorded = json.loads(path.read_bytes())["drawing"]
-        return Drawing(**{field.name: recorded[field.name] for field in fields(Drawing)})
+        panels = {letter: Panel(**panel) for letter, panel in recorded["panels"].items()}
+        return Drawing(**{field.name: recorded[field.name] for field in fields(Drawing)} | {"panels": panels})
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -91,26 +94,35 @@ def _recorded_drawing(path: Path) -> Drawing | None:
 
 
 def _bare_drawing(rows: Sequence[Row]) -> Drawing:
+    """What can be told from the rows and from which figure they are of: no rate that is not in them."""
     names = sorted({row.figure for row in rows})
-    panels = sorted({row.panel for row in rows} - {"find"}) or ["find"]
-    return Drawing(title=f"Figure {', '.join(names)}".strip(), panels={panel: _rate(rows, panel) for panel in panels})
+    module = load(names[0]) if names and names[0] in FIGURES else None
+    known: Mapping[str, Panel] = module.panels(module.PROTOCOL) if module else {}
+    shown = sorted({row.panel for row in rows if not row.panel.startswith("find")}) or ["find"]
+    axes = {panel: known.get(panel, Panel("")) for panel in shown}
+    panels = {panel: Panel(_rate(rows, panel), axes[panel].x, axes[panel].y) for panel in shown}
+    return Drawing(f"Figure {', '.join(names)}".strip(), panels, layers=getattr(module, "LAYERS", False))
 
 
 def _rate(rows: Sequence[Row], panel: str) -> str:
-    rates = {row.lr_eval for row in rows if row.panel == panel}
-    rate = rates.pop() if len(rates) == 1 else None
-    return "" if rate is None else f"LR_eval = {rate:g}"
+    """The one rate that all rows of a panel share."""
+    for name in ("lr_eval", "lr_find"):
+        rates = {getattr(row, name) for row in rows if row.panel == panel}
+        if len(rates) == 1 and (rate := rates.pop()) is not None:
+            return f"{name.replace('lr', 'LR')} = {rate:g}"
+    return ""
 
 
 def terminal_summary(summary: Mapping[str, Any], folder: Path | None = None) -> str:
     """The run in plain text of at most 100 columns: accuracies, claims, cost, and where the files are."""
-    titles: Mapping[str, str] = summary["drawing"]["panels"]
     blocks = [f"Figure {summary['figure']}, preset {summary['preset']}: {summary['drawing']['title']}"]
-    for panel, title in titles.items():
-        blocks.append(_table(f"{panel}  {title}".rstrip(), summary["panels"].get(panel, []), summary["drawing"]))
+    for letter in summary["drawing"]["panels"]:
+        blocks.append(panel_table(letter, summary["panels"].get(letter, []), summary["drawing"]))
     if summary["diverged"]:
         counted = "is left out" if summary["drawing"]["chance"] is None else "counts as chance"
         blocks.append(f"! marks diverged runs ({summary['diverged']} in all); a diverged run {counted}")
+    if summary["dead"]:
+        blocks.append(f"* marks runs in which a layer is pruned whole ({summary['dead']} in all)")
     if summary["claims"]:
         blocks.append(_claims(summary["claims"]))
     blocks.append(_cost(summary["cost"], summary["environment"]))
@@ -122,57 +134,27 @@ def terminal_summary(summary: Mapping[str, Any], folder: Path | None = None) -> 
 
 
 def _panel(rows: Sequence[Row], panel: str, chance: float | None) -> list[dict[str, Any]]:
-    """Per round: density and, by series, mean and standard deviation over seeds, as fractions."""
+    """Per round: place on the x axis and, by series, mean and standard deviation over seeds, as in the rows."""
     table: dict[int, dict[str, Any]] = {}
     for name in series_of(rows, [panel]):
         for point in curve(rows, panel, name, chance):
-            entry = table.setdefault(point.round, {"round": point.round, "density": point.x, "series": {}})
-            cell = {"mean": point.mean, "std": point.std, "runs": point.runs, "diverged": point.diverged}
-            entry["series"][name] = cell
+            entry = table.setdefault(point.round, {"round": point.round, "x": point.x, "series": {}})
+            entry["series"][name] = {
+                "x": point.x,
+                "mean": point.mean,
+                "std": point.std,
+                "runs": point.runs,
+                "diverged": point.diverged,
+                "dead": point.dead,
+            }
     return [entry for _, entry in sorted(table.items())]
 
 
-def _table(title: str, rounds: list[dict[str, Any]], drawing: Mapping[str, Any]) -> str:
-    if not rounds:
-        return f"{title}\n  no results"
-    labels: Mapping[str, str] = drawing["series"]
-    present = sorted({name for entry in rounds for name in entry["series"]}, key=natural_key)
-    names = [name for name in labels if name in present] + [name for name in present if name not in labels]
-    last = len(rounds) - 1
-    picked = sorted({round(index * last / (_SHOWN_ROUNDS - 1)) for index in range(_SHOWN_ROUNDS)})
-    width = max(14, *(len(labels.get(name, name)) + 2 for name in names))
-    per_block = max(1, (COLUMNS - 16) // width)
-    by = f" by {drawing['legend_title']}" if drawing["legend_title"] else ""
-    lines = [f"{title}: top-1 accuracy in %{by}"]
-    for start in range(0, len(names), per_block):
-        block = names[start : start + per_block]
-        lines.append(f"  {'weights left':<14}" + "".join(f"{labels.get(name, name):>{width}}" for name in block))
-        for index in picked:
-            entry = rounds[index]
-            cells = "".join(f"{_cell(entry['series'].get(name)):>{width}}" for name in block)
-            lines.append(f"  {_density(entry['density']):<14}{cells}")
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(cell: Mapping[str, Any] | None) -> str:
-    if cell is None:
-        return "-"
-    mark = "!" if cell["diverged"] else " "
-    if cell["mean"] is None:
-        return f"diverged{mark}"
-    spread = f" +- {100 * cell['std']:.1f}" if cell["std"] is not None else ""
-    return f"{100 * cell['mean']:.1f}{spread}{mark}"
-
-
-def _density(density: float) -> str:
-    return "1 (dense)" if density == 1 else f"{density:.3g}"
-
-
 def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["Claims of the caption: left minus right in accuracy points, 95 % interval over seeds"]
     parts = [part for claim in claims for part in claim["parts"]]
-    compared = {id(part): _compared(part["comparison"]) for part in parts}
-    width = max(map(len, compared.values()))
+    units = list(dict.fromkeys(part["unit"] for part in parts))
+    lines = [f"Claims: left minus right in {' or '.join(units)}, 95 % interval over seeds"]
+    width = max(len(part["text"]) for part in parts)
     # What holds of every part is said once.
     common = {part["why"] for part in parts}
     if len(common) > 1 or any(_plain_to_see(why) for why in common):
@@ -180,22 +162,19 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
     for claim in claims:
         lines.append(_fill(claim["text"], f"  {claim['verdict']:<11}"))
         for part in claim["parts"]:
-            lines += _part(part, f"{'':13}{compared[id(part)]:<{width}}  ", part["why"] not in common)
+            lines += _part(part, f"{'':13}{part['text']:<{width}}  ", part["why"] not in common)
     return "\n".join([*lines, *(f"  Why: {why}" for why in common)])
-
-
-def _compared(comparison: Mapping[str, Any]) -> str:
-    sign = ">" if comparison["kind"] == "better" else "~"
-    return f"{comparison['panel']:<5}{comparison['left']} {sign} {comparison['right']}"
 
 
 def _part(part: Mapping[str, Any], head: str, explain: bool) -> list[str]:
     lines = []
     if part["effect"] is not None:
         interval = "" if part["interval"] is None else "[{:+.2f}, {:+.2f}]".format(*part["interval"])
-        counts = [_count(len(part["seeds"]), "seed"), _count(len(part["rounds"]), "round")]
+        place = "round" if part["unit"] == "accuracy points" else "epoch"
+        counts = [count_of(len(part["seeds"]), "seed"), count_of(len(part["rounds"]), place)]
         counts += [f"{len(part['dropped'])} at chance"] if part["dropped"] else []
         counts += [f"{part['diverged']} diverged"] if part["diverged"] else []
+        counts += [f"{part['dead']} with a dead layer"] if part["dead"] else []
         lines.append(f"{head}{part['effect']:+7.2f} {interval:<17}{part['verdict']:<11}{', '.join(counts)}".rstrip())
     if part["effect"] is None:
         lines.append(_fill(part["why"], head))
@@ -207,10 +186,6 @@ def _part(part: Mapping[str, Any], head: str, explain: bool) -> list[str]:
 def _plain_to_see(why: str) -> bool:
     """Whether the interval, printed beside it, says as much."""
     return why.startswith("the interval") and ";" not in why
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _fill(text: str, head: str) -> str:
@@ -230,7 +205,7 @@ def _cost(cost: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         parts.append(_time(cost["wall_s"]))
     where = [str(environment["device"])] if environment.get("device") else []
     if environment.get("threads") is not None:
-        where.append(f"{_count(environment['threads'], 'thread')} a process")
+        where.append(f"{count_of(environment['threads'], 'thread')} a process")
     where += [f"{name} {version}" for name, version in (environment.get("versions") or {}).items()]
     return "\n".join(
         _fill(", ".join(items), head) for head, items in (("Cost    ", parts), ("On      ", where)) if items

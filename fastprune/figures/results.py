@@ -8,7 +8,7 @@ import io
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +21,11 @@ from fastprune.errors import InputError
 class Row:
     """One network of one seed, as a point (x, y) of a series in a panel.
 
-    In figures over density, x is the fraction of conv weights remaining (1.0 is dense) and y the top-1 accuracy as a
-    fraction; `round` 0 is dense. y is None exactly when training diverged. A learning rate is None where the series
-    has none (the random baseline has no `lr_find`). `node` is the key of the run in the store.
+    What x and y are says the panel (axes.py): in figures over density, x is the fraction of conv weights remaining and
+    y the top-1 accuracy as a fraction. `round` is the prune round, 0 the dense network; over epochs it is the epoch, in
+    structured pruning the index of the sparsity. y is None exactly when training diverged. A learning rate is None
+    where the series has none (the random baseline has no `lr_find`). `dead` is the number of layers whose weights are
+    all pruned. `node` is the key of the run in the store.
     Raises ValueError for values that no run can have, NaN and infinity among them.
     """
 
@@ -37,6 +39,7 @@ class Row:
     lr_find: float | None
     lr_eval: float | None
     diverged: bool
+    dead: int
     node: str
 
     def __post_init__(self) -> None:
@@ -44,7 +47,7 @@ class Row:
             text = getattr(self, name)
             if not isinstance(text, str) or not text.isprintable() or (not text and name != "node"):
                 raise ValueError(f"{name} {text!r} is not a printable name")
-        for name in ("seed", "round"):
+        for name in ("seed", "round", "dead"):
             number = getattr(self, name)
             if type(number) is not int or number < 0:
                 raise ValueError(f"{name} {number!r} is not a whole number >= 0")
@@ -68,6 +71,12 @@ def natural_key(name: str) -> tuple[bool, float, str]:
     except ValueError:
         value = math.nan
     return (False, value, name) if math.isfinite(value) else (True, 0.0, name)
+
+
+def depth_key(layer: str) -> tuple[tuple[int, str], ...]:
+    """Sort key that puts a ResNet's layers in the order of the network: "conv1", "layer1.0.conv1", ..., a block's
+    shortcut after its convs."""
+    return tuple((int(part), "") if part.isdecimal() else (0, part) for part in layer.split("."))
 
 
 def _order(row: Row) -> tuple[object, ...]:
@@ -131,7 +140,7 @@ def _parse(line: str) -> Row:
     values = next(csv.reader([line], strict=True), [])
     if len(values) != len(COLUMNS):
         raise ValueError(f"{len(values)} columns instead of {len(COLUMNS)}")
-    figure, panel, series, seed, round_, x, y, lr_find, lr_eval, diverged, node = values
+    figure, panel, series, seed, round_, x, y, lr_find, lr_eval, diverged, dead, node = values
     if diverged not in ("0", "1"):
         raise ValueError(f"diverged {diverged!r} is neither 0 nor 1")
     return Row(
@@ -145,6 +154,7 @@ def _parse(line: str) -> Row:
         float(lr_find) if lr_find else None,
         float(lr_eval) if lr_eval else None,
         diverged == "1",
+        int(dead),
         node,
     )
 
@@ -178,9 +188,10 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A series at one round, over seeds. Accuracies are fractions.
+    """A series at one round, over seeds. Values are as in the rows.
 
-    `mean` is None when no run counts, `std` (sample standard deviation) when fewer than two do.
+    `mean` is None when no run counts, `std` (sample standard deviation) when fewer than two do. dead: runs with a layer
+    that is pruned whole.
     """
 
     round: int
@@ -189,6 +200,7 @@ class CurvePoint:
     std: float | None
     runs: int
     diverged: int
+    dead: int
 
 
 def curve(rows: Iterable[Row], panel: str, series: str, chance: float | None) -> list[CurvePoint]:
@@ -209,6 +221,7 @@ def curve(rows: Iterable[Row], panel: str, series: str, chance: float | None) ->
                 std=stdev(known) if len(known) > 1 else None,
                 runs=len(group),
                 diverged=sum(row.diverged for row in group),
+                dead=sum(row.dead > 0 for row in group),
             )
         )
     return points
@@ -218,11 +231,3 @@ def series_of(rows: Iterable[Row], panels: Iterable[str] | None = None) -> list[
     """Names of the series in `panels` (all of them by default), numbers first, by value."""
     wanted = None if panels is None else set(panels)
     return sorted({row.series for row in rows if wanted is None or row.panel in wanted}, key=natural_key)
-
-
-def check_curves(rows: Sequence[Row]) -> None:
-    """Raise InputError unless every row is an accuracy over a density, both as fractions."""
-    for row in rows:
-        if not 0 < row.x <= 1 or (row.y is not None and not 0 <= row.y <= 1):
-            point = f"panel {row.panel}, series {row.series}, seed {row.seed}, round {row.round}"
-            raise InputError(f"results hold x {row.x!r}, y {row.y!r} ({point}): both must be fractions; x above 0")

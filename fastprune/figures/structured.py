@@ -8,9 +8,9 @@ from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.figures import resnet50
+from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim
 from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.draw import Panel
 from fastprune.figures.plan import Chains, Point
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec, Filters, Rewind

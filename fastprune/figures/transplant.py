@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from fastprune.errors import InputError
 from fastprune.figures import resnet50
-from fastprune.figures.claims import Claim
+from fastprune.figures.axes import Panel
+from fastprune.figures.claims import Claim, Kind
 from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.draw import Panel
 from fastprune.figures.plan import Point, Source, grid
 from fastprune.settings import Settings
 from fastprune.specs import DataSpec
@@ -54,12 +54,14 @@ def claims(settings: Settings) -> list[Claim]:
     """Ours: if ratios mediate, they carry the difference over to the other rate's weights, both ways."""
     small, large, large_by_small, small_by_large = (s.name for s in _sources(settings))
 
-    def each(kind: str, left: str, right: str) -> tuple[Comparison, ...]:
+    def each(kind: Kind, left: str, right: str) -> tuple[Comparison, ...]:
         return tuple(Comparison(p, kind, left, right, densities=MASKED) for p in panels(settings))
 
     return [
         Claim("small-is-better", f"LR_find {small} is better than {large}", each("better", small, large)),
         Claim("ratios-help", f"{large} is better with {small}'s ratios", each("better", large_by_small, large)),
-        Claim("ratios-suffice", f"With them, {large} does as well as {small}", each("not worse", large_by_small, small)),
+        Claim(
+            "ratios-suffice", f"With them, {large} does as well as {small}", each("not worse", large_by_small, small)
+        ),
         Claim("ratios-harm", f"{small} is worse with {large}'s ratios", each("better", small, small_by_large)),
     ]

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from fastprune.errors import InputError
 from fastprune.figures import resnet50
+from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim
 from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.draw import Panel
 from fastprune.figures.plan import Chains, Point, Source, evaluation_panel, find_panel
 from fastprune.settings import Settings, check
 from fastprune.specs import DataSpec

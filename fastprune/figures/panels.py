@@ -1,0 +1,175 @@
+"""What is drawn within a panel: curves with bands, layers, marks below the axis, ticks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastprune.figures.axes import X_AXES, Y_AXES, Drawing, Panel, shown_x
+from fastprune.figures.results import CurvePoint
+from fastprune.figures.style import DEAD, DIVERGED, FIRST_LAYER, MARKED, layer_color, style_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curves = Mapping[str, list[CurvePoint]]
+
+
+def draw_panel(ax: "Axes", panel: Panel, curves: Curves, names: Sequence[str], drawing: Drawing, floor: float) -> str:
+    """Draws the series of a panel; returns the label of its x axis. floor: where the strip of marks ends, below 0."""
+    shown = [point for series in curves.values() for point in series]
+    factor, label = shown_x(panel, [point.x for point in shown])
+    for order, name in enumerate(names):
+        if name not in curves:
+            continue
+        points = curves[name]
+        if drawing.layers:
+            _draw_layer(ax, points, panel, order, len(names), factor)
+            color: Any = layer_color(order, len(names))
+            level = 0.5 * floor
+        else:
+            style = style_of(name, names)
+            _draw_series(ax, points, panel, style, order, factor)
+            # Each series has its marks at its own height: several often diverge at the same density.
+            color, level = style["color"], floor * (order + 1) / (len(names) + 1)
+        for counted, look in (("diverged", DIVERGED), ("dead", DEAD)):
+            at = [factor * point.x for point in points if getattr(point, counted)]
+            ax.plot(at, [level] * len(at), color=color, zorder=4, **look)
+    if X_AXES[panel.x].log:
+        _density_axis(ax, [point.x for point in shown])
+    else:
+        _linear_axis(ax, panel, [factor * point.x for point in shown])
+    _draw_marks(ax, panel, factor)
+    if drawing.chance is not None and panel.y == "accuracy":
+        _draw_chance(ax, drawing.chance, panel, shown)
+    if not shown:
+        ax.text(0.5, 0.75, "no results", transform=ax.transAxes, ha="center", color="0.5")
+    return label
+
+
+def limits(points: Sequence[CurvePoint], panel: Panel, chance: float | None) -> tuple[float, float]:
+    """Lower and upper end of the y axis, as shown."""
+    factor = Y_AXES[panel.y].factor
+    tops = [factor * (point.mean + (point.std or 0.0)) for point in points if point.mean is not None]
+    top = max([*tops, factor * (chance or 0.0), 1.0])
+    marked = any(point.diverged or point.dead for point in points)
+    return (-0.12 if marked else -0.03) * top, 1.05 * top
+
+
+def _draw_series(
+    ax: "Axes", points: list[CurvePoint], panel: Panel, style: dict[str, Any], order: int, factor: float
+) -> None:
+    """Mean and band of one standard deviation."""
+    x, mean, lower, upper = _numbers(points, panel, factor)
+    ax.fill_between(x, lower, upper, color=style["color"], alpha=0.2, linewidth=0, zorder=2 + 0.01 * order)
+    every = max(1, round(len(x) / MARKED))
+    # Where two lines coincide, markers at different rounds show both.
+    marked = (order % every, every)
+    ax.plot(x, mean, zorder=3 + 0.01 * order, markevery=marked, markeredgecolor="white", markeredgewidth=0.4, **style)
+
+
+def _draw_layer(ax: "Axes", points: list[CurvePoint], panel: Panel, order: int, count: int, factor: float) -> None:
+    """A thin line; the first layer thick and above the others, with its band."""
+    x, mean, lower, upper = _numbers(points, panel, factor)
+    if order > 0:
+        ax.plot(x, mean, color=layer_color(order, count), linewidth=0.8, zorder=2 + order / count)
+        return
+    ax.fill_between(x, lower, upper, color=FIRST_LAYER["color"], alpha=0.2, linewidth=0, zorder=3)
+    ax.plot(x, mean, zorder=3.5, **FIRST_LAYER)
+
+
+def _numbers(points: list[CurvePoint], panel: Panel, factor: float) -> tuple[list[float], ...]:
+    """x, mean, and mean less and plus the deviation, as shown. NaN is a gap: diverged, or a single run."""
+    scale = Y_AXES[panel.y].factor
+    mean = [math.nan if point.mean is None else scale * point.mean for point in points]
+    spread = [math.nan if point.std is None else scale * point.std for point in points]
+    lower = [value - std for value, std in zip(mean, spread, strict=True)]
+    upper = [value + std for value, std in zip(mean, spread, strict=True)]
+    return [factor * point.x for point in points], mean, lower, upper
+
+
+def _draw_chance(ax: "Axes", chance: float, panel: Panel, points: list[CurvePoint]) -> None:
+    """Dotted line, with its label at the end where the curves are farther away."""
+    ax.axhline(100 * chance, color="0.35", linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
+    places = sorted(point.x for point in points) or [1.0]
+    middle = math.sqrt(places[0]) if X_AXES[panel.x].log else (places[0] + places[-1]) / 2
+    distance = {"left": math.inf, "right": math.inf}
+    for point in points:
+        if point.mean is not None:
+            side = "left" if (point.x >= middle) == X_AXES[panel.x].log else "right"
+            distance[side] = min(distance[side], abs(point.mean - chance))
+    side = "left" if distance["left"] >= distance["right"] else "right"
+    ax.annotate(
+        "chance",
+        (0.01 if side == "left" else 0.99, 100 * chance),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 1.5),
+        textcoords="offset points",
+        ha=side,
+        va="bottom",
+        fontsize=6.5,
+        color="0.35",
+    )
+
+
+def _draw_marks(ax: "Axes", panel: Panel, factor: float) -> None:
+    """Thin vertical lines; the first one says what they are."""
+    for index, place in enumerate(panel.marks):
+        ax.axvline(factor * place, color="0.35", linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
+        if index == 0 and panel.marks_label:
+            ax.annotate(
+                panel.marks_label,
+                (factor * place, 0.99),
+                xycoords=("data", "axes fraction"),
+                xytext=(-2, 0),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                fontsize=6.5,
+                color="0.35",
+            )
+
+
+def _linear_axis(ax: "Axes", panel: Panel, values: list[float]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    end = max([*values, *panel.marks, 1e-9])
+    ax.set_xlim(-0.03 * end, 1.03 * end)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=panel.x == "epoch"))
+
+
+def _density_axis(ax: "Axes", densities: list[float]) -> None:
+    """Log axis from 1 down to the sparsest density, with ticks that suit how far that is."""
+    from matplotlib.ticker import FixedLocator, NullFormatter
+
+    low = min(densities, default=1.0)
+    ticks = _ticks(sorted({1.0, *densities}, reverse=True))
+    end = min(low, ticks[-1])
+    pad = (1 / end) ** 0.03 if end < 1 else 1.2
+    ax.set_xscale("log")
+    ax.set_xlim(pad, end / pad)
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.set_xticks(ticks, labels=[f"{tick:.2g}" if tick < 1 else "1" for tick in ticks])
+    decades = range(math.floor(math.log10(end)) - 1, 0)
+    minor = [digit * 10.0**power for power in decades for digit in range(1, 10)]
+    few = end > 0.1
+    ax.xaxis.set_minor_locator(FixedLocator([] if few else [tick for tick in minor if tick >= end]))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _ticks(densities: list[float]) -> list[float]:
+    """Tick positions for densities in falling order: 1, 0.3, 0.1, ... or, over less than a decade, the rounds."""
+    low = densities[-1]
+    if low > 0.1:
+        ticks = [1.0]
+        for density in densities:
+            # Labels closer than this overlap in the narrowest panel.
+            if ticks[-1] / density > (1 / low) ** 0.13:
+                ticks.append(density)
+        return ticks
+    ticks, power = [1.0], 1
+    while ticks[-1] > low * 1.3:
+        ticks += [tick for tick in (3 * 10.0**-power, 10.0**-power) if tick > low / 1.3]
+        power += 1
+        if power > 12:
+            break
+    return ticks
