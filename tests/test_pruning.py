@@ -84,7 +84,7 @@ def test_ratios_that_cannot_be():
 
 
 def test_largest_remainder_by_hand():
-    # 3 x 0.5 = 1.5, 5 x 0.5 = 2.5, 7 x 0.1 = 0.7: whole parts 1, 2, 0 of round(4.7) = 5; 0.7 first, then the earlier 0.5
+    # 3 x 0.5 = 1.5, 5 x 0.5 = 2.5, 7 x 0.1 = 0.7: whole parts 1, 2, 0 of round(4.7) = 5; 0.7 first, then the first 0.5
     assert counts_of_ratios([0.5, 0.5, 0.1], [3, 5, 7]) == [2, 2, 1]
     assert counts_of_ratios([0.0, 1.0], [4, 4]) == [0, 4]
     assert counts_of_ratios([], []) == []
@@ -96,7 +96,9 @@ def test_counts_add_up_and_are_off_by_less_than_one(layers):
     counts = counts_of_ratios(ratios, sizes)
     exact = [Fraction(r) * n for r, n in layers]
     assert abs(sum(counts) - sum(exact)) <= Fraction(1, 2) + len(layers) * Fraction(1, 10**6)
-    assert all(abs(c - q) < 1 + Fraction(1, 10**6) and 0 <= c <= n for c, q, n in zip(counts, exact, sizes, strict=True))
+    for count, quota, size in zip(counts, exact, sizes, strict=True):
+        assert abs(count - quota) < 1 + Fraction(1, 10**6)
+        assert 0 <= count <= size
 
 
 @given(st.lists(st.integers(1, 10**7).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), max_size=60))

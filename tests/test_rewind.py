@@ -90,7 +90,7 @@ def on(epoch: int) -> Epochs:
 
 @pytest.mark.parametrize("kind", ["init", "warmup", "late", "lr", "finetune"])
 def test_the_first_step_is_that_of_what_is_restored(config, kind):
-    whole, short = runs(kind)
+    _, short = runs(kind)
     assert execute(Graph.of([short]), config, Silent()).failed == {}
     store, worker = RunStore(config.store), Worker(config)
     assert isinstance(short.mask, Prune)

@@ -64,7 +64,7 @@ def write_all(folder: Path, rows: Sequence[Row], drawing: Drawing, summary: Mapp
     results, described = folder / "results.csv", folder / "summary.json"
     write_csv(results, rows)
     pictures = draw(rows, drawing, folder)
-    content = json.dumps(_plain(summary), sort_keys=True, indent=2, allow_nan=False, ensure_ascii=False)
+    content = json.dumps(_plain(summary), indent=2, allow_nan=False, ensure_ascii=False)
     write_atomic(described, f"{content}\n".encode())
     return [results, *pictures, described]
 

@@ -216,7 +216,7 @@ def test_a_run_that_stops_early_is_undecided():
 
 def test_counts_rounded_to_whole_weights_stay_in_range():
     rows = [
-        Row("A2", "a", r.series, r.seed, r.round, round(r.x * 1000) / 1000, r.y, 0.1, 0.5, False, "")
+        Row("A2", "a", r.series, r.seed, r.round, round(r.x * 1000) / 1000, r.y, 0.1, 0.5, False, 0, "")
         for r in gap([5.0] * 3)
     ]
     exact = Comparison("a", "better", "0.05", "0.8", densities=(0.8**5, 0.8))
@@ -252,7 +252,7 @@ def test_repeated_and_unlike_points_are_refused():
     rows = gap([5.0, 5.1, 5.2])
     with pytest.raises(ValueError, match="two results"):
         verdict(BETTER, [*rows, rows[0]])
-    unlike = Row("A2", "a", "0.05", 3, 1, 0.7, 0.5, 0.1, 0.5, False, "")
+    unlike = Row("A2", "a", "0.05", 3, 1, 0.7, 0.5, 0.1, 0.5, False, 0, "")
     with pytest.raises(ValueError, match="round 1 has densities"):
         verdict(BETTER, [*rows, unlike])
 

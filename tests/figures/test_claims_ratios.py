@@ -47,7 +47,11 @@ def part(comparison, rows, *, decisive=True):
 def test_movement_is_the_span_of_each_layer_and_the_first_layer_is_left_out():
     rows = [r for seed in range(3) for r in layers("a", seed, (50, 20, 10)) + layers("b", seed, (30, 4, 2))]
     more = part(MoreMovement("a", "b", "conv1"), rows)
-    assert (more.verdict, more.effect, more.unit) == ("holds", pytest.approx((20 + 10) / 2 - (4 + 2) / 2), "ratio points")
+    assert (more.verdict, more.effect, more.unit) == (
+        "holds",
+        pytest.approx((20 + 10) / 2 - (4 + 2) / 2),
+        "ratio points",
+    )
     assert part(MoreMovement("b", "a", "conv1"), rows).verdict == "fails"
     hardly = part(Hardly("b", "conv1"), rows)
     assert (hardly.verdict, hardly.effect) == ("holds", pytest.approx(HARDLY_POINTS - 3))

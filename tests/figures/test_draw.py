@@ -8,12 +8,13 @@ import pytest
 
 from fastprune.errors import InputError
 from fastprune.figures import draw
-from fastprune.figures.draw import Drawing, density_curves, style_of
+from fastprune.figures.axes import Drawing, Panel
 from fastprune.figures.results import Row
+from fastprune.figures.style import style_of
 
 DRAWING = Drawing(
     title="A small network on made-up data",
-    panels={"a": "LR_eval = 0.5", "b": "LR_eval = 0.8"},
+    panels={"a": Panel("LR_eval = 0.5"), "b": Panel("LR_eval = 0.8")},
     series={"0.05": "0.05", "0.2": "0.2", "0.8": "0.8", "random": "random masks"},
     legend_title="LR_find",
     chance=0.1,
@@ -24,7 +25,7 @@ DRAWING = Drawing(
 def rows_of(seeds=2, rounds=3, step=0.8, panels="ab", series=("0.05", "0.2", "0.8", "random"), diverged=()):
     noise = random.Random(0)
     return [
-        Row("A2", panel, name, seed, number, step**number, y, 0.1, 0.5, y is None, "")
+        Row("A2", panel, name, seed, number, step**number, y, 0.1, 0.5, y is None, 0, "")
         for panel in panels
         for name in series
         for seed in range(seeds)
@@ -58,7 +59,7 @@ def seen(monkeypatch):
 def test_both_pictures_are_there_and_come_out_the_same_twice(tmp_path, rows):
     contents = []
     for _ in range(2):
-        png, pdf = density_curves(rows, DRAWING, tmp_path)
+        png, pdf = draw.draw(rows, DRAWING, tmp_path)
         contents.append((png.read_bytes(), pdf.read_bytes()))
     assert contents[0] == contents[1]
     assert contents[0][0].startswith(b"\x89PNG")
@@ -71,16 +72,16 @@ def test_the_picture_does_not_depend_on_the_order_of_rows_or_on_settings(tmp_pat
     import matplotlib
 
     rows = rows_of()
-    first = [path.read_bytes() for path in density_curves(rows, DRAWING, tmp_path)]
+    first = [path.read_bytes() for path in draw.draw(rows, DRAWING, tmp_path)]
     with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9}):
         before = dict(matplotlib.rcParams)
-        again = [path.read_bytes() for path in density_curves(rows[::-1], DRAWING, tmp_path)]
+        again = [path.read_bytes() for path in draw.draw(rows[::-1], DRAWING, tmp_path)]
         assert dict(matplotlib.rcParams) == before
     assert first == again
 
 
 def test_axes_and_words(tmp_path, seen):
-    density_curves(rows_of(2, 30), DRAWING, tmp_path)
+    draw.draw(rows_of(2, 30), DRAWING, tmp_path)
     left, right = seen[-1].axes
     assert left.get_xscale() == "log"
     high, low = left.get_xlim()
@@ -97,17 +98,17 @@ def test_axes_and_words(tmp_path, seen):
 
 
 def test_few_rounds_are_the_ticks(tmp_path, seen):
-    density_curves(rows_of(2, 3), DRAWING, tmp_path)
+    draw.draw(rows_of(2, 3), DRAWING, tmp_path)
     assert [text.get_text() for text in seen[-1].axes[0].get_xticklabels()] == ["1", "0.8", "0.64", "0.51"]
 
 
 def test_mean_and_deviation_by_hand(tmp_path, seen):
     rows = [
-        Row("A2", "a", "0.05", seed, number, 0.8**number, y, 0.1, 0.5, False, "")
+        Row("A2", "a", "0.05", seed, number, 0.8**number, y, 0.1, 0.5, False, 0, "")
         for number, values in enumerate([(0.5, 0.7), (0.4, 0.4)])
         for seed, y in enumerate(values)
     ]
-    density_curves(rows, DRAWING, tmp_path)
+    draw.draw(rows, DRAWING, tmp_path)
     ax = seen[-1].axes[0]
     line = next(line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-")
     assert list(line.get_xdata()) == [1.0, 0.8]
@@ -118,12 +119,12 @@ def test_mean_and_deviation_by_hand(tmp_path, seen):
 
 
 def test_one_seed_has_no_band(tmp_path, seen):
-    density_curves(rows_of(1, 3), DRAWING, tmp_path)
+    draw.draw(rows_of(1, 3), DRAWING, tmp_path)
     assert all(len(band.get_paths()) == 0 for band in seen[-1].axes[0].collections)
 
 
 def test_diverged_runs_show_below_the_axis(tmp_path, seen):
-    density_curves(rows_of(2, 3, diverged={("0.8", 2), ("0.2", 2)}), DRAWING, tmp_path)
+    draw.draw(rows_of(2, 3, diverged={("0.8", 2), ("0.2", 2)}), DRAWING, tmp_path)
     ax = seen[-1].axes[0]
     crosses = [line for line in ax.lines if line.get_marker() == "x" and len(line.get_xdata())]
     assert [list(line.get_xdata()) for line in crosses] == [[pytest.approx(0.64)], [pytest.approx(0.64)]]
@@ -144,7 +145,7 @@ def test_random_is_red_and_series_keep_their_looks():
 
 
 def test_a_missing_series_leaves_the_others_as_they_were(tmp_path, seen):
-    density_curves(rows_of(2, 3, series=("0.05", "0.8")), DRAWING, tmp_path)
+    draw.draw(rows_of(2, 3, series=("0.05", "0.8")), DRAWING, tmp_path)
     expected = [style_of(name, list(DRAWING.series))["color"] for name in ("0.05", "0.8")]
     colors = [line.get_color() for line in seen[-1].axes[0].lines if len(line.get_xdata()) == 4]
     assert colors == expected
@@ -163,11 +164,11 @@ def test_nothing_is_clipped_or_overlaps(tmp_path, seen, count, labels, legend_ti
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
-    panels = {letter: f"LR_eval = {letter}" for letter in "abcde"[:count]}
+    panels = {letter: Panel(f"LR_eval = {letter}") for letter in "abcde"[:count]}
     title = "A title that is long enough to need two lines in a narrow figure with one panel"
     note = "And a note that says so much that it needs more than one line in a figure that has only one panel."
     drawing = Drawing(title, panels, LABELS[labels], legend_title, chance=0.1, note=note)
-    density_curves(rows_of(2, 30, panels="abcde", diverged={("0.2", 3)}), drawing, tmp_path)
+    draw.draw(rows_of(2, 30, panels="abcde", diverged={("0.2", 3)}), drawing, tmp_path)
     figure = seen[-1]
     assert len(figure.axes) == count
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -189,24 +190,24 @@ def test_nothing_is_clipped_or_overlaps(tmp_path, seen, count, labels, legend_ti
 
 
 def test_a_dollar_sign_is_a_dollar_sign(tmp_path):
-    drawing = Drawing("costs $5 or $x_{", {"a": "100 % of $"}, legend_title="$", note="$HOME/_x {$")
-    density_curves(rows_of(panels="a"), drawing, tmp_path)
+    drawing = Drawing("costs $5 or $x_{", {"a": Panel("100 % of $")}, legend_title="$", note="$HOME/_x {$")
+    draw.draw(rows_of(panels="a"), drawing, tmp_path)
 
 
 def test_percent_in_the_rows_is_refused(tmp_path):
-    with pytest.raises(InputError, match="fractions"):
-        density_curves([Row("A2", "a", "0.05", 0, 0, 1.0, 57.0, 0.1, 0.5, False, "")], DRAWING, tmp_path)
+    with pytest.raises(InputError, match="no density and accuracy"):
+        draw.draw([Row("A2", "a", "0.05", 0, 0, 1.0, 57.0, 0.1, 0.5, False, 0, "")], DRAWING, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "out").write_text("in the way")
     with pytest.raises(InputError, match=re.escape(str(tmp_path / "out" / "figure.png"))) as caught:
-        density_curves(rows_of(), DRAWING, tmp_path / "out")
+        draw.draw(rows_of(), DRAWING, tmp_path / "out")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("change", "says"), [({"panels": {}}, "panels"), ({"chance": 10.0}, "chance")])
 def test_a_drawing_that_makes_no_sense_is_refused(change, says):
     with pytest.raises(ValueError, match=says):
-        Drawing(**{"title": "t", "panels": {"a": "a"}} | change)
+        Drawing(**{"title": "t", "panels": {"a": Panel("a")}} | change)

@@ -28,9 +28,9 @@ def planned(name: str, preset_name: str = "paper", **changes):
     return points_and_graph(FigureRequest(name, preset_name, settings, None, Path(name)), data)
 
 
-# By hand, of R = 30 rounds. A1: 3 dense; find runs 3 x 29; evaluated at another rate 6 x 30, at their own once more each
-# (round 30): 3. A2: 4 dense (0.5 is no LR_find); 3 x 29; at 0.5 three and random: 120; at 0.8 two and random: 90, and 1.
-# A3: 3; 3 x 29; at each rate two others: 2 x 60, and its own round 30: 2. A6: 2 dense; 2 x 4 x 29; 2 x 4 x 30.
+# By hand, of 30 rounds. A1: 3 dense; find runs 3 x 29; evaluated at another rate 6 x 30, at their own once more each
+# (round 30): 3. A2: 4 dense (0.5 is no LR_find); 3 x 29; at 0.5 three and random, 120; at 0.8 two and random, 90, and 1
+# more. A3: 3; 3 x 29; at each rate two others: 2 x 60, and its own round 30: 2. A6: 2 dense; 2 x 4 x 29; 2 x 4 x 30.
 # transplant: 2 dense, chains 0.05 (29 + 30) and 0.5 (30), 0.5 by 0.05 (30, evaluated as found), 0.05 by 0.5 (29 + 30).
 # variants: 3 dense, shared by all but warmup; four times 29 + 30 twice and 30; with warmup 3 + 148 as well.
 # structured: 3 dense and 3 x 9.

@@ -17,8 +17,8 @@ from fastprune.errors import InputError
 from fastprune.figures.results import (
     COLUMNS,
     Row,
-    check_curves,
     curve,
+    depth_key,
     natural_key,
     read_csv,
     series_of,
@@ -27,7 +27,7 @@ from fastprune.figures.results import (
 )
 
 ROOT = Path(__file__).parents[2]
-ROW = Row("A2", "a", "0.05", 0, 1, 0.8, 0.47, 0.05, 0.5, False, "abc")
+ROW = Row("A2", "a", "0.05", 0, 1, 0.8, 0.47, 0.05, 0.5, False, 0, "abc")
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 names = st.text(min_size=1, max_size=8).filter(str.isprintable)
@@ -42,6 +42,7 @@ rows_of_any_kind = st.builds(
     x=finite,
     lr_find=st.none() | finite,
     lr_eval=st.none() | finite,
+    dead=st.integers(0, 53),
     node=st.just("") | names,
 )
 
@@ -67,14 +68,14 @@ def floats(row):
 
 
 def test_the_file_is_plain_to_read(tmp_path):
-    random_row = Row("A2", "a", "random", 0, 2, 0.64, None, None, 0.5, True, "d,e")
+    random_row = Row("A2", "a", "random", 0, 2, 0.64, None, None, 0.5, True, 2, "d,e")
     write_csv(tmp_path / "results.csv", [random_row, replace(ROW, series="10"), replace(ROW, series="9"), ROW])
     assert (tmp_path / "results.csv").read_text().splitlines() == [
-        "figure,panel,series,seed,round,x,y,lr_find,lr_eval,diverged,node",
-        "A2,a,0.05,0,1,0.8,0.47,0.05,0.5,0,abc",
-        "A2,a,9,0,1,0.8,0.47,0.05,0.5,0,abc",
-        "A2,a,10,0,1,0.8,0.47,0.05,0.5,0,abc",
-        'A2,a,random,0,2,0.64,,,0.5,1,"d,e"',
+        "figure,panel,series,seed,round,x,y,lr_find,lr_eval,diverged,dead,node",
+        "A2,a,0.05,0,1,0.8,0.47,0.05,0.5,0,0,abc",
+        "A2,a,9,0,1,0.8,0.47,0.05,0.5,0,0,abc",
+        "A2,a,10,0,1,0.8,0.47,0.05,0.5,0,0,abc",
+        'A2,a,random,0,2,0.64,,,0.5,1,2,"d,e"',
     ]
 
 
@@ -91,6 +92,8 @@ def test_the_file_is_plain_to_read(tmp_path):
         {"seed": -1},
         {"seed": True},
         {"round": 1.0},
+        {"dead": -1},
+        {"dead": 0.5},
         {"series": ""},
         {"panel": "a\nb"},
         {"y": "0.5"},
@@ -109,7 +112,7 @@ def test_two_results_for_one_point_are_refused(tmp_path):
 
 
 HEADER = ",".join(COLUMNS)
-LINE = "A2,a,0.05,0,1,0.8,0.47,0.05,0.5,0,abc"
+LINE = "A2,a,0.05,0,1,0.8,0.47,0.05,0.5,0,0,abc"
 
 
 @pytest.mark.parametrize(
@@ -119,12 +122,12 @@ LINE = "A2,a,0.05,0,1,0.8,0.47,0.05,0.5,0,abc"
         (b"epoch,loss\n1,2\n", "not a results.csv"),
         (b"\xff\xfe\x00", "not text"),
         (f"{HEADER}\n{LINE}".encode(), "ends within a line"),
-        (f"{HEADER}\n{LINE[:20]}\n".encode(), "line 2: 7 columns instead of 11"),
+        (f"{HEADER}\n{LINE[:20]}\n".encode(), "line 2: 7 columns instead of 12"),
         (f"{HEADER}\n\n".encode(), "line 2"),
         (f"{HEADER}\n{LINE}\n{LINE}\n".encode(), "line 3 repeats"),
         (f"{HEADER}\n{LINE.replace('0.47', 'nan')}\n".encode(), "line 2: y nan"),
         (f"{HEADER}\n{LINE.replace('0.47', '')}\n".encode(), "line 2: y None"),
-        (f"{HEADER}\n{LINE.replace(',0,abc', ',no,abc')}\n".encode(), "neither 0 nor 1"),
+        (f"{HEADER}\n{LINE.replace(',0,0,abc', ',no,0,abc')}\n".encode(), "neither 0 nor 1"),
         (f"{HEADER}\n{LINE.replace('0.8', 'x')}\n".encode(), "line 2: could not convert"),
         (f'{HEADER}\n{LINE}"\n"\n'.encode(), "line 3"),
     ],
@@ -224,11 +227,20 @@ def test_numbers_are_ordered_by_value_and_stand_before_words():
     ]
 
 
-@pytest.mark.parametrize("change", [{"y": 47.0}, {"y": -0.1}, {"x": 0.0}, {"x": 1.01}], ids=str)
-def test_percent_is_not_taken_for_a_fraction(change):
-    check_curves([ROW])
-    with pytest.raises(InputError, match="both must be fractions"):
-        check_curves([replace(ROW, **change)])
+def test_layers_are_in_the_order_of_the_network():
+    layers = [
+        "conv1", "layer1.0.conv1", "layer1.0.conv2", "layer1.0.conv3", "layer1.0.downsample.0", "layer1.1.conv1",
+        "layer1.2.conv1", "layer1.10.conv1", "layer2.0.conv1",
+    ]  # fmt: skip
+    shuffled = list(layers)
+    random.Random(3).shuffle(shuffled)
+    assert sorted(shuffled, key=depth_key) == layers
+
+
+def test_dead_layers_are_counted_by_run():
+    rows = [replace(ROW, seed=seed, dead=dead) for seed, dead in enumerate((0, 2, 1))]
+    (point,) = curve(rows, "a", "0.05", chance=None)
+    assert point.dead == 2
 
 
 def test_only_the_standard_library_is_imported():
