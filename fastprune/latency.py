@@ -20,13 +20,13 @@ def latency(
 ) -> dict[str, float]:
     """Milliseconds for the forward pass of a batch [batch_size, 3, image_size, image_size], by name: the median.
 
-    Copies of the models are measured, on `device`, in eval mode, channels-last and under inference_mode, in each model's
-    own dtype (no autocast), run eagerly (no compilation, no CUDA graph), with torch's settings and threads as they are.
-    The batch lies on the device already, and is the same for all. After `warmup` passes of each model, every model runs
-    once in each of `repeats` rounds, and each round begins with another one, so that a device that warms up or a
-    neighbour slows all of them alike. On CUDA the time is that between two events around the pass on an idle device: it
-    includes the gaps where the host is slower to launch than the device to compute. On a CPU it is wall-clock time.
-    torch's generators are left as they are. ValueError for another kind of device, and without a repeat.
+    Copies of the models are measured, on `device`, in eval mode, channels-last and under inference_mode, in each
+    model's own dtype (no autocast), eagerly (no compilation, no CUDA graph), with torch's settings as they are. The
+    batch lies on the device already and is the same for all. After `warmup` passes of each model, every model runs once
+    in each of `repeats` rounds, and each round begins with another one, so that a device that warms up or a neighbour
+    slows all of them alike. On CUDA the time is that between two events around the pass on an idle device: it includes
+    the gaps where the host is slower to launch than the device to compute. On a CPU it is wall-clock time. torch's
+    generators are left as they are. ValueError for another kind of device, and without a repeat.
     """
     device = torch.device(device)
     if device.type not in ("cpu", "cuda"):
@@ -38,7 +38,7 @@ def latency(
     for name, model in models.items():
         dtype = next(model.parameters()).dtype
         batch = images.to(device, dtype, memory_format=torch.channels_last)
-        ready[name] = copy.deepcopy(model).eval().to(device, memory_format=torch.channels_last), batch
+        ready[name] = copy.deepcopy(model).eval().to(device).to(memory_format=torch.channels_last), batch
     times: dict[str, list[float]] = {name: [] for name in models}
     names = list(models)
     with torch.inference_mode():

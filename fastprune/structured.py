@@ -66,12 +66,15 @@ class Selection:
         """From what `as_dict` gave. ValueError for anything else, whatever its type."""
         try:
             groups = [(g["name"], g["channels"], tuple(g["kept"])) for g in content["groups"]]
-            found = cls({n: kept for n, _, kept in groups}, {n: count for n, count, _ in groups}, tuple(content["spared"]))
-            # Only what is equal to its own description, types included, is one: no unknown, missing or doubled entries.
-            same = repr(_plain(found.as_dict())) == repr(_plain(content))
+            found = cls(
+                {n: kept for n, _, kept in groups}, {n: count for n, count, _ in groups}, tuple(content["spared"])
+            )
+            # Described again it is the same: nothing was unknown, missing or doubled.
+            valid = found.as_dict() == content and all(_is_valid(*group) for group in groups)
+            valid = valid and found.spared == tuple(n for n in found.kept if n in found.spared)
         except (KeyError, TypeError, AttributeError):
-            same = False
-        if not same or not all(_is_valid(*group) for group in groups) or not set(found.spared) <= set(found.kept):
+            valid = False
+        if not valid:
             raise ValueError("not a selection of channels as fastprune writes it")
         return found
 
@@ -81,9 +84,10 @@ def channel_groups(model: nn.Module, image_size: int) -> tuple[Group, ...]:
 
     A copy of the model is traced in eval mode with one RGB image of image_size x image_size, on the model's device (the
     meta device will do); `model` itself, its mode and torch's generators are left as they are. ValueError for a network
-    whose channels cannot be paired up like this: grouped or masked convs, convs without batch norm, other normalisation.
+    whose channels cannot be joined like this: masked or grouped convs, convs without batch norm, other normalisation.
     """
-    return _groups(_trace(copy.deepcopy(model), image_size))
+    with torch.inference_mode(False):
+        return _groups(_trace(copy.deepcopy(model), image_size))
 
 
 def gamma_scores(groups: Sequence[Group], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,9 +143,9 @@ def remove(model: nn.Module, selection: Selection, image_size: int) -> nn.Module
     """Cuts the channels that are not kept out of `model`, in place, and returns it.
 
     Convs, batch norms with their statistics, and the classifier's inputs shrink; names, modules, mode, devices,
-    requires_grad and channels-last stay. Gradients are dropped and parameters that shrink are new objects: make optimisers
-    and flat buffers afterwards. In eval mode the network then computes what the whole one would with gamma = beta = 0
-    in the channels that went, in each batch norm of their groups. Works on the meta device too.
+    requires_grad and channels-last stay. Gradients are dropped, and parameters that shrink are new objects: make
+    optimisers and flat buffers afterwards. In eval mode the network then computes what the whole one would with
+    gamma = beta = 0 in the channels that went, in each batch norm of their groups. Works on the meta device too.
     ValueError, with nothing cut yet, if the selection does not fit the network.
     """
     selection.check(channel_groups(model, image_size))
@@ -178,21 +182,19 @@ class Cost:
 
 def cost(model: nn.Module, image_size: int) -> Cost:
     """What the network has and does, in eval mode, counted on its own device (the meta device will do)."""
-    # Under inference_mode the counter does not see linear layers.
-    with _evaluating(model), torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with _evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(_image(model, image_size))
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
 
 
 def _trace(model: nn.Module, image_size: int) -> Any:
-    """torch-pruning's DependencyGraph; it puts the model into eval mode."""
+    """torch-pruning's DependencyGraph. It puts the model into eval mode, and needs gradients enabled."""
     import torch_pruning
 
-    # In a tuple, for it tries model(*images) first. An image that requires a gradient, for it follows autograd's graph,
-    # which frozen layers would not be in.
-    with torch.inference_mode(False):
-        images = (_image(model, image_size).requires_grad_(),)
-        return torch_pruning.DependencyGraph().build_dependency(model, images)
+    # Our own call, for left to itself it tries model(*images) first and hides what then fails. An image that requires a
+    # gradient, for it follows autograd's graph, where frozen layers would be missing.
+    image = _image(model, image_size).requires_grad_()
+    return torch_pruning.DependencyGraph().build_dependency(model, image, forward_fn=lambda model, image: model(image))
 
 
 def _groups(graph: Any) -> tuple[Group, ...]:
@@ -202,7 +204,8 @@ def _groups(graph: Any) -> tuple[Group, ...]:
             raise ValueError(f"{name} is a masked, grouped or special conv: its filters cannot be removed")
     groups = []
     for joined in graph.get_all_groups(root_module_types=(nn.Conv2d,)):
-        convs, norms = set(), set()
+        convs: set[str] = set()
+        norms: set[str] = set()
         channels = joined[0].dep.target.module.out_channels
         for dependency, indices in joined:
             module = dependency.target.module
@@ -258,13 +261,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _plain(content: Any) -> Any:
-    """The same with sorted keys, so that equal content has equal text (where True, 1 and 1.0 differ)."""
-    if isinstance(content, dict):
-        return {key: _plain(content[key]) for key in sorted(content)}
-    return [_plain(entry) for entry in content] if isinstance(content, list) else content
-
-
 def _is_valid(name: Any, channels: Any, kept: tuple[Any, ...]) -> bool:
     whole = all(type(i) is int for i in (channels, *kept))
-    return isinstance(name, str) and whole and kept != () and list(kept) == sorted({*kept} & {*range(channels)})
+    return (
+        isinstance(name, str) and whole and kept != () and list(kept) == sorted({i for i in kept if 0 <= i < channels})
+    )

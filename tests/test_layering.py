@@ -29,6 +29,8 @@ ALLOWED = {
     "fastprune/tensors.py": {"torch", "safetensors", "fastprune.errors"},
     "fastprune/masks.py": {"torch", "fastprune.errors", "fastprune.flat", "fastprune.kernels", "fastprune.tensors"},
     "fastprune/pruning.py": {"torch", "numpy", "fastprune.kernels", "fastprune.masks", "fastprune.specs"},
+    "fastprune/structured.py": {"torch", "torch_pruning", "fastprune.specs"},
+    "fastprune/latency.py": {"torch"},
     "fastprune/train_request.py": {"fastprune.specs"},
     "fastprune/train_log.py": {"fastprune.specs", "fastprune.step"},
     "fastprune/train_cli.py": {
