@@ -34,7 +34,7 @@ PROTOCOL = Settings(
     sparsities=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
 )
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {**resnet50.SMOKE, "sparsities": (0.3, 0.6, 0.9)},
+    "smoke": {**resnet50.PRESETS["smoke"], "sparsities": (0.3, 0.6, 0.9)},
     "quick": {"epochs": 20, "sparsities": (0.3, 0.6, 0.9)},
 }
 UNUSED = ("rounds", "fraction", "allocation", "rewind", "rewind_epoch", "prune_epochs")
