@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastprune.figures import FIGURES
+
 ROOT = Path(__file__).resolve().parents[1]
 STDLIB = set(sys.stdlib_module_names)
 
@@ -21,8 +23,18 @@ ALLOWED = {
     "fastprune/settings.py": {"fastprune.errors", "fastprune.specs"},
     "fastprune/store.py": {"filelock", "fastprune.errors", "fastprune.specs"},
     "fastprune/graph.py": {"fastprune.specs", "fastprune.store"},
-    "fastprune/figures/plan.py": {"fastprune.specs", "fastprune.settings"},
-    "fastprune/figures/a2.py": {"fastprune.specs", "fastprune.settings", "fastprune.figures"},
+    "fastprune/sizes.py": {"fastprune.specs", "fastprune.graph"},
+    "fastprune/figures/plan.py": {"fastprune.errors", "fastprune.specs", "fastprune.settings"},
+    "fastprune/figures/results.py": {"fastprune.errors"},
+    "fastprune/figures/axes.py": {"fastprune.errors", "fastprune.figures.results"},
+    "fastprune/figures/claims.py": {"scipy", "fastprune.figures.results"},
+    "fastprune/figures/claims_accuracy.py": {"fastprune.figures.claims", "fastprune.figures.results"},
+    "fastprune/figures/claims_ratios.py": {"fastprune.figures.claims", "fastprune.figures.results"},
+    "fastprune/figures/collect.py": {"fastprune.specs", "fastprune.store", "fastprune.figures"},
+    **dict.fromkeys(
+        (f"fastprune/figures/{name}.py" for name in ("resnet50", *(figure.lower() for figure in FIGURES))),
+        {"fastprune.errors", "fastprune.specs", "fastprune.settings", "fastprune.figures"},
+    ),
     "fastprune/models.py": {"torch", "torchvision", "fastprune.errors", "fastprune.specs"},
     "fastprune/flat.py": {"torch", "fastprune.kernels"},
     "fastprune/optim.py": {"torch", "fastprune.flat", "fastprune.kernels", "fastprune.masks"},

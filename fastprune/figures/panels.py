@@ -58,9 +58,12 @@ def limits(points: Sequence[CurvePoint], panel: Panel, chance: float | None) -> 
 def _draw_series(
     ax: "Axes", points: list[CurvePoint], panel: Panel, style: dict[str, Any], order: int, factor: float
 ) -> None:
-    """Mean and band of one standard deviation."""
+    """Mean and band, or bars, of one standard deviation."""
     x, mean, lower, upper = _numbers(points, panel, factor)
-    ax.fill_between(x, lower, upper, color=style["color"], alpha=0.2, linewidth=0, zorder=2 + 0.01 * order)
+    if panel.x == "latency":  # measured, it need not fall from point to point: a band would cross itself
+        ax.vlines(x, lower, upper, color=style["color"], alpha=0.5, linewidth=1.0, zorder=2 + 0.01 * order)
+    else:
+        ax.fill_between(x, lower, upper, color=style["color"], alpha=0.2, linewidth=0, zorder=2 + 0.01 * order)
     every = max(1, round(len(x) / MARKED))
     # Where two lines coincide, markers at different rounds show both.
     marked = (order % every, every)

@@ -8,6 +8,7 @@ from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim
 from fastprune.figures.claims_accuracy import Comparison
 from fastprune.figures.plan import Chains, Point, Source, evaluation_panel, find_panel
+from fastprune.figures.tables import count_of
 from fastprune.settings import Settings, check
 from fastprune.specs import DataSpec
 
@@ -41,7 +42,7 @@ def panels(settings: Settings) -> dict[str, Panel]:
     warm, late = (variants(settings)[p] for p in "bc")
     return {
         "a": Panel("Initial weights"),
-        "b": Panel(f"Warmup of {warm.schedule(1.0).warmup_epochs} epochs"),
+        "b": Panel(f"Warmup ({count_of(warm.schedule(1.0).warmup_epochs, 'epoch')})"),
         "c": Panel(f"Late rewinding (epoch {late.late_epoch})"),
         "d": Panel("Learning rate rewinding"),
         "e": Panel("Fine-tuning"),
