@@ -12,7 +12,7 @@ from fastprune.errors import InputError
 from fastprune.figures import load
 from fastprune.figures.axes import Drawing
 from fastprune.figures.claims import judge
-from fastprune.figures.collect import collect
+from fastprune.figures.collect import collect, spared_filters
 from fastprune.figures.plan import AnyPoint
 from fastprune.figures.report import redraw as draw_again
 from fastprune.figures.report import summarize, terminal_summary, write_all
@@ -44,12 +44,13 @@ class _Figure:
     def smoke(self) -> bool:
         return self.request.preset == "smoke"
 
-    def drawing(self) -> Drawing:
+    def drawing(self, store: RunStore) -> Drawing:
         """How it is shown: panels and series of its module, and a note on what was trained."""
         module, s = load(self.request.name), self.request.settings
         note = f"Preset {self.request.preset}: {self.data.classes} classes, width {s.width}, {s.epochs} epochs."
         if self.smoke:
             note += " It shows the machinery, not the paper's result."
+        note = f"{note} {spared_filters(self.points, store)}".strip()
         model = s.model.replace("resnet", "ResNet-")
         panels = module.panels(s)
         return Drawing(
@@ -113,7 +114,7 @@ def _report(figure: _Figure, store: RunStore, todo: set[str], outcome: "Outcome"
     """Writes the figure's files and prints its summary."""
     request = figure.request
     rows = collect(request.name, figure.points, store)
-    drawing = figure.drawing()
+    drawing = figure.drawing(store)
     summary = _summary(figure, rows, drawing, _cost(figure.graph, todo, outcome, seconds), outcome)
     write_all(request.out, rows, drawing, summary)
     print()

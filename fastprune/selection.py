@@ -102,6 +102,7 @@ def choose_filters(store: RunStore, node: Filters, image_size: int, device: str)
         "removed_fraction": removed / channels,
         "filters": sum(filters.values()),
         "filters_kept": sum(kept.values()),
+        "groups": len(groups),
         "spared": list(selection.spared),
         "layerwise_ratios": {name: 1.0 - kept[name] / n for name, n in filters.items()},
         "parameters": after.parameters,

@@ -122,6 +122,8 @@ def test_structured_networks_are_smaller(finished):
         if panel != "d":
             assert sizes[0] > sizes[1] > sizes[2] > 0
     removed = {r.round: r.x for r in rows if (r.panel, r.series) == ("a", "0.1")}
+    note = json.loads((finished / "out/structured/summary.json").read_text())["drawing"]["note"]
+    assert "of filters keep one where the ranking leaves none" in note
     assert removed == {0: 0.0, 1: pytest.approx(0.5, abs=0.01), 2: pytest.approx(0.8, abs=0.01)}
 
 
@@ -153,3 +155,19 @@ def test_a_damaged_selection_says_what_to_delete(finished, tmp_path, capsys, mon
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "filters.json" in said
     assert "delete the folder" in said
+
+
+def test_a_dense_run_that_diverges_shows_everywhere(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    command = ["--fig", "A4", "A5", "structured", *COMMON, "--fraction", "0.5", "--sparsities", "0.5"]
+    assert main([*command, "--lr-find", "0.05", "1e30", *folders(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "diverged" in said
+    ratios = [r for r in rows_of(tmp_path, "A4") if r.panel == "b"]
+    assert {r.round for r in ratios if r.y is not None} == {0}  # the initial weights have ratios
+    assert all(r.diverged for r in ratios if r.round > 0)
+    assert all(r.diverged for r in rows_of(tmp_path, "A5") if r.series == "1e+30")
+    assert not any(r.diverged for r in rows_of(tmp_path, "A5") if r.series == "0.05")
+    tuned = [r for r in rows_of(tmp_path, "structured") if r.series == "1e+30"]
+    assert len(tuned) == 8
+    assert all(r.diverged for r in tuned)

@@ -1,5 +1,6 @@
 """From published runs to the rows of results.csv."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from statistics import fmean
 
@@ -27,6 +28,26 @@ def collect(figure: str, points: Iterable[AnyPoint], store: RunStore) -> list[Ro
         elif all(store.has(node) for node in point.wanted):
             rows.append(_row(figure, point, store))
     return rows
+
+
+def spared_filters(points: Iterable[AnyPoint], store: RunStore) -> str:
+    """A sentence on the layers that structured pruning left one filter, where the ranking alone would have left none."""
+    counts: dict[float, list[int]] = defaultdict(list)
+    groups = 0
+    for node in {p.filters for p in points if isinstance(p, Point) and p.filters is not None}:
+        if store.has(node):
+            result = store.node(node)["result"]
+            counts[node.fraction].append(len(result["spared"]))
+            groups = result["groups"]
+    if not any(map(any, counts.values())):
+        return ""
+    parts = (f"{100 * fraction:g} %: {_span(found)}" for fraction, found in sorted(counts.items()) if any(found))
+    return f"Of {groups} groups of filters keep one where the ranking leaves none, at {', '.join(parts)}."
+
+
+def _span(counts: list[int]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _row(figure: str, p: Point, store: RunStore) -> Row:
