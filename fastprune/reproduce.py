@@ -12,7 +12,7 @@ from fastprune.errors import InputError
 from fastprune.figures import load
 from fastprune.figures.axes import Drawing
 from fastprune.figures.claims import judge
-from fastprune.figures.collect import collect, spared_filters
+from fastprune.figures.collect import collect, remark
 from fastprune.figures.plan import AnyPoint
 from fastprune.figures.report import redraw as draw_again
 from fastprune.figures.report import summarize, terminal_summary, write_all
@@ -50,7 +50,7 @@ class _Figure:
         note = f"Preset {self.request.preset}: {self.data.classes} classes, width {s.width}, {s.epochs} epochs."
         if self.smoke:
             note += " It shows the machinery, not the paper's result."
-        note = f"{note} {spared_filters(self.points, store)}".strip()
+        note = f"{note} {remark(self.points, store)}".strip()
         model = s.model.replace("resnet", "ResNet-")
         panels = module.panels(s)
         return Drawing(

@@ -31,10 +31,12 @@ ALLOWED = {
     "fastprune/figures/claims_accuracy.py": {"fastprune.figures.claims", "fastprune.figures.results"},
     "fastprune/figures/claims_ratios.py": {"fastprune.figures.claims", "fastprune.figures.results"},
     "fastprune/figures/collect.py": {"fastprune.specs", "fastprune.store", "fastprune.figures"},
-    **dict.fromkeys(
-        (f"fastprune/figures/{name}.py" for name in ("resnet50", *(figure.lower() for figure in FIGURES))),
-        {"fastprune.errors", "fastprune.specs", "fastprune.settings", "fastprune.figures"},
-    ),
+    **{
+        f"fastprune/figures/{name.lower()}.py": {
+            "fastprune.errors", "fastprune.specs", "fastprune.settings", "fastprune.figures",
+        }
+        for name in ("resnet50", *FIGURES)
+    },
     "fastprune/models.py": {"torch", "torchvision", "fastprune.errors", "fastprune.specs"},
     "fastprune/flat.py": {"torch", "fastprune.kernels"},
     "fastprune/optim.py": {"torch", "fastprune.flat", "fastprune.kernels", "fastprune.masks"},

@@ -29,7 +29,7 @@ X_AXES = {
     "filters": Axis("Filters removed (%)", "filters gone", factor=100.0, high=1.0),
     "parameters": Axis("Parameters", "parameters"),
     "flops": Axis("FLOPs an image", "FLOPs"),
-    "latency": Axis("Latency (ms a batch)", "ms a batch"),
+    "latency": Axis("Latency (% of the whole network's)", "% of the whole network's latency", factor=100.0),
 }
 Y_AXES = {
     "accuracy": Axis("Top-1 accuracy (%)", "top-1 accuracy in %", factor=100.0, high=1.0),

@@ -2,20 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
-from statistics import fmean
+from statistics import fmean, median
+from typing import Any
 
 from fastprune.figures.plan import AnyPoint, Point, TracePoint
 from fastprune.figures.results import Row
 from fastprune.specs import Prune
 from fastprune.store import Products, RunStore
-
-_MEASURED = {
-    "filters": "removed_fraction",
-    "parameters": "parameters",
-    "flops": "flops",
-    "latency": "latency_ms",
-}
-"""What stands on the axis -> where a filter selection's result has it."""
 
 
 def collect(figure: str, points: Iterable[AnyPoint], store: RunStore) -> list[Row]:
@@ -30,19 +23,23 @@ def collect(figure: str, points: Iterable[AnyPoint], store: RunStore) -> list[Ro
     return rows
 
 
-def spared_filters(points: Iterable[AnyPoint], store: RunStore) -> str:
-    """A sentence on the layers that structured pruning left one filter, where the ranking alone would have left none."""
-    counts: dict[float, list[int]] = defaultdict(list)
-    groups = 0
-    for node in {p.filters for p in points if isinstance(p, Point) and p.filters is not None}:
-        if store.has(node):
-            result = store.node(node)["result"]
-            counts[node.fraction].append(len(result["spared"]))
-            groups = result["groups"]
-    if not any(map(any, counts.values())):
+def remark(points: Iterable[AnyPoint], store: RunStore) -> str:
+    """What a structured figure has to say beside its points: how long the whole network takes, and which layers were
+    left one filter where the ranking alone would have left none."""
+    nodes = {p.filters for p in points if isinstance(p, Point) and p.filters is not None}
+    found = [(node.fraction, store.node(node)["result"]) for node in nodes if store.has(node)]
+    if not found:
         return ""
-    parts = (f"{100 * fraction:g} %: {_span(found)}" for fraction, found in sorted(counts.items()) if any(found))
-    return f"Of {groups} groups of filters keep one where the ranking leaves none, at {', '.join(parts)}."
+    counts: dict[float, list[int]] = defaultdict(list)
+    for fraction, result in found:
+        counts[fraction].append(len(result["spared"]))
+    whole, batch = median(r["latency_whole_ms"] for _, r in found), found[0][1]["latency_batch"]
+    text = f"The whole network takes {whole:.3g} ms for a batch of {batch}."
+    parts = [f"{100 * fraction:g} %: {_span(spared)}" for fraction, spared in sorted(counts.items()) if any(spared)]
+    if parts:
+        groups = found[0][1]["groups"]
+        text += f" Of {groups} groups of filters keep one where the ranking leaves none, at {', '.join(parts)}."
+    return text
 
 
 def _span(counts: list[int]) -> str:
@@ -59,13 +56,20 @@ def _row(figure: str, p: Point, store: RunStore) -> Row:
             accuracy = None
     x, dead = 1.0, 0
     if p.filters is not None:
-        x = float(store.node(p.filters)["result"][_MEASURED[p.x]])
+        x = _size(store.node(p.filters)["result"], p.x)
     elif isinstance(p.node.mask, Prune):
         mask = store.node(p.node.mask)["result"]
         x = mask["density"]
         dead = sum(ratio == 1.0 for ratio in mask["layerwise_ratios"].values())
     gone = accuracy is None
     return Row(figure, p.panel, p.series, p.seed, p.round, x, accuracy, p.lr_find, p.lr_eval, gone, dead, p.node.key)
+
+
+def _size(result: dict[str, Any], axis: str) -> float:
+    """What a filter selection's result says for an axis. Times are relative: both networks were timed in turn."""
+    if axis == "latency":
+        return float(result["latency_ms"] / result["latency_whole_ms"])
+    return float(result["removed_fraction" if axis == "filters" else axis])
 
 
 def _trace_rows(figure: str, p: TracePoint, store: RunStore) -> list[Row]:

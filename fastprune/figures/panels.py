@@ -30,7 +30,8 @@ def draw_panel(ax: "Axes", panel: Panel, curves: Curves, names: Sequence[str], d
             style = style_of(name, names)
             _draw_series(ax, points, panel, style, order, factor)
             # Each series has its marks at its own height: several often diverge at the same density.
-            color, level = style["color"], floor * (order + 1) / (len(names) + 1)
+            here = [other for other in names if other in curves]
+            color, level = style["color"], floor * (here.index(name) + 1) / (len(here) + 1)
         for counted, look in (("diverged", DIVERGED), ("dead", DEAD)):
             at = [factor * point.x for point in points if getattr(point, counted)]
             ax.plot(at, [level] * len(at), color=color, zorder=4, **look)

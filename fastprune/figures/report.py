@@ -175,7 +175,7 @@ def _part(part: Mapping[str, Any], head: str, explain: bool) -> list[str]:
         counts += [f"{len(part['dropped'])} at chance"] if part["dropped"] else []
         counts += [f"{part['diverged']} diverged"] if part["diverged"] else []
         counts += [f"{part['dead']} with a dead layer"] if part["dead"] else []
-        lines.append(f"{head}{part['effect']:+7.2f} {interval:<17}{part['verdict']:<11}{', '.join(counts)}".rstrip())
+        lines.append(f"{head}{part['effect']:+7.2f} {interval:<19} {part['verdict']:<11}{', '.join(counts)}".rstrip())
     if part["effect"] is None:
         lines.append(_fill(part["why"], head))
     elif explain and not _plain_to_see(part["why"]):

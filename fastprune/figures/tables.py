@@ -25,8 +25,6 @@ def panel_table(letter: str, rounds: Rounds, drawing: Mapping[str, Any]) -> str:
     names = [name for name in labels if name in present] + [name for name in present if name not in labels]
     last = len(rounds) - 1
     picked = sorted({round(index * last / (_SHOWN_ROUNDS - 1)) for index in range(_SHOWN_ROUNDS)})
-    width = max(14, *(len(labels.get(name, name)) + 2 for name in names))
-    per_block = max(1, (COLUMNS - 16) // width)
     by = f" by {drawing['legend_title']}" if drawing["legend_title"] else ""
     lines = [f"{title}: {Y_AXES[panel['y']].short}{by}"]
     # Of sizes and times each series has its own at a round: they stand beside the value.
@@ -34,14 +32,20 @@ def panel_table(letter: str, rounds: Rounds, drawing: Mapping[str, Any]) -> str:
     if own:
         lines[0] += f", at {X_AXES[panel['x']].short}"
     head = "round" if own else X_AXES[panel["x"]].short
+    cells = {
+        (index, name): _cell(rounds[index]["series"].get(name), panel["y"], panel["x"], own=own)
+        for index in picked
+        for name in names
+    }
+    width = max(14, *(len(labels.get(name, name)) + 2 for name in names), *(len(cell) + 2 for cell in cells.values()))
+    per_block = max(1, (COLUMNS - 16) // width)
     for start in range(0, len(names), per_block):
         block = names[start : start + per_block]
         lines.append(f"  {head:<14}" + "".join(f"{labels.get(name, name):>{width}}" for name in block))
         for index in picked:
             entry = rounds[index]
             place = str(entry["round"]) if own else _place(entry["x"], panel["x"])
-            cells = (_cell(entry["series"].get(name), panel["y"], panel["x"] if own else None) for name in block)
-            lines.append(f"  {place:<14}" + "".join(f"{cell:>{width}}" for cell in cells))
+            lines.append(f"  {place:<14}" + "".join(f"{cells[index, name]:>{width}}" for name in block))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -69,16 +73,17 @@ def _of_layers(rounds: Rounds) -> tuple[list[dict[str, Any]], dict[str, str]]:
     return reduced, labels
 
 
-def _cell(cell: Mapping[str, Any] | None, axis: str, x_axis: str | None) -> str:
+def _cell(cell: Mapping[str, Any] | None, axis: str, x_axis: str, *, own: bool) -> str:
+    """Mean and deviation, marks, and in figures over sizes the place on the x axis."""
     if cell is None:
         return "-"
-    mark = ("!" if cell["diverged"] else "") + ("*" if cell["dead"] else "") or " "
-    if cell["mean"] is None:
-        return f"diverged{mark}"
-    factor = Y_AXES[axis].factor
-    spread = f" +- {factor * cell['std']:.1f}" if cell["std"] is not None else ""
-    at = "" if x_axis is None else f" at {_amount(cell['x'])}"
-    return f"{factor * cell['mean']:.1f}{spread}{mark}{at}".rstrip() + (" " if x_axis is None and mark == " " else "")
+    marks = ("!" if cell["diverged"] else "") + ("*" if cell["dead"] else "")
+    text = "diverged"
+    if cell["mean"] is not None:
+        factor = Y_AXES[axis].factor
+        spread = f" +- {factor * cell['std']:.1f}" if cell["std"] is not None else ""
+        text = f"{factor * cell['mean']:.1f}{spread}"
+    return f"{text}{marks} at {_amount(X_AXES[x_axis].factor * cell['x'])}" if own else f"{text}{marks or ' '}"
 
 
 def _place(x: float, axis: str) -> str:

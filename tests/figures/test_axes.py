@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -21,7 +22,7 @@ LAYERS = ["conv1"] + [
     for block in range(blocks)
     for name in ("conv1", "conv2", "conv3", *(["downsample.0"] if block == 0 else []))
 ]
-SPANS = {"filters": (0.0, 0.9), "parameters": (25.5e6, 0.4e6), "flops": (0.66e9, 0.02e9), "latency": (31.0, 4.0)}
+SPANS = {"filters": (0.0, 0.9), "parameters": (25.5e6, 0.4e6), "flops": (0.66e9, 0.02e9), "latency": (1.0, 0.2)}
 
 
 def drawing_of(name: str) -> Drawing:
@@ -151,7 +152,7 @@ def test_each_panel_of_structured_names_its_axis(tmp_path, seen):
         "Filters removed (%)",
         "Parameters (millions)",
         "MFLOPs an image",
-        "Latency (ms a batch)",
+        "Latency (% of the whole network's)",
     ]
 
 
@@ -187,6 +188,18 @@ def test_a_value_that_cannot_stand_on_its_axis_is_one_line(panel, change):
     with pytest.raises(InputError, match=r"panel a, series 0\.05, seed 0, round 1") as caught:
         check_rows([replace(ROW, **change)], {"a": panel})
     assert "\n" not in str(caught.value)
+
+
+def test_cells_do_not_touch():
+    drawing, rows = drawing_of("structured"), made_up("structured", 3, 9)
+    summary = summarize(
+        rows, drawing, [], figure="structured", preset="p", settings={}, data={}, cost={}, environment={}
+    )
+    for letter in drawing.panels:
+        lines = panel_table(letter, summary["panels"][letter], summary["drawing"]).splitlines()[2:]
+        assert all(len(re.findall(r"\S  +\S| \+- ", line)) >= 3 for line in lines)
+    table = panel_table("b", summary["panels"]["b"], summary["drawing"])
+    assert re.search(r"  0  +50\.\d \+- \d\.\d at 25\.5M  ", table)
 
 
 def test_panels_that_make_no_sense():
