@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastprune.errors import InputError
 from fastprune.loaders import DataSource, SyntheticData, VaryingSource, locate, open_data, open_varying
-from fastprune.loaders.layout import FOLDER_NAME
+from fastprune.loaders.layout import recognised
 from fastprune.loaders.manifest import FILE_NAME
 from fastprune.train_request import TrainRequest
 
@@ -77,7 +77,7 @@ def open_images(request: TrainRequest, device: torch.device, *, show: bool, shar
     if request.data == "synthetic":
         return _fixed(request, SyntheticData(), device, workers, show)
     folder = _prepared_folder(Path(request.data))
-    if (folder / FILE_NAME).exists() or _is_tiny_imagenet(folder):
+    if (folder / FILE_NAME).exists() or recognised(folder) is not None:
         return _fixed(request, str(folder), device, workers, show)
     return _varying(request, folder, workers)
 
@@ -91,11 +91,6 @@ def _prepared_folder(path: Path) -> Path:
     if not (path.parent / FILE_NAME).exists():
         raise InputError(f"{path} has no {FILE_NAME} beside it: give a folder that scripts/prepare_data.py made")
     return path.parent
-
-
-def _is_tiny_imagenet(folder: Path) -> bool:
-    """Whether validation labels stand in a file of their own, as Tiny ImageNet is distributed."""
-    return any((root / "val" / "val_annotations.txt").exists() for root in (folder, folder / FOLDER_NAME))
 
 
 def _fixed(request: TrainRequest, data: str | SyntheticData, device: torch.device, workers: int, show: bool) -> Images:

@@ -1,7 +1,8 @@
-"""The data sets as they are distributed: which images there are, in which order, with which label.
+"""Folders of images: which there are, in which order, with which label.
 
     Tiny ImageNet:  train/<wnid>/images/*.JPEG     val/images/*.JPEG     val/val_annotations.txt     [wnids.txt]
     MiniPlaces:     images/train/, images/val/     train.txt, val.txt     [categories.txt]     (see miniplaces.py)
+    any other:      train/<class>/**/*.jpg         val/<class>/**/*.jpg                        (see varying_folder.py)
 
 No image is opened here. Standard library only.
 """
@@ -16,10 +17,10 @@ from typing import NamedTuple
 
 from fastprune.errors import InputError
 from fastprune.loaders import miniplaces
+from fastprune.loaders.varying_folder import EXTENSIONS, scan_images
 
 FOLDER_NAME = "tiny-imagenet-200"
 ANNOTATIONS = "val/val_annotations.txt"
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
 
 
 class Distributed(NamedTuple):
@@ -39,10 +40,11 @@ DISTRIBUTED = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A scanned folder. name: of the data set, a key of DISTRIBUTED; classes: of Tiny ImageNet sorted, of MiniPlaces as
-    numbered; files of a split: paths below `root`, ordered; labels: indices into classes.
+    """A scanned folder. name: of the data set, a key of DISTRIBUTED or the folder's own; classes: of MiniPlaces as
+    numbered, else sorted; files of a split: paths below `root`, ordered; labels: indices into classes.
 
-    Train is ordered as torchvision's ImageFolder orders it, by class and then by name; val by name.
+    Train is ordered as torchvision's ImageFolder orders it, by class and then by name; so is val of other folders, that
+    of Tiny ImageNet and MiniPlaces by name.
     """
 
     name: str
@@ -67,6 +69,8 @@ class Layout:
 
     def remark(self) -> str | None:
         """One line where the counts are not those of the data set as distributed (which is allowed), else None."""
+        if self.name not in DISTRIBUTED:
+            return None
         title, number, train, val = DISTRIBUTED[self.name]
         held = {split: self.per_class(split) for split in self.files}
         if held == {"train": (train,) * number, "val": (val,) * number}:
@@ -95,13 +99,13 @@ def scan(folder: str | os.PathLike[str]) -> Layout:
     folder = Path(folder)
     _check_folder(folder)
     if root := _tiny_root(folder):
-        return _scan_tiny(root)
+        return _scan_other(root) if _has_class_folders(root / "val") else _scan_tiny(root)
     if root := miniplaces.find_root(folder):
         found = miniplaces.read_lists(root)
         return Layout(miniplaces.NAME, root, found.classes, found.files, found.labels)
     raise InputError(
-        f"{folder} holds neither Tiny ImageNet (train/<wnid>/images and val/val_annotations.txt) nor MiniPlaces "
-        "(images/train, images/val, train.txt and val.txt)"
+        f"{folder} holds neither Tiny ImageNet (train/<wnid>/images and val/val_annotations.txt), nor MiniPlaces "
+        "(images/train, images/val, train.txt and val.txt), nor train/<class>/ and val/<class>/ with images"
     )
 
 
@@ -122,6 +126,18 @@ def _tiny_root(folder: Path) -> Path | None:
         if (root / "train").is_dir() and (root / "val").is_dir():
             return root.resolve()
     return None
+
+
+def _has_class_folders(val: Path) -> bool:
+    """Whether images are sorted into classes, and not all in one folder as Tiny ImageNet's are."""
+    with os.scandir(val) as entries:
+        folders = [entry.name for entry in entries if _visible_folder(entry)]
+    return "images" not in folders and bool(folders)
+
+
+def _scan_other(root: Path) -> Layout:
+    found = scan_images(root)
+    return Layout(root.name or "images", found.root, found.classes, found.files, found.labels)
 
 
 def _scan_tiny(root: Path) -> Layout:

@@ -40,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="fetch Tiny ImageNet into --source (default: OUT/raw) from its official address, unless it is there",
     )
+    p.add_argument(
+        "--resize",
+        type=int,
+        metavar="N",
+        help="make N x N images of them first, kept in OUT: the shorter side to N, antialiased, then the middle",
+    )
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
     return p
 
@@ -50,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
         if args.workers is not None and args.workers < 1:
             raise InputError(f"--workers is {args.workers}, expected 1 or more")
+        if args.resize is not None and not 8 <= args.resize <= 1024:
+            raise InputError(f"--resize is {args.resize}, expected 8 to 1024")
         if args.source is None and not args.download:
             raise InputError("--source is missing: name the image folder, or give --download to fetch it")
         existed = (args.out / FILE_NAME).exists()
@@ -67,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> Manifest:
     from fastprune.loaders.download import fetch_tiny_imagenet
     from fastprune.loaders.publish import prepare
+    from fastprune.loaders.resize import resize_images
 
     source = args.source or args.out / "raw"
     if args.download and args.dataset == "miniplaces":
@@ -76,6 +85,8 @@ def _run(args: argparse.Namespace) -> Manifest:
     found = recognised(source)
     if args.dataset and found and found != DATASETS[args.dataset]:
         raise InputError(f"--dataset is {args.dataset}, but {source} holds {found}: leave --dataset away")
+    if args.resize:
+        source = resize_images(source, args.out, args.resize, workers=args.workers)
     return prepare(source, args.out, workers=args.workers)
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastprune.errors import InputError
-from fastprune.loaders.layout import EXTENSIONS
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
 SPLITS = ("train", "val")
 
 
