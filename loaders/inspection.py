@@ -185,7 +185,7 @@ def _one_size(data: Mapping[str, Samples], sizes: Mapping[str, Sequence[tuple[in
         for i, other in enumerate(sizes[split]):
             if other != size:
                 raise InputError(
-                    f"images of varying size cannot be batched: {data['train'].name(0)} has {size[0]}x{size[1]} pixels, "
+                    f"images of varying size cannot mix: {data['train'].name(0)} has {size[0]}x{size[1]} pixels, "
                     f"{samples.name(i)} has {other[0]}x{other[1]}; scripts/prepare_data.py --resize N makes them equal"
                 )
     return size
