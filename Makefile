@@ -11,7 +11,7 @@ reproduce_flags = --fig $(FIG) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),-
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make reproduce FIG=A2   set up, then run a figure: PRESET=smoke|quick|paper DATA=... OUT=... STORE=... ARGS='...'"
+	@echo "make reproduce FIG=A2   set up, then run a figure (or all): PRESET=smoke|quick|paper DATA=... OUT=... STORE=... ARGS='...'"
 	@echo "make test               set up, then run the tests: ARGS='-k masks'"
 	@echo "make lint               ruff and mypy"
 	@echo "make bench              the benchmarks of bench/"

@@ -591,3 +591,23 @@ def test_real_images(few_classes, tmp_path, capsys):
     tests = re.findall(r"Test:  Acc@1 ([\d.]+)", capsys.readouterr().out)
     assert len(tests) == 3
     assert max(map(float, tests)) > 100 * 1.5 / 4  # well above chance: it has seen the images, with the right labels
+
+
+def test_a_raw_miniplaces_folder_is_used_at_its_own_size(tmp_path, capsys):
+    g = np.random.default_rng(0)
+    names = [
+        f"{split}/{letter}/{number:08d}.jpg" for split in ("train", "val") for letter in "abc" for number in range(4)
+    ]
+    names = [name if name.startswith("train") else name.replace("/", "_").replace("val_", "val/") for name in names]
+    lines: dict[str, list[str]] = {"train": [], "val": []}
+    for i, name in enumerate(names):
+        path = tmp_path / "places" / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(g.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+        lines[name.split("/")[0]].append(f"{name} {i // 4 % 3}\n")
+    for split, text in lines.items():
+        (tmp_path / "places" / f"{split}.txt").write_text("".join(text))
+    command = ["--data-path", str(tmp_path / "places"), "--store", str(tmp_path / "store"), "--model", MODEL, "-b", "6"]
+    command += ["--epochs", "1", "--lr", "0.05", "-j", "0", "--loader", "torchvision", "--device", "cpu"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "miniplaces: 12 training and 12 validation images in 3 classes, 32 x 32" in capsys.readouterr().out
