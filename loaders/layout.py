@@ -1,7 +1,7 @@
 """Folders of images: which there are, in which order, with which label.
 
     Tiny ImageNet:  train/<wnid>/images/*.JPEG     val/images/*.JPEG     val/val_annotations.txt     [wnids.txt]
-    MiniPlaces:     images/train/, images/val/     train.txt, val.txt     [categories.txt]     (see miniplaces.py)
+    MiniPlaces:     [images/]train/, [images/]val/     train.txt, val.txt     [categories.txt]     (see miniplaces.py)
     any other:      train/<class>/**/*.jpg         val/<class>/**/*.jpg                        (see varying_folder.py)
 
 No image is opened here. Standard library only.
@@ -60,11 +60,12 @@ class Layout:
 
     def listing(self) -> str:
         """SHA-256 (hex) over names, labels, sizes and times: unchanged means that no image has to be read again."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
         for split, files in self.files.items():
             for name, label in zip(files, self.labels[split], strict=True):
                 status = os.stat(self.root / name)
-                digest.update(f"{split}\0{name}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+                line = f"{split}\0{name}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
+                digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def remark(self) -> str | None:
@@ -83,13 +84,10 @@ class Layout:
 
 
 def recognised(folder: str | os.PathLike[str]) -> str | None:
-    """Which data set the folder holds, a key of DISTRIBUTED, by what only that one has: Tiny ImageNet's file of
-    validation labels, MiniPlaces' images/train. None for anything else, an ordinary image folder among them.
+    """Which data set as distributed the folder, or `tiny-imagenet-200` or `data` inside it, holds: a key of
+    DISTRIBUTED. None for anything else, an ordinary image folder among them. InputError where it cannot be listed.
     """
-    folder = Path(folder)
-    if any((root / ANNOTATIONS).exists() for root in (folder, folder / FOLDER_NAME)):
-        return FOLDER_NAME
-    return miniplaces.NAME if _tiny_root(folder) is None and miniplaces.find_root(folder) else None
+    return _find(Path(folder))[0]
 
 
 def scan(folder: str | os.PathLike[str]) -> Layout:
@@ -98,15 +96,44 @@ def scan(folder: str | os.PathLike[str]) -> Layout:
     """
     folder = Path(folder)
     _check_folder(folder)
-    if root := _tiny_root(folder):
-        return _scan_other(root) if _has_class_folders(root / "val") else _scan_tiny(root)
-    if root := miniplaces.find_root(folder):
-        found = miniplaces.read_lists(root)
-        return Layout(miniplaces.NAME, root, found.classes, found.files, found.labels)
-    raise InputError(
-        f"{folder} holds neither Tiny ImageNet (train/<wnid>/images and val/val_annotations.txt), nor MiniPlaces "
-        "(images/train, images/val, train.txt and val.txt), nor train/<class>/ and val/<class>/ with images"
-    )
+    name, root = _find(folder)
+    if name == FOLDER_NAME:
+        return _scan_tiny(root)
+    if name == miniplaces.NAME:
+        listed = miniplaces.read_lists(root)
+        return Layout(name, root, listed.classes, listed.files, listed.labels)
+    if not (root / "train").is_dir():
+        raise InputError(
+            f"{folder} holds neither Tiny ImageNet (train/<wnid>/images and val/val_annotations.txt), nor MiniPlaces "
+            "(images/train, images/val, train.txt and val.txt), nor train/<class>/ and val/<class>/ with images"
+        )
+    found = scan_images(root)
+    return Layout(root.name or "images", found.root, found.classes, found.files, found.labels)
+
+
+def _find(folder: Path) -> tuple[str | None, Path]:
+    """The data set's name as `recognised` has it, and its resolved root; for an ordinary image folder None and that."""
+    try:
+        for root in (folder, folder / FOLDER_NAME):
+            if (root / "train").is_dir() and (root / "val").is_dir():
+                if _is_tiny(root):
+                    return FOLDER_NAME, root.resolve()
+                return (miniplaces.NAME if miniplaces.has_lists(root) else None), root.resolve()
+        if found := miniplaces.find_root(folder):
+            return miniplaces.NAME, found
+    except OSError as error:
+        raise InputError(f"cannot read the data folder {folder}: {error.filename}: {error.strerror}") from None
+    return None, folder.resolve()
+
+
+def _is_tiny(root: Path) -> bool:
+    """Whether val is as Tiny ImageNet's: all images in one folder, labels in a file (or lost). Once it is sorted into
+    classes, as many tools want it, the whole is an ordinary image folder.
+    """
+    held = [entry.name for entry in os.scandir(root / "val") if _visible_folder(entry)]
+    if (root / ANNOTATIONS).exists():
+        return "images" in held or not held
+    return held == ["images"] and not (root / "train" / "images").is_dir()
 
 
 def _check_folder(folder: Path) -> None:
@@ -119,25 +146,6 @@ def _check_folder(folder: Path) -> None:
             raise InputError(f"the data folder {folder} is empty")
     except OSError as error:
         raise InputError(f"cannot read the data folder {folder}: {error.strerror}") from None
-
-
-def _tiny_root(folder: Path) -> Path | None:
-    for root in (folder, folder / FOLDER_NAME):
-        if (root / "train").is_dir() and (root / "val").is_dir():
-            return root.resolve()
-    return None
-
-
-def _has_class_folders(val: Path) -> bool:
-    """Whether images are sorted into classes, and not all in one folder as Tiny ImageNet's are."""
-    with os.scandir(val) as entries:
-        folders = [entry.name for entry in entries if _visible_folder(entry)]
-    return "images" not in folders and bool(folders)
-
-
-def _scan_other(root: Path) -> Layout:
-    found = scan_images(root)
-    return Layout(root.name or "images", found.root, found.classes, found.files, found.labels)
 
 
 def _scan_tiny(root: Path) -> Layout:

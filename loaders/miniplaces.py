@@ -3,8 +3,9 @@
     images/train/<letter>/<category>[/<subcategory>]/00000001.jpg     images/val/00000001.jpg
     train.txt, val.txt: a line an image, "train/a/abbey/00000001.jpg 0"     [categories.txt: "/a/abbey 0"]
 
-One archive holds images/, the lists come with the development kit: `list_folders` says where they may lie. Labels are
-those of the lists, and what they do not name is not read; images/test has no labels. Standard library only.
+One archive holds images/, the lists come with the development kit: `list_folders` says where they may lie. Copies with
+train/ and val/ beside the lists, without images/, are read too. Labels are those of the lists, and what they do not
+name is not read; images/test has no labels. Standard library only.
 """
 
 import os
@@ -42,6 +43,16 @@ def find_root(folder: Path) -> Path | None:
     return None
 
 
+def has_lists(root: Path) -> bool:
+    """Whether train/ and val/ in `root` itself go with lists: images of val are not sorted into classes. OSError where
+    val/ cannot be listed.
+    """
+    with os.scandir(root / "val") as entries:
+        if any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
+            return False
+    return any((folder / f"{split}.txt").is_file() for folder in list_folders(root) for split in SPLITS)
+
+
 def list_folders(root: Path) -> tuple[Path, ...]:
     """Where the lists may be, the first first: beside images/; in the development kit unpacked there; in the kit's own
     data/, unpacked or cloned there; and in the kit beside `root`.
@@ -55,18 +66,19 @@ def read_lists(root: Path) -> Contents:
     very order). InputError names the first thing that is wrong with the lists, or an image they name that is missing.
     """
     folder = _list_folder(root)
+    images = "images/" if (root / "images" / "train").is_dir() else ""
     paths = {split: folder / f"{split}.txt" for split in SPLITS}
     named = _categories(folder / "categories.txt")
     entries = {split: _entries(path, split) for split, path in paths.items()}
     number = len(named) if named else 1 + max(entry.label for entry in entries["train"].values())
     _check_labels(paths, entries, number, f"{folder / 'categories.txt' if named else paths['train']}")
     for split in SPLITS:
-        _check_present(root / "images", entries[split], paths[split])
+        _check_present(root / images, entries[split], paths[split])
     train = sorted(entries["train"], key=lambda name: (entries["train"][name].label, name))
     names = {"train": train, "val": sorted(entries["val"])}
     return Contents(
         classes=named or _folder_names(train, entries["train"], paths["train"]),
-        files={split: tuple(f"images/{name}" for name in names[split]) for split in SPLITS},
+        files={split: tuple(f"{images}{name}" for name in names[split]) for split in SPLITS},
         labels={split: tuple(entries[split][name].label for name in names[split]) for split in SPLITS},
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS, ffcv_is_there, need_ffcv
 from fastprune.loaders.layout import Layout, scan
-from fastprune.loaders.manifest import FILE_NAME, Manifest, load_manifest
+from fastprune.loaders.manifest import FILE_NAME, Manifest, load_manifest, save_manifest
 from fastprune.loaders.synthetic import SyntheticData
 
 SOURCES = "sources.json"  # which image folders have been inspected, and what was found
@@ -45,7 +45,8 @@ def locate(
 ) -> tuple[Manifest, Path | None]:
     """Manifest and folder of `data`, ready for `open_data`; the folder is None for images generated in memory.
 
-    data: a prepared folder; Tiny ImageNet or MiniPlaces as distributed; or SyntheticData ("synthetic" is its defaults).
+    data: a prepared folder; Tiny ImageNet or MiniPlaces as distributed; another image folder with images of one size;
+    or SyntheticData ("synthetic" is its defaults).
     What a loader needs and is not there is made once, under `store`/data, named by the fingerprint: .beton files for
     ffcv, image files for generated data through torchvision.  loader: one of LOADERS; "auto" and "resident" make .beton
     files where ffcv is installed.  workers: processes that decode and write.  show: progress on stderr.  InputError
@@ -118,16 +119,26 @@ def _locate_raw(
         if fingerprint := _remembered(root, layout, listing):
             folder = _folder(root, fingerprint, beton)
             if finished := _finished(folder, beton):
-                return finished, folder
+                return _pointed(finished, folder, layout, listing), folder
         samples = folder_samples(layout)
         found = inspect(samples, workers=workers, list_folder=root, show=show)
         manifest = describe(layout, found, listing)
         folder = _folder(root, manifest.fingerprint, beton)
         with writing(folder):
-            if not (finished := _finished(folder, beton)):
+            if finished := _finished(folder, beton):
+                finished = _pointed(finished, folder, layout, listing)
+            else:
                 finished = publish(folder, manifest, samples, found.digests, beton=beton, workers=workers, show=show)
         _remember(root, layout, listing, manifest.fingerprint)
     return finished, folder
+
+
+def _pointed(manifest: Manifest, folder: Path, layout: Layout, listing: str) -> Manifest:
+    """The manifest in `folder` made to name `layout`: the same pixels may have come from elsewhere, now gone."""
+    now = replace(manifest, name=layout.name, classes=layout.classes, source=str(layout.root), listing=listing)
+    if now != manifest:
+        save_manifest(now, folder)
+    return now
 
 
 def _folder(root: Path, fingerprint: str, beton: bool) -> Path:

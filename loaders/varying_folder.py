@@ -83,6 +83,8 @@ def _folders(folder: Path) -> tuple[str, ...]:
 
 def _same_classes(root: Path, classes: tuple[str, ...]) -> None:
     held = _folders(root / "val")
+    if not held:
+        raise InputError(f"no class folders in {root / 'val'}: expected val/<class>/ with images, as in train")
     if odd := sorted(set(classes) ^ set(held)):
         where, other = ("train", "val") if odd[0] in classes else ("val", "train")
         raise InputError(

@@ -125,6 +125,28 @@ def test_places_of_the_lists(number, mini, master):
     assert scan(mini).classes == CLASSES
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_copies_without_the_folder_images(number, mini, master, tmp_path):
+    print_before = fingerprint(mini, tmp_path)
+    for split in ("train", "val"):
+        shutil.move(mini / "images" / split, mini / split)
+    shutil.rmtree(mini / "images")
+    if number:
+        move_lists(mini, list_folders(mini)[number])
+    assert recognised(mini) == "miniplaces"
+    layout, before = scan(mini), scan(master)
+    assert (layout.name, layout.classes, layout.labels) == ("miniplaces", CLASSES, before.labels)
+    assert layout.files["val"] == tuple(name.removeprefix("images/") for name in before.files["val"])
+    assert fingerprint(mini, tmp_path) == print_before
+    (list_folders(mini)[number] / "val.txt").unlink()
+    with pytest.raises(InputError, match=r"missing .*val\.txt: .* holds only the train list"):
+        scan(mini)
+    (list_folders(mini)[number] / "train.txt").unlink()
+    assert recognised(mini) is None
+    with pytest.raises(InputError, match=r"no class folders in .*val: expected val/<class>/"):
+        scan(mini)
+
+
 def test_the_first_place_counts(mini, master):
     shutil.copytree(mini, mini / "development_kit" / "data", ignore=shutil.ignore_patterns("images", "objects"))
     change(mini / "development_kit" / "data" / "val.txt", lambda lines: lines[:4])
@@ -349,6 +371,20 @@ def test_changed_files_are_seen(mini, tmp_path):
         open_data(*place)
     again = locate(mini, tmp_path / "store", loader="torchvision", workers=1, show=False)
     assert again[0].fingerprint == place[0].fingerprint
+    open_data(*again)
+
+
+def test_the_same_images_elsewhere_are_read_from_there(mini, tmp_path):
+    """In turn: what the store remembers of one folder must not name the other, which may be gone."""
+    other = Path(shutil.copytree(mini, tmp_path / "other"))
+    for folder in (mini, other, mini, other):
+        manifest, where = locate(folder, tmp_path / "store", loader="torchvision", workers=1, show=False)
+        assert manifest.source == str(folder.resolve())
+        assert known(folder, tmp_path / "store") == load_manifest(where) == manifest
+        if folder == other:
+            open_data(manifest, where)
+    shutil.rmtree(mini)
+    assert next(iter(open_data(manifest, where).val(batch_size=12)))[0].shape == (12, 3, 16, 16)
 
 
 @needs_ffcv
