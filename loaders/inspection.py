@@ -7,7 +7,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fastprune.loaders.samples import Samples, digest
 
 CHUNK = 200  # images a child reports on at once
 LIST_NAME = "unreadable.txt"
+UNREAD = (0, 0)  # for a size
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,19 @@ def inspect(data: Mapping[str, Samples], *, workers: int, list_folder: Path, sho
     """Decode all images of the splits of `data` in `workers` processes.
 
     InputError where images cannot be decoded (all of them named, in a file in `list_folder` if there are several) or
-    differ in size. `show`: progress on stderr, with rate and time left.
+    differ in size, which ends it at once. `show`: progress on stderr, with rate and time left.
     """
+    found: set[tuple[int, int]] = set()
     digests = {split: [b""] * len(samples) for split, samples in data.items()}
-    sizes = {split: [(0, 0)] * len(samples) for split, samples in data.items()}
+    sizes = {split: [UNREAD] * len(samples) for split, samples in data.items()}
     sums, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
     unreadable: list[tuple[str, str]] = []
     total = sum(map(len, data.values()))
-    with progress_bar(total, "reading images", show) as bar:
-        for report in from_children(inspect_share, workers, data):
+    with (
+        progress_bar(total, "reading images", show) as bar,
+        closing(from_children(inspect_share, workers, data)) as reports,
+    ):
+        for report in reports:
             part = slice(report.start, report.start + len(report.digests))
             digests[report.split][part] = report.digests
             sizes[report.split][part] = report.sizes
@@ -69,8 +74,11 @@ def inspect(data: Mapping[str, Samples], *, workers: int, list_folder: Path, sho
                 sums += report.sums
                 squares += report.squares
             bar.update(len(report.digests))
+            found.update(size for size in report.sizes if size != UNREAD)
+            if len(found) > 1:
+                break
     if unreadable:
-        raise InputError(_unreadable_line(sorted(unreadable), total, list_folder))
+        raise InputError(unreadable_line(unreadable, total, list_folder))
     height, width = _one_size(data, sizes)
     count = len(data["train"]) * height * width
     mean = [int(s) / (count * 255) for s in sums]
@@ -154,7 +162,7 @@ def _inspect_chunk(samples: Samples, split: str, start: int) -> _Report:
         except Exception as error:  # decoders of broken files raise nearly anything
             report.unreadable.append((samples.name(i), " ".join(str(error).split()) or type(error).__name__))
             report.digests.append(b"")
-            report.sizes.append((0, 0))
+            report.sizes.append(UNREAD)
             continue
         report.digests.append(digest(pixels))
         report.sizes.append((pixels.shape[0], pixels.shape[1]))
@@ -165,7 +173,9 @@ def _inspect_chunk(samples: Samples, split: str, start: int) -> _Report:
     return report
 
 
-def _unreadable_line(unreadable: list[tuple[str, str]], total: int, folder: Path) -> str:
+def unreadable_line(unreadable: Sequence[tuple[str, str]], total: int, folder: Path) -> str:
+    """What to say of images that cannot be read, each a name and a reason; several are listed in a file in `folder`."""
+    unreadable = sorted(unreadable)
     name, reason = unreadable[0]
     if len(unreadable) == 1:
         return f"cannot read 1 of {total} images: {name} ({reason}); replace it or unpack the data set again"
@@ -180,12 +190,20 @@ def _unreadable_line(unreadable: list[tuple[str, str]], total: int, folder: Path
 
 
 def _one_size(data: Mapping[str, Samples], sizes: Mapping[str, Sequence[tuple[int, int]]]) -> tuple[int, int]:
-    size = sizes["train"][0]
+    """Height and width of all images read. InputError names two that differ."""
+    first: tuple[tuple[int, int], str] | None = None
     for split, samples in data.items():
-        for i, other in enumerate(sizes[split]):
-            if other != size:
+        for i, size in enumerate(sizes[split]):
+            if size == UNREAD:
+                continue
+            if first is None:
+                first = size, samples.name(i)
+            elif size != first[0]:
+                (height, width), name = first
                 raise InputError(
-                    f"images of varying size cannot mix: {data['train'].name(0)} has {size[0]}x{size[1]} pixels, "
-                    f"{samples.name(i)} has {other[0]}x{other[1]}; scripts/prepare_data.py --resize N makes them equal"
+                    f"images of varying size cannot be batched: {name} has {height}x{width} pixels, {samples.name(i)} "
+                    f"has {size[0]}x{size[1]}; make them equal with scripts/prepare_data.py --source DIR --out DIR "
+                    "--resize N"
                 )
-    return size
+    assert first is not None
+    return first[0]

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from fastprune.errors import InputError
 from fastprune.loaders import miniplaces
+from fastprune.loaders.choice import ffcv_is_there
 from fastprune.loaders.layout import FOLDER_NAME, recognised
 from fastprune.loaders.manifest import FILE_NAME, Manifest
 
@@ -31,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
         description="Turn an image folder into train.beton, val.beton and a manifest. A second call does nothing.",
     )
     p.add_argument(
-        "--dataset", choices=tuple(DATASETS), help="what the folder holds (default: seen from what is there)"
+        "--dataset",
+        choices=tuple(DATASETS),
+        help="what the folder holds (default: seen from what is there; any other has train/<class>/ and val/<class>/)",
     )
     p.add_argument("--source", type=Path, metavar="DIR", help="the folder as distributed, or one that contains it")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the prepared data set goes")
@@ -44,7 +47,8 @@ def parser() -> argparse.ArgumentParser:
         "--resize",
         type=int,
         metavar="N",
-        help="make N x N images of them first, kept in OUT: the shorter side to N, antialiased, then the middle",
+        help="first make N x N images of them, which stay in OUT as PNG files: the shorter side to N, antialiased, "
+        "then the middle. For images of several sizes; without ffcv, torchvision reads those files",
     )
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
     return p
@@ -85,9 +89,10 @@ def _run(args: argparse.Namespace) -> Manifest:
     found = recognised(source)
     if args.dataset and found and found != DATASETS[args.dataset]:
         raise InputError(f"--dataset is {args.dataset}, but {source} holds {found}: leave --dataset away")
-    if args.resize:
-        source = resize_images(source, args.out, args.resize, workers=args.workers)
-    return prepare(source, args.out, workers=args.workers)
+    if args.resize is None:
+        return prepare(source, args.out, workers=args.workers)
+    source = resize_images(source, args.out, args.resize, workers=args.workers)
+    return prepare(source, args.out, workers=args.workers, beton=ffcv_is_there())
 
 
 def _summary(manifest: Manifest, out: Path) -> str:

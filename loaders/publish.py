@@ -33,7 +33,8 @@ def prepare(
     beton: bool = True,
     show: bool = True,
 ) -> Manifest:
-    """Prepare the folder `source`, Tiny ImageNet or MiniPlaces as distributed, in `out`, and return its manifest.
+    """Prepare the folder `source`, Tiny ImageNet, MiniPlaces or an image folder of one size, in `out`, and return its
+    manifest.
 
     workers: processes that decode and write, by default as many as there are processors.  beton: without it only the
     manifest is written.  show: progress and remarks on stderr.  A second call on the same source does nothing.
@@ -53,6 +54,8 @@ def prepare(
             return old
         found = inspect(folder_samples(layout), workers=workers, list_folder=out, show=show)
         manifest = describe(layout, found, listing)
+        if layout.root.is_relative_to(out.resolve()):  # the two move together
+            manifest = replace(manifest, source=str(layout.root.relative_to(out.resolve())))
         if old is not None and old.fingerprint != manifest.fingerprint:
             raise InputError(f"{out} already holds other images ({old.name} from {old.source}): choose another --out")
         if old is not None and is_whole(old, out, beton):

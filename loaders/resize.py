@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,15 @@ from PIL import Image
 
 from fastprune.errors import InputError
 from fastprune.loaders.child import ChildError, Send
-from fastprune.loaders.inspection import from_children, progress_bar
+from fastprune.loaders.choice import source_folder
+from fastprune.loaders.inspection import from_children, progress_bar, unreadable_line
 from fastprune.loaders.layout import Layout, scan
+from fastprune.loaders.manifest import FILE_NAME, load_manifest
 from fastprune.loaders.publish import writing
 
 MARKER = "resized.json"
 """In the finished folder: which images it was made of, and their size."""
+VERSION = 1  # of what `resized` does
 _CHUNK = 50
 
 
@@ -32,50 +36,101 @@ class _Job:
 def resize_images(
     source: str | os.PathLike[str], out: Path, size: int, *, workers: int | None = None, show: bool = True
 ) -> Path:
-    """Writes each image of `source` (as `scan` reads it) at size x size into the folder `out`/NAME-size, where NAME is
-    that of the data set; returns that folder.
+    """Writes each image of `source` (as `scan` reads it) at size x size, see `resized`, into `out`/NAME-size, where
+    NAME is that of the data set; returns that folder.
 
-    The shorter side is brought to `size` by Pillow's antialiased bilinear filter, and the middle is cut out. The copies
-    lie in train/<class>/ and val/<class>/; classes keep their order. Finished copies of the same images are left
-    alone. InputError for images that cannot be read, and where the folder holds something else.
+    The copies lie in train/<class>/ and val/<class>/. Classes keep their order, and so their labels; the images of a
+    class keep theirs. Finished copies of the same files are left alone; unfinished ones are made anew.  workers:
+    processes, by default as many as there are processors.  show: progress on stderr.  InputError for images that cannot
+    be read (all of them named, in a file in `out` if there are several), and where `out` holds another data set or the
+    same in another size.
     """
     layout = scan(source)
     target = out / f"{layout.name}-{size}"
-    made_of = hashlib.sha256(f"{layout.listing()} {size}".encode()).hexdigest()
+    made_of = hashlib.sha256(f"{layout.listing()} {size} {VERSION}".encode()).hexdigest()
     workers = workers or len(os.sched_getaffinity(0))
     with writing(out):
+        _check_free(out, target)
         if target.exists():
-            if _marked(target) == made_of:
+            if _made_of(target) == made_of:
                 return target
-            raise InputError(f"{target} holds other images: choose another --out")
+            raise InputError(f"{target} holds other images, or the same before they changed: choose another --out")
         part = target.with_name(f".{target.name}.unfinished")
         shutil.rmtree(part, ignore_errors=True)
         try:
-            try:
-                _write(layout, part, size, workers, show)
-            except ChildError as error:
-                raise InputError(f"cannot write to {out}: {error}; choose another folder") from None
-            (part / MARKER).write_text(json.dumps({"made_of": made_of, "size": size}) + "\n")
+            _write(layout, part, size, workers, show)
+            (part / MARKER).write_text(json.dumps({"made_of": made_of, "size": size}) + "\n", encoding="utf-8")
             os.replace(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     return target
 
 
+def resized(image: Image.Image, size: int) -> Image.Image:
+    """The image scaled so that its shorter side is `size`, and of that the middle, size x size.
+
+    One call of Pillow's `resize` on the middle square, whose corner may lie between pixels, with its BILINEAR filter: a
+    triangle that widens by the factor of reduction, which torchvision calls bilinear with antialiasing. An image that
+    is of that size is not changed.
+    """
+    side = min(image.size)
+    left, top = ((length - side) / 2 for length in image.size)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+
+
+def resize_share(job: _Job, rank: int, workers: int, send: Send) -> None:
+    """What a child does: every workers-th chunk, beginning with `rank`. Sends the number of images tried, and of those
+    that cannot be read name and reason."""
+    for start in range(rank * _CHUNK, len(job.pairs), workers * _CHUNK):
+        chunk, unreadable = job.pairs[start : start + _CHUNK], []
+        for path, copy in chunk:
+            try:
+                with Image.open(path) as image:
+                    small = resized(image.convert("RGB"), job.size)
+            except Exception as error:  # decoders of broken files raise nearly anything
+                unreadable.append((path, " ".join(str(error).split()) or type(error).__name__))
+                continue
+            small.save(copy, compress_level=1)
+        send((len(chunk), unreadable))
+
+
+def _check_free(out: Path, target: Path) -> None:
+    """InputError where `out` is a finished data set that was not made of `target`."""
+    if not (out / FILE_NAME).exists():
+        return
+    manifest = load_manifest(out)
+    source = source_folder(manifest, out)
+    if source is None or source.resolve() != target.resolve():
+        raise InputError(
+            f"{out} already holds {manifest.name}, {manifest.height}x{manifest.width}: "
+            "choose another --out, or remove it"
+        )
+
+
 def _write(layout: Layout, part: Path, size: int, workers: int, show: bool) -> None:
     names = _class_folders(layout.classes)
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for split, files in layout.files.items():
         for name in names:
             (part / split / name).mkdir(parents=True)
         for number, (name, label) in enumerate(zip(files, layout.labels[split], strict=True)):
             copy = part / split / names[label] / f"{number:08d}.png"  # in the order of the original
             pairs.append((str(layout.root / name), str(copy)))
-    with progress_bar(len(pairs), "resizing", show) as bar:
-        for done, trouble in from_children(resize_share, workers, _Job(pairs, size)):
-            if trouble:
-                raise InputError(trouble)
-            bar.update(done)
+    unreadable: list[tuple[str, str]] = []
+    with (
+        progress_bar(len(pairs), "resizing", show) as bar,
+        closing(from_children(resize_share, workers, _Job(pairs, size))) as reports,
+    ):
+        try:
+            for tried, failed in reports:
+                unreadable += failed
+                bar.update(tried)
+        except ChildError as error:
+            if error.errno is None:
+                raise
+            raise OSError(error.errno, os.strerror(error.errno)) from None
+    if unreadable:
+        raise InputError(unreadable_line(unreadable, len(pairs), part.parent))
 
 
 def _class_folders(classes: Sequence[str]) -> list[str]:
@@ -85,32 +140,9 @@ def _class_folders(classes: Sequence[str]) -> list[str]:
     return [f"{label:05d} {name.replace('/', ' ')}" for label, name in enumerate(classes)]
 
 
-def resize_share(job: _Job, rank: int, workers: int, send: Send) -> None:
-    """What a child does: every workers-th chunk, beginning with `rank`. Sends (how many, what is wrong)."""
-    for start in range(rank * _CHUNK, len(job.pairs), workers * _CHUNK):
-        chunk = job.pairs[start : start + _CHUNK]
-        for path, copy in chunk:
-            try:
-                with Image.open(path) as image:
-                    small = resized(image.convert("RGB"), job.size)
-            except Exception as error:  # decoders of broken files raise nearly anything
-                send((0, f"cannot read {path} ({' '.join(str(error).split())})"))
-                return
-            small.save(copy, compress_level=1)
-        send((len(chunk), ""))
-
-
-def resized(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of the image, size x size."""
-    side = min(image.size)
-    left, top = ((length - side) / 2 for length in image.size)
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-
-
-def _marked(folder: Path) -> str | None:
+def _made_of(folder: Path) -> str | None:
+    """What its marker says; None without one that can be read."""
     try:
-        found = json.loads((folder / MARKER).read_text())
-        return str(found["made_of"])
+        return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["made_of"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

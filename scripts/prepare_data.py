@@ -3,6 +3,7 @@
 python scripts/prepare_data.py --dataset tiny-imagenet --source tiny-imagenet-200 --out data/tiny-imagenet
 python scripts/prepare_data.py --dataset tiny-imagenet --download --out data/tiny-imagenet
 python scripts/prepare_data.py --dataset miniplaces --source miniplaces --out data/miniplaces
+python scripts/prepare_data.py --source imagenet --resize 64 --out data/imagenet-64
 """
 
 import sys
