@@ -611,3 +611,19 @@ def test_a_raw_miniplaces_folder_is_used_at_its_own_size(tmp_path, capsys):
     command += ["--epochs", "1", "--lr", "0.05", "-j", "0", "--loader", "torchvision", "--device", "cpu"]
     assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
     assert "miniplaces: 12 training and 12 validation images in 3 classes, 32 x 32" in capsys.readouterr().out
+    prepare(tmp_path / "places", tmp_path / "prepared", workers=1, beton=False, show=False)
+    assert main([*command, "--data-path", str(tmp_path / "prepared"), "--output-dir", str(tmp_path / "again")]) == 0
+    assert "miniplaces: 12 training and 12 validation images in 3 classes, 32 x 32" in capsys.readouterr().out
+    equal(*(load(tmp_path / name / "checkpoint.pth") for name in ("out", "again")))
+
+
+def test_an_image_folder_is_cropped_even_where_all_images_have_one_size(tmp_path, capsys):
+    g = np.random.default_rng(0)
+    for name in ("train/a/0.png", "train/b/0.png", "val/a/0.png", "val/b/0.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        Image.fromarray(g.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
+    given = ["--train-crop-size", "32", "--val-resize-size", "36", "--val-crop-size", "32", "-b", "2", "--epochs", "1"]
+    given += ["--model", MODEL, "-j", "0", "--loader", "torchvision", "--device", "cpu", "--output-dir", str(tmp_path)]
+    given += ["--lr", "0.001"]
+    assert main(["--data-path", str(tmp_path / "images"), *given]) == 0
+    assert "cropped to 32 x 32 (validation: resized to 36, cropped to 32)" in capsys.readouterr().out
