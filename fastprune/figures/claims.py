@@ -33,8 +33,9 @@ SIGNS: dict[str, str] = {"better": ">", "similar": "~", "not worse": ">="}
 class Measured:
     """What a comparison found: by seed the difference in points, or why there is none.
 
-    rounds, dropped: used, and left out as being at chance. diverged, dead: runs among the used that diverged, or in
+    rounds, dropped: used, and left out as being at chance. diverged, dead: runs among the compared that diverged, or in
     which a layer is pruned whole. left_out: seeds that lack results. whole: whether all of the stated range is there.
+    why_not: the reason, exactly where there are no differences.
     """
 
     differences: Mapping[int, float] = field(default_factory=dict)

@@ -1,12 +1,20 @@
 """Layerwise pruning ratios compared. The rule, fixed before any run:
 
-Rows are those of A4 (a series for each layer: its LPR by epoch) and A5 (a series for each LR_find: the distance by
-epoch). A layer's movement is the maximum less the minimum over epochs of its LPR. Points are percentage points of LPR.
-A seed counts if none of its runs that are compared diverged and all have the same epochs.
+1. Rows are those of A4 (a series for each layer: its LPR by epoch) and A5 (a series for each LR_find: the distance by
+   epoch). Points are percentage points of LPR.
+2. A seed counts if none of its runs that are compared diverged and all have the same epochs. Nothing stands in for a
+   run that diverged.
+3. A layer's movement is the maximum less the minimum over epochs of its LPR; the others' is the mean of the movements
+   of all layers but the first. It is compared with the others' in another panel (`MoreMovement`), with the fixed bound
+   `HARDLY_POINTS` (`Hardly`), and with the first layer's (`FirstAgainstOthers`).
+4. Distances at the start are those at the first epoch there is (`SmallerStart`). A line flattens at an epoch if its
+   mean fall an epoch from the first epoch to that one is more than from there to the last (`Flattens`).
+
+The classes differ only in what they subtract per seed; all are of kind "better".
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from fastprune.figures.claims import Kind, Measured
@@ -20,14 +28,24 @@ Curves = dict[str, dict[int, float]]
 
 
 @dataclass(frozen=True)
-class MoreMovement:
+class _OfRatios:
+    """What no figure chooses; a field all the same, so that summary.json tells it."""
+
+    kind: Kind = field(default="better", init=False)
+    unit: str = field(default="ratio points", init=False)
+
+
+@dataclass(frozen=True)
+class MoreMovement(_OfRatios):
     """In `panel` the layers but `first` move more, on average, than in panel `than`."""
 
     panel: str
     than: str
     first: str
-    kind: Kind = "better"
-    unit: str = "ratio points"
+
+    def __post_init__(self) -> None:
+        if self.panel == self.than:
+            raise ValueError(f"a comparison of panel {self.panel!r} with itself")
 
     @property
     def text(self) -> str:
@@ -43,14 +61,12 @@ class MoreMovement:
 
 
 @dataclass(frozen=True)
-class Hardly:
+class Hardly(_OfRatios):
     """In `panel` the layers but `first` move less, on average, than HARDLY_POINTS."""
 
     panel: str
     first: str
-    bound: float = HARDLY_POINTS
-    kind: Kind = "better"
-    unit: str = "ratio points"
+    bound: float = field(default=HARDLY_POINTS, init=False)
 
     @property
     def text(self) -> str:
@@ -64,13 +80,11 @@ class Hardly:
 
 
 @dataclass(frozen=True)
-class FirstAgainstOthers:
+class FirstAgainstOthers(_OfRatios):
     """In `panel` the layer `first` moves more than the others do on average."""
 
     panel: str
     first: str
-    kind: Kind = "better"
-    unit: str = "ratio points"
 
     @property
     def text(self) -> str:
@@ -84,14 +98,16 @@ class FirstAgainstOthers:
 
 
 @dataclass(frozen=True)
-class SmallerStart:
+class SmallerStart(_OfRatios):
     """The distance of series `left` is smaller than that of `right` at the first epoch there is."""
 
     panel: str
     left: str
     right: str
-    kind: Kind = "better"
-    unit: str = "ratio points"
+
+    def __post_init__(self) -> None:
+        if self.left == self.right:
+            raise ValueError(f"a comparison of {self.left!r} with itself")
 
     @property
     def text(self) -> str:
@@ -106,14 +122,16 @@ class SmallerStart:
 
 
 @dataclass(frozen=True)
-class Flattens:
-    """The distance of `series` falls faster, on average, from the first epoch to `at` than from there to the last."""
+class Flattens(_OfRatios):
+    """The distance of `series` falls faster, on average, from the first epoch to `at` than from there to the last.
+
+    Undecided where `at` is not strictly between the two.
+    """
 
     panel: str
     series: str
     at: int
-    kind: Kind = "better"
-    unit: str = "ratio points an epoch"
+    unit: str = field(default="ratio points an epoch", init=False)
 
     @property
     def text(self) -> str:
@@ -123,6 +141,8 @@ class Flattens:
         epochs = {row.round for row in rows if (row.panel, row.series) == (self.panel, self.series)}
         if epochs and not min(epochs) < self.at < max(epochs):
             return Measured(why_not=f"epoch {self.at} is not within the run")
+        if epochs and self.at not in epochs:
+            return Measured(why_not=f"no results of {self.series} at epoch {self.at}")
 
         def difference(of: dict[str, Curves]) -> float:
             curve = of[self.panel][self.series]
@@ -140,19 +160,22 @@ def _measure(
     *,
     every: bool = False,
 ) -> Measured:
-    """Applies `difference` to each seed's curves. needed: by panel the series that must be there; of a panel only those
-    are read, unless `every` one is."""
+    """Applies `difference`, a fraction, to each seed's curves by panel. needed: by panel the series that must be there.
+    Of a panel only those are read, unless `every` one is; then there must be others."""
     used = [r for r in rows if r.panel in needed and (every or r.series in needed[r.panel])]
     names = {panel: {row.series for row in used if row.panel == panel} for panel in needed}
     for panel, series in needed.items():
         for name in series:
             if name not in names[panel]:
                 return Measured(why_not=f"no results of {name} in panel {panel}")
+        if every and names[panel] == set(series):
+            return Measured(why_not=f"no layer but {', '.join(series)} in panel {panel}")
     curves: dict[int, dict[str, Curves]] = {}
     for row in used:
         curve = curves.setdefault(row.seed, {}).setdefault(row.panel, {}).setdefault(row.series, {})
         if row.round in curve:
-            raise ValueError(f"two results for panel {row.panel}, series {row.series}, epoch {row.round}")
+            place = f"panel {row.panel}, series {row.series}, seed {row.seed}, epoch {row.round}"
+            raise ValueError(f"two results for {place}")
         if row.y is not None:
             curve[row.round] = row.y
     epochs = {row.round for row in used}
