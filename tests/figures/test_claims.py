@@ -1,6 +1,7 @@
 """The judge, on made-up results."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,10 +15,11 @@ CHANCE = 0.005
 PRUNED = (0.3, 0.9)  # rounds 1 to 5
 BETTER = Comparison("a", "better", "0.05", "0.8", densities=PRUNED)
 SIMILAR = Comparison("a", "similar", "0.05", "0.8", densities=PRUNED)
+NOT_WORSE = Comparison("a", "not worse", "0.05", "0.8", densities=PRUNED)
 
 
 def claim(*comparisons):
-    return Claim("id", "what the caption says", comparisons)
+    return Claim("id", "text", comparisons)
 
 
 def row(series, seed, number, y, panel="a"):
@@ -64,6 +66,11 @@ def test_t_interval_by_hand():
         (SIMILAR, [3.0, 3.1, 2.9], "fails"),
         (SIMILAR, [-3.0, -3.1, -2.9], "fails"),
         (SIMILAR, [-9.0, 0.0, 9.0], "undecided"),
+        (NOT_WORSE, [1.0, 2.0, 3.0], "holds"),  # from -0.48 up
+        (NOT_WORSE, [-1.0, -1.0, -1.0], "holds"),
+        (NOT_WORSE, [0.0, 1.0, 2.0], "undecided"),  # from -1.48
+        (NOT_WORSE, [-1.1, -1.0, -1.1], "undecided"),  # -1.21 to -0.92
+        (NOT_WORSE, [-3.0, -3.1, -2.9], "fails"),
     ],
 )
 def test_verdicts(comparison, points, expected):
@@ -81,20 +88,29 @@ def test_verdicts(comparison, points, expected):
 def test_the_interval_is_that_of_the_paired_differences():
     found = verdict(BETTER, gap([1.0, 2.0, 3.0]))
     assert found.interval == (pytest.approx(2 - 2.484138, abs=1e-5), pytest.approx(2 + 2.484138, abs=1e-5))
-
-
-def test_equal_differences_give_a_point():
     assert verdict(BETTER, gap([2.0, 2.0, 2.0])).interval == (2.0, 2.0)
+
+
+def test_texts():
+    assert [c.text for c in (BETTER, SIMILAR, NOT_WORSE)] == ["a    0.05 > 0.8", "a    0.05 ~ 0.8", "a    0.05 >= 0.8"]
+
+
+@given(st.lists(st.floats(-20, 20), min_size=3, max_size=6), st.floats(0, 0.3), st.randoms(use_true_random=False))
+def test_neither_a_constant_nor_the_order_of_rows_means_anything(points, constant, random):
+    rows = gap(points)
+    (part,), (raised,) = (verdict(BETTER, r).parts for r in (rows, [replace(r, y=r.y + constant) for r in rows]))
+    assert (raised.effect, *raised.interval) == pytest.approx((part.effect, *part.interval), abs=1e-8)
+    random.shuffle(rows)
+    assert verdict(BETTER, rows).parts == (part,)
 
 
 @given(st.lists(st.floats(-20, 20), min_size=3, max_size=6))
 def test_turning_the_sides_turns_the_verdict(points):
     turned = Comparison("a", "better", "0.8", "0.05", densities=PRUNED)
-    forth, back = verdict(BETTER, gap(points)), verdict(turned, gap(points))
+    forth, back = (verdict(c, gap(points)) for c in (BETTER, turned))
     assert {"holds": "fails", "fails": "holds", "undecided": "undecided"}[forth.verdict] == back.verdict
     assert forth.effect == pytest.approx(-back.effect, abs=1e-8)
-    both = verdict(SIMILAR, gap(points)), verdict(Comparison("a", "similar", "0.8", "0.05", PRUNED), gap(points))
-    assert both[0].verdict == both[1].verdict
+    assert verdict(SIMILAR, gap(points)).verdict == verdict(replace(turned, kind="similar"), gap(points)).verdict
 
 
 @pytest.mark.parametrize(("seeds", "interval"), [(1, False), (2, True)])
@@ -119,8 +135,7 @@ def test_only_the_stated_range_counts():
         for seed in range(3)
         for number in range(4, 8)
     ]
-    inside = Comparison("a", "better", "0.05", "0.8", densities=(0.512, 0.8))
-    found = verdict(inside, rows)
+    found = verdict(replace(BETTER, densities=(0.512, 0.8)), rows)
     assert (found.verdict, found.parts[0].rounds, found.effect) == ("holds", (1, 2, 3), pytest.approx(5.0))
 
 
@@ -163,6 +178,11 @@ def test_a_diverged_run_counts_as_chance_and_is_told():
     assert part.diverged == 5
     left = [r.y for r in rows if r.series == "0.05" and r.seed == 1 and r.round]
     assert part.effect == pytest.approx((20 + 100 * (sum(left) / 5 - CHANCE)) / 3)
+
+
+def test_runs_with_a_dead_layer_are_counted_in_the_range():
+    rows = [replace(r, dead=2 * (r.seed == 1 and r.round in (0, 4, 5))) for r in gap([5.0] * 3)]
+    assert verdict(BETTER, rows).parts[0].dead == 4
 
 
 def test_everything_diverged_is_undecided_not_nan():
@@ -215,12 +235,8 @@ def test_a_run_that_stops_early_is_undecided():
 
 
 def test_counts_rounded_to_whole_weights_stay_in_range():
-    rows = [
-        Row("A2", "a", r.series, r.seed, r.round, round(r.x * 1000) / 1000, r.y, 0.1, 0.5, False, 0, "")
-        for r in gap([5.0] * 3)
-    ]
-    exact = Comparison("a", "better", "0.05", "0.8", densities=(0.8**5, 0.8))
-    assert verdict(exact, rows).parts[0].rounds == (1, 2, 3, 4, 5)
+    rows = [replace(r, x=round(r.x * 1000) / 1000) for r in gap([5.0] * 3)]
+    assert verdict(replace(BETTER, densities=(0.8**5, 0.8)), rows).parts[0].rounds == (1, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +249,8 @@ def test_counts_rounded_to_whole_weights_stay_in_range():
     ],
 )
 def test_conjunctions(in_a, in_b, expected):
-    in_both = claim(BETTER, Comparison("b", "better", "0.05", "0.8", densities=PRUNED))
-    found = judge(in_both, gap(in_a) + gap(in_b, panel="b"), chance=CHANCE, decisive=True)
+    rows, in_both = gap(in_a) + gap(in_b, panel="b"), claim(BETTER, replace(BETTER, panel="b"))
+    found = judge(in_both, rows, chance=CHANCE, decisive=True)
     assert found.verdict == expected
     # What is told of the whole is the part that decided: here the weaker one, in b.
     assert found.effect == pytest.approx(sum(in_b) / 3, abs=1e-8)
@@ -242,8 +258,7 @@ def test_conjunctions(in_a, in_b, expected):
 
 
 def test_a_missing_part_decides_a_conjunction_against_holding():
-    in_both = claim(BETTER, Comparison("b", "better", "0.05", "0.8", densities=PRUNED))
-    found = judge(in_both, gap([5.0, 5.1, 5.2]), chance=CHANCE, decisive=True)
+    found = judge(claim(BETTER, replace(BETTER, panel="b")), gap([5.0, 5.1, 5.2]), chance=CHANCE, decisive=True)
     assert (found.verdict, found.effect) == ("undecided", None)
     assert "panel b" in found.why
 
@@ -252,9 +267,8 @@ def test_repeated_and_unlike_points_are_refused():
     rows = gap([5.0, 5.1, 5.2])
     with pytest.raises(ValueError, match="two results"):
         verdict(BETTER, [*rows, rows[0]])
-    unlike = Row("A2", "a", "0.05", 3, 1, 0.7, 0.5, 0.1, 0.5, False, 0, "")
     with pytest.raises(ValueError, match="round 1 has densities"):
-        verdict(BETTER, [*rows, unlike])
+        verdict(BETTER, [*rows, replace(rows[0], seed=3, round=1, x=0.7)])
 
 
 @pytest.mark.parametrize("chance", [0.0, 1.0, float("nan"), 10.0])
