@@ -32,21 +32,28 @@ def panel_table(letter: str, rounds: Rounds, drawing: Mapping[str, Any]) -> str:
     if own:
         lines[0] += f", at {X_AXES[panel['x']].short}"
     head = "round" if own else X_AXES[panel["x"]].short
-    cells = {
-        (index, name): _cell(rounds[index]["series"].get(name), panel["y"], panel["x"], own=own)
-        for index in picked
-        for name in names
-    }
-    width = max(14, *(len(labels.get(name, name)) + 2 for name in names), *(len(cell) + 2 for cell in cells.values()))
-    per_block = max(1, (COLUMNS - 16) // width)
-    for start in range(0, len(names), per_block):
-        block = names[start : start + per_block]
-        lines.append(f"  {head:<14}" + "".join(f"{labels.get(name, name):>{width}}" for name in block))
+    found = {(index, name): rounds[index]["series"].get(name) for index in picked for name in names}
+    marked = max([1, *(len(_marks(cell)) for cell in found.values())])
+    cells = {at: _cell(cell, panel["y"], panel["x"], marked, own=own) for at, cell in found.items()}
+    widths = {n: max(14, len(labels.get(n, n)) + 2, *(len(cells[i, n]) + 2 for i in picked)) for n in names}
+    for block in _blocks(widths):
+        lines.append(f"  {head:<14}" + "".join(f"{labels.get(name, name):>{widths[name]}}" for name in block))
         for index in picked:
             entry = rounds[index]
             place = str(entry["round"]) if own else _place(entry["x"], panel["x"])
-            lines.append(f"  {place:<14}" + "".join(f"{cells[index, name]:>{width}}" for name in block))
+            lines.append(f"  {place:<14}" + "".join(f"{cells[index, name]:>{widths[name]}}" for name in block))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _blocks(widths: Mapping[str, int]) -> list[list[str]]:
+    """The columns, in as few and equal parts as the terminal needs; `widths`: of the columns."""
+    names = list(widths)
+    for parts in range(1, len(names)):
+        length = -(-len(names) // parts)
+        tried = [names[start : start + length] for start in range(0, len(names), length)]
+        if all(sum(widths[name] for name in block) <= COLUMNS - 16 for block in tried):
+            return tried
+    return [[name] for name in names]
 
 
 def _of_layers(rounds: Rounds) -> tuple[list[dict[str, Any]], dict[str, str]]:
@@ -73,17 +80,21 @@ def _of_layers(rounds: Rounds) -> tuple[list[dict[str, Any]], dict[str, str]]:
     return reduced, labels
 
 
-def _cell(cell: Mapping[str, Any] | None, axis: str, x_axis: str, *, own: bool) -> str:
-    """Mean and deviation, marks, and in figures over sizes the place on the x axis."""
+def _marks(cell: Mapping[str, Any] | None) -> str:
+    return "" if cell is None else ("!" if cell["diverged"] else "") + ("*" if cell["dead"] else "")
+
+
+def _cell(cell: Mapping[str, Any] | None, axis: str, x_axis: str, marked: int, *, own: bool) -> str:
+    """Mean and deviation, marks, and in figures over sizes the place on the x axis. marked: room for marks."""
     if cell is None:
-        return "-"
-    marks = ("!" if cell["diverged"] else "") + ("*" if cell["dead"] else "")
+        return "-" + " " * marked * (not own)
+    marks = _marks(cell)
     text = "diverged"
     if cell["mean"] is not None:
         factor = Y_AXES[axis].factor
         spread = f" +- {factor * cell['std']:.1f}" if cell["std"] is not None else ""
         text = f"{factor * cell['mean']:.1f}{spread}"
-    return f"{text}{marks} at {_amount(X_AXES[x_axis].factor * cell['x'])}" if own else f"{text}{marks or ' '}"
+    return f"{text}{marks} at {_amount(X_AXES[x_axis].factor * cell['x'])}" if own else f"{text}{marks:<{marked}}"
 
 
 def _place(x: float, axis: str) -> str:
