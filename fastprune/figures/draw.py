@@ -8,19 +8,20 @@ import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastprune.figures.axes import Y_AXES, Drawing, check_rows
 from fastprune.figures.panels import draw_panel, limits
 from fastprune.figures.results import CurvePoint, Row, curve, depth_key, series_of, write_atomic
-from fastprune.figures.style import RC, layer_color, legend, per_line, pretty
+from fastprune.figures.style import RC, arranged, layer_color, legend, pretty
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Inches.
-_WIDTH = {1: 4.6, 2: 7.0, 3: 9.4}  # by columns
+_WIDTH = {1: 4.9, 2: 7.0, 3: 9.4}  # by columns
 _PANEL_HEIGHT = 2.45
 _LEFT, _RIGHT, _BOTTOM, _ROW_GAP, _COLUMN_GAP = 0.62, 0.14, 0.60, 0.66, 0.22
 _TITLE_LINE, _LEGEND_LINE, _NOTE_LINE = 0.18, 0.19, 0.115
@@ -70,45 +71,42 @@ def _figure(rows: Sequence[Row], drawing: Drawing) -> "Figure":
     lines = math.ceil(count / columns)
     width = _WIDTH[columns]
     title = textwrap.wrap(drawing.title, int(_TITLE_CHARACTERS * width))
-    handles = legend(present, drawing, diverged=diverged, dead=dead)
-    # The legend's title stands before its entries, or above them where they take several lines.
     room = width - (_BAR if drawing.layers else 0.0)
-    above = per_line(handles, room) < len(handles) and bool(drawing.legend_title)
-    handles = handles[1:] if above else handles
-    entries = per_line(handles, room)
-    legend_lines = math.ceil(len(handles) / entries) + above
+    entries = arranged(legend(present, curves.values(), drawing, diverged=diverged, dead=dead), room)
+    legend_lines = len(entries) + bool(drawing.legend_title and entries)
     note = textwrap.wrap(_note(rows, drawing, diverged), int(_NOTE_CHARACTERS * (width - _LEFT)))
     above_legend = 0.10 + _TITLE_LINE * len(title)
-    top = above_legend + _LEGEND_LINE * legend_lines + 0.34
+    headed = count > 1 or any(panel.title for panel in drawing.panels.values())
+    top = above_legend + _LEGEND_LINE * legend_lines + (0.34 if headed else 0.14)
     bottom = _BOTTOM + _NOTE_LINE * len(note)
     height = top + lines * _PANEL_HEIGHT + (lines - 1) * _ROW_GAP + bottom
-    panel_width = (width - _LEFT - _RIGHT - (columns - 1) * _COLUMN_GAP) / columns
+    gap = _COLUMN_GAP if len({panel.y for panel in drawing.panels.values()}) == 1 else _LEFT
+    panel_width = (width - _LEFT - _RIGHT - (columns - 1) * gap) / columns
 
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(
         lines,
         columns,
-        sharey=True,
         squeeze=False,
         gridspec_kw={
             "left": _LEFT / width,
             "right": 1 - _RIGHT / width,
             "bottom": bottom / height,
             "top": 1 - top / height,
-            "wspace": _COLUMN_GAP / panel_width,
+            "wspace": gap / panel_width,
             "hspace": _ROW_GAP / _PANEL_HEIGHT,
         },
     )
-    _draw_panels(axes, curves, names, drawing, points, columns)
+    _draw_panels(axes, curves, names, drawing, columns)
     figure.suptitle(pretty("\n".join(title)), y=1 - 0.10 / height, va="top", fontsize=10)
-    if handles:
+    if entries:
         figure.legend(
-            # Columns are filled first: reordered, the entries read line by line.
-            handles=[handle for column in range(entries) for handle in handles[column::entries]],
+            # Columns are filled first, so all are equally long.
+            handles=[handle or _blank() for column in zip_longest(*entries) for handle in column],
             loc="upper center",
             bbox_to_anchor=(0.5 * room / width, 1 - above_legend / height),
-            ncols=entries,
-            title=pretty(drawing.legend_title) if above else None,
+            ncols=max(map(len, entries)),
+            title=pretty(drawing.legend_title) or None,
             frameon=False,
             handlelength=3.2,
             columnspacing=1.5,
@@ -130,17 +128,17 @@ def _draw_panels(
     curves: Mapping[str, Mapping[str, list[CurvePoint]]],
     names: Sequence[str],
     drawing: Drawing,
-    points: list[CurvePoint],
     columns: int,
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    first = next(iter(drawing.panels.values()))
     count = len(drawing.panels)
-    floor, ceiling = limits(points, first, drawing.chance)
     alike = len({panel.x for panel in drawing.panels.values()}) == 1
+    ends = {panel.y: _limits(curves, panel.y, drawing) for panel in drawing.panels.values()}
+    beside = ""
     for index, (letter, panel) in enumerate(drawing.panels.items()):
         ax = axes.flat[index]
+        floor, ceiling = ends[panel.y]
         label = draw_panel(ax, panel, curves[letter], names, drawing, floor)
         if count > 1:
             short = letter if len(letter) == 1 else chr(ord("a") + index)
@@ -148,14 +146,31 @@ def _draw_panels(
         ax.set_title(pretty(panel.title))
         if index + columns >= count or not alike:
             ax.set_xlabel(label)
-        if index % columns == 0:
+        ax.set_ylim(floor, ceiling)
+        ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(0, ceiling)
+        ax.set_yticks([tick for tick in ticks if 0 <= tick <= min(ceiling, 100)])
+        # What the panel to the left says need not be said again.
+        if index % columns == 0 or panel.y != beside:
             ax.set_ylabel(Y_AXES[panel.y].label)
+        else:
+            ax.tick_params(labelleft=False)
+        beside = panel.y
     for ax in axes.flat[count:]:
         ax.remove()
-    # A shared axis: set once, it is set in every panel.
-    axes[0, 0].set_ylim(floor, ceiling)
-    ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(0, ceiling)
-    axes[0, 0].set_yticks([tick for tick in ticks if 0 <= tick <= min(ceiling, 100)])
+
+
+def _limits(curves: Mapping[str, Mapping[str, list[CurvePoint]]], y: str, drawing: Drawing) -> tuple[float, float]:
+    """Ends of the y axis that all panels over `y` have."""
+    shown = [curves[letter] for letter, panel in drawing.panels.items() if panel.y == y]
+    points = [point for series in shown for curve in series.values() for point in curve]
+    lines = 2 if drawing.layers else max(map(len, shown))
+    return limits(points, y, lines, drawing.chance if y == "accuracy" else None)
+
+
+def _blank() -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="none", label=" ")
 
 
 def _draw_bar(figure: "Figure", left: float, bottom: float, width: float, height: float) -> None:
@@ -175,7 +190,8 @@ def _note(rows: Sequence[Row], drawing: Drawing, diverged: bool) -> str:
     parts = ["One seed."] if seeds == 1 else []
     if seeds > 1:
         of = " of the first layer" if drawing.layers else ""
-        parts.append(f"Mean of {seeds} seeds; shaded: one standard deviation{of}.")
+        how = "shaded, over latency barred" if any(p.x == "latency" for p in drawing.panels.values()) else "shaded"
+        parts.append(f"Mean of {seeds} seeds; {how}: one standard deviation{of}.")
     if diverged:
         parts.append("A diverged run " + ("is left out." if drawing.chance is None else "counts as chance."))
     return " ".join([*parts, drawing.note]).strip()

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 Curves = Mapping[str, list[CurvePoint]]
 
 
+_STRIP = 0.035  # of the axis' top, for each line of marks below it
+_MARKS = 40  # side by side at most: more would overlap
+
+
 def draw_panel(ax: "Axes", panel: Panel, curves: Curves, names: Sequence[str], drawing: Drawing, floor: float) -> str:
     """Draws the series of a panel; returns the label of its x axis. floor: where the strip of marks ends, below 0."""
     shown = [point for series in curves.values() for point in series]
@@ -24,17 +28,21 @@ def draw_panel(ax: "Axes", panel: Panel, curves: Curves, names: Sequence[str], d
         points = curves[name]
         if drawing.layers:
             _draw_layer(ax, points, panel, order, len(names), factor)
-            color: Any = layer_color(order, len(names))
-            level = 0.5 * floor
+            # A run diverges in all layers at once: one line of marks for that, one for layers pruned whole.
+            levels = {"diverged": floor / 3, "dead": 2 * floor / 3}
+            colors: dict[str, Any] = {"diverged": "0.2", "dead": layer_color(order, len(names))}
         else:
             style = style_of(name, names)
             _draw_series(ax, points, panel, style, order, factor)
             # Each series has its marks at its own height: several often diverge at the same density.
             here = [other for other in names if other in curves]
-            color, level = style["color"], floor * (here.index(name) + 1) / (len(here) + 1)
+            levels = dict.fromkeys(("diverged", "dead"), floor * (here.index(name) + 1) / (len(here) + 1))
+            colors = dict.fromkeys(levels, style["color"])
         for counted, look in (("diverged", DIVERGED), ("dead", DEAD)):
             at = [factor * point.x for point in points if getattr(point, counted)]
-            ax.plot(at, [level] * len(at), color=color, zorder=4, **look)
+            if panel.x == "epoch":
+                at = _apart(at, factor * (points[-1].x - points[0].x) / _MARKS)
+            ax.plot(at, [levels[counted]] * len(at), color=colors[counted], zorder=4, **look)
     if X_AXES[panel.x].log:
         _density_axis(ax, [point.x for point in shown])
     else:
@@ -47,13 +55,22 @@ def draw_panel(ax: "Axes", panel: Panel, curves: Curves, names: Sequence[str], d
     return label
 
 
-def limits(points: Sequence[CurvePoint], panel: Panel, chance: float | None) -> tuple[float, float]:
-    """Lower and upper end of the y axis, as shown."""
-    factor = Y_AXES[panel.y].factor
-    tops = [factor * (point.mean + (point.std or 0.0)) for point in points if point.mean is not None]
-    top = max([*tops, factor * (chance or 0.0), 1.0])
+def limits(points: Sequence[CurvePoint], y: str, lines: int, chance: float | None) -> tuple[float, float]:
+    """Lower and upper end of a y axis, as shown. lines: of marks below it, where there are any."""
+    axis = Y_AXES[y]
+    tops = [min(axis.high, point.mean + (point.std or 0.0)) for point in points if point.mean is not None]
+    top = max([axis.factor * value for value in (*tops, chance or 0.0)] + [1.0])
     marked = any(point.diverged or point.dead for point in points)
-    return (-0.12 if marked else -0.03) * top, 1.05 * top
+    return -(_STRIP * (lines + 1) if marked else 0.03) * top, 1.05 * top
+
+
+def _apart(places: Sequence[float], least: float) -> list[float]:
+    """The first of `places` and of the others those that are at least so far from the one before."""
+    kept: list[float] = []
+    for place in places:
+        if not kept or place - kept[-1] >= least:
+            kept.append(place)
+    return kept
 
 
 def _draw_series(
@@ -82,12 +99,17 @@ def _draw_layer(ax: "Axes", points: list[CurvePoint], panel: Panel, order: int, 
 
 
 def _numbers(points: list[CurvePoint], panel: Panel, factor: float) -> tuple[list[float], ...]:
-    """x, mean, and mean less and plus the deviation, as shown. NaN is a gap: diverged, or a single run."""
-    scale = Y_AXES[panel.y].factor
-    mean = [math.nan if point.mean is None else scale * point.mean for point in points]
-    spread = [math.nan if point.std is None else scale * point.std for point in points]
-    lower = [value - std for value, std in zip(mean, spread, strict=True)]
-    upper = [value + std for value, std in zip(mean, spread, strict=True)]
+    """x, mean, and mean less and plus the deviation, as shown. NaN is a gap: diverged, or a single run.
+
+    The band ends where no value can be: below 0 are the marks.
+    """
+    axis, gap = Y_AXES[panel.y], math.nan
+    mean = [gap if point.mean is None else axis.factor * point.mean for point in points]
+    lower, upper = [], []
+    for point in points:
+        known = point.mean is not None and point.std is not None
+        lower.append(axis.factor * max(axis.low, point.mean - point.std) if known else gap)  # type: ignore[operator]
+        upper.append(axis.factor * min(axis.high, point.mean + point.std) if known else gap)  # type: ignore[operator]
     return [factor * point.x for point in points], mean, lower, upper
 
 

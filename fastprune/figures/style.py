@@ -1,7 +1,8 @@
 """How lines look, and the legend that explains them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from fastprune.figures.axes import Drawing
@@ -38,13 +39,14 @@ RC: dict[str, Any] = {
 _HANDLE = 0.60  # inches of a legend's entry, with the gaps about it
 _LEGEND_CHARACTERS = 16  # an inch holds
 FIRST_LAYER: dict[str, Any] = {"color": "#d4201f", "linewidth": 2.2}
-DIVERGED: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 3.6}
+# A run can be both: the cross then stands within the circle.
+DIVERGED: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 3.2, "markeredgewidth": 0.9}
 DEAD: dict[str, Any] = {
     "linestyle": "none",
     "marker": "o",
-    "markersize": 3.4,
+    "markersize": 4.3,
     "fillstyle": "none",
-    "markeredgewidth": 0.8,
+    "markeredgewidth": 0.7,
 }
 
 
@@ -65,38 +67,59 @@ def layer_color(index: int, count: int) -> Any:
     return colormaps["viridis"](0.92 * index / max(1, count - 1))
 
 
-def legend(names: Sequence[str], drawing: Drawing, *, diverged: bool, dead: bool) -> list[Any]:
-    """An entry for each of the series `names`, and for the marks below the axis. A network's layers have one for the
-    first; the colour bar explains the others."""
+def legend(
+    names: Sequence[str], panels: Iterable[Collection[str]], drawing: Drawing, *, diverged: bool, dead: bool
+) -> list[list[Any]]:
+    """Entries for the series `names`, in blocks that share panels (the series of each), then for the marks below the
+    axis. A network's layers have one for the first; the colour bar explains the others."""
     from matplotlib.lines import Line2D
 
-    handles = []
-    if drawing.legend_title and names:
-        handles.append(Line2D([], [], linestyle="none", label=pretty(drawing.legend_title)))
+    blocks = []
     if drawing.layers:
-        if names:
-            handles.append(Line2D([], [], label=f"first layer ({names[0]})", **FIRST_LAYER))
+        blocks = [[Line2D([], [], label=f"first layer ({names[0]})", **FIRST_LAYER)]] if names else []
     else:
         order = [*drawing.series, *(name for name in names if name not in drawing.series)]
-        for name in order:
-            if name in names:
-                label = pretty(drawing.series.get(name, name))
-                handles.append(Line2D([], [], label=label, markeredgecolor="white", **style_of(name, order)))
-    if diverged:
-        handles.append(Line2D([], [], color="0.2", label="diverged", **DIVERGED))
-    if dead:
-        handles.append(Line2D([], [], color="0.2", label="a layer is pruned whole", **DEAD))
-    return handles
+        for block in _sharing([name for name in order if name in names], panels):
+            looks = {name: {"markeredgecolor": "white", **style_of(name, order)} for name in block}
+            blocks.append([Line2D([], [], label=pretty(drawing.series.get(n, n)), **looks[n]) for n in block])
+    marks = (("diverged", DIVERGED, diverged), ("a layer is pruned whole", DEAD, dead))
+    blocks.append([Line2D([], [], color="0.2", label=label, **look) for label, look, there in marks if there])
+    return [block for block in blocks if block]
 
 
-def per_line(handles: Sequence[Any], width: float) -> int:
-    """How many entries of the legend stand side by side in `width` inches; at least one."""
-    labels = [re.sub(r"\\mathrm|[\\${}_]", "", handle.get_label()) for handle in handles]
-    for count in range(len(labels), 1, -1):
-        longest = (max(map(len, labels[column::count])) for column in range(count))
-        if sum(_HANDLE + length / _LEGEND_CHARACTERS for length in longest) <= width:
-            return count
-    return 1
+def _sharing(names: Sequence[str], panels: Iterable[Collection[str]]) -> list[list[str]]:
+    """`names` in groups, such that no panel has series of two groups."""
+    groups = [[name] for name in names]
+    for there in panels:
+        joined = [group for group in groups if any(name in there for name in group)]
+        others = [group for group in groups if group not in joined]
+        groups = [*others, sorted((name for group in joined for name in group), key=names.index)]
+    return sorted((group for group in groups if group), key=lambda group: names.index(group[0]))
+
+
+def arranged(blocks: Sequence[Sequence[Any]], width: float) -> list[list[Any]]:
+    """The lines of a legend `width` inches wide: one, or for each block lines of its own, about equally long."""
+    together = [handle for block in blocks for handle in block]
+    if _width([together]) <= width:
+        return [together] if together else []
+    lines: list[list[Any]] = []
+    for count in range(max(map(len, blocks)), 0, -1):
+        lines = []
+        for block in blocks:
+            length = -(-len(block) // -(-len(block) // count))
+            lines += [list(block[start : start + length]) for start in range(0, len(block), length)]
+        if _width(lines) <= width:
+            break
+    return lines
+
+
+def _width(lines: Sequence[Sequence[Any]]) -> float:
+    """Inches that the columns of a legend take, estimated."""
+    longest = (
+        max(len(re.sub(r"\\mathrm|[\\${}_]", "", handle.get_label())) for handle in column if handle is not None)
+        for column in zip_longest(*lines)
+    )
+    return sum(_HANDLE + length / _LEGEND_CHARACTERS for length in longest)
 
 
 def pretty(text: str) -> str:

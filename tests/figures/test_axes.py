@@ -1,5 +1,6 @@
 """Every kind of picture, from made-up rows: layers, epochs, filters, sizes; and what may stand on an axis."""
 
+import itertools
 import json
 import random
 import re
@@ -135,6 +136,22 @@ def test_a_ratio_of_one_is_within_the_axis(tmp_path, seen):
     rings = [line for line in panel.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert [list(line.get_xdata()) for line in rings] == [[110.0]]
     assert panel.get_ylim()[0] < rings[0].get_ydata()[0] < 0
+
+
+def test_marks_of_layers_and_over_epochs_stand_apart(tmp_path, seen):
+    rows = made_up("A4", 2)
+    rows = [replace(r, y=1.0, dead=1) if r.series == "layer4.0.conv2" and r.round > 80 else r for r in rows]
+    rows = [replace(r, y=None, diverged=True, dead=0) if r.seed == 0 and r.round > 50 else r for r in rows]
+    draw.draw(rows, drawing_of("A4"), tmp_path)
+    lines = seen[-1].axes[0].lines
+    crosses, rings = ([n for n in lines if n.get_marker() == m and len(n.get_xdata())] for m in "xo")
+    assert len(rings) == 1
+    assert {cross.get_color() for cross in crosses} == {"0.2"}
+    assert rings[0].get_ydata()[0] < crosses[0].get_ydata()[0] < 0
+    for line, first in ((crosses[0], 51.0), (rings[0], 81.0)):
+        places = list(line.get_xdata())
+        assert places[0] == first
+        assert {later - place for place, later in itertools.pairwise(places)} == {3.0}
 
 
 def test_decays_are_marked(tmp_path, seen):

@@ -3,6 +3,7 @@
 import itertools
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -92,7 +93,7 @@ def test_axes_and_words(tmp_path, seen):
     assert [ax.get_title(loc="left") for ax in (left, right)] == ["a", "b"]
     assert left.get_title() == r"$\mathrm{LR}_{\mathrm{eval}}$ = 0.5"
     (legend,) = seen[-1].legends
-    assert [text.get_text() for text in legend.get_texts()][1:] == ["0.05", "0.2", "0.8", "random masks"]
+    assert [text.get_text() for text in legend.get_texts()] == ["0.05", "0.2", "0.8", "random masks"]
     assert any("Mean of 2 seeds; shaded: one standard deviation. Made up." in t.get_text() for t in seen[-1].texts)
     assert any(text.get_text() == "chance" for text in left.texts)
 
@@ -211,3 +212,53 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 def test_a_drawing_that_makes_no_sense_is_refused(change, says):
     with pytest.raises(ValueError, match=says):
         Drawing(**{"title": "t", "panels": {"a": Panel("a")}} | change)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 7])
+def test_marks_of_different_series_do_not_touch(tmp_path, seen, count, monkeypatch):
+    monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
+    rows = rows_of(2, 30, series=[str(n) for n in range(count)])
+    rows = [replace(row, dead=1) if row.round > 20 else row for row in rows]
+    draw.draw(rows, DRAWING, tmp_path)
+    ax = seen[-1].axes[0]
+    rings = [line for line in ax.lines if line.get_fillstyle() == "none" and len(line.get_xdata())]
+    heights = sorted(72 * ax.transData.transform((1.0, ring.get_ydata()[0]))[1] / seen[-1].dpi for ring in rings)
+    low, zero = (72 * ax.transData.transform((1.0, y))[1] / seen[-1].dpi for y in (ax.get_ylim()[0], 0.0))
+    assert len(heights) == count
+    for below, above in itertools.pairwise([low, *heights, zero]):
+        assert above - below > rings[0].get_markersize()
+
+
+def test_bands_end_where_no_value_can_be(tmp_path, seen):
+    values = ((0, 0, 0.01), (0, 1, 0.02), (1, 0, 0.3), (1, 1, 0.0), (2, 0, 1.0), (2, 1, 0.6))
+    rows = [Row("A2", "a", "0.05", s, n, 0.8**n, y, 0.1, 0.5, False, 0, "") for n, s, y in values]
+    draw.draw(rows, DRAWING, tmp_path)
+    heights = [y for _, y in seen[-1].axes[0].collections[0].get_paths()[0].vertices]
+    assert min(heights) == 0.0
+    assert max(heights) == 100.0
+    assert seen[-1].axes[0].get_ylim()[1] == pytest.approx(105.0)
+
+
+def test_panels_over_different_things_have_axes_of_their_own(tmp_path, seen):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    panels = {"a": Panel("A"), "b": Panel("B"), "c": Panel("C", "epoch", "ratio")}
+    rows = rows_of(2, 3, panels="ab")
+    rows += [replace(row, panel="c", x=float(row.round), y=0.1) for row in rows if row.panel == "a"]
+    draw.draw(rows, replace(DRAWING, panels=panels), tmp_path)
+    first, second, third = seen[-1].axes
+    assert first.get_ylim() == second.get_ylim() != third.get_ylim()
+    assert [ax.get_ylabel() for ax in (first, second, third)] == [
+        "Top-1 accuracy (%)",
+        "",
+        "Layerwise pruning ratio (%)",
+    ]
+    renderer = FigureCanvasAgg(seen[-1]).get_renderer()
+    boxes = [ax.get_tightbbox(renderer) for ax in (first, second, third)]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_a_title_of_the_legend_stands_above_its_entries(tmp_path, seen):
+    draw.draw(rows_of(), DRAWING, tmp_path)
+    (legend,) = seen[-1].legends
+    assert legend.get_title().get_text() == r"$\mathrm{LR}_{\mathrm{find}}$"
