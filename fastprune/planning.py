@@ -94,7 +94,7 @@ def _print_cost(request: Request, graph: Graph, store: RunStore) -> None:
     print(f"  images       {cost.images:>15,}")
     print(f"  in the store {cost.trainings - left.trainings:>15,}   trainings; {left.trainings:,} to do")
     if any(n.data.fingerprint.startswith(UNKNOWN) for n in graph.trainings):
-        print("  Images that are not prepared yet count as distributed; nothing of them counts as being in the store.")
+        print("  Of images that are not prepared yet, nothing counts as being in the store.")
     print(f"  disk         {_size(bytes_on_disk(graph, todo)):>15}   for what is to do")
     _print_time(request, todo, _measured(graph, store))
 

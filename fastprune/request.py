@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastprune.errors import InputError
-from fastprune.loaders.layout import DISTRIBUTED
+from fastprune.loaders.layout import DISTRIBUTED, scan
 from fastprune.loaders.manifest import Manifest, Subset
 from fastprune.loaders.places import known
 from fastprune.loaders.synthetic import SyntheticData
@@ -70,17 +70,27 @@ def data_flag(settings: Settings) -> str:
 
 
 def planned_data(figure: FigureRequest, store: Path) -> DataSpec:
-    """The data a plan counts with: what is known without reading an image, else the numbers of the set as it is
-    distributed."""
+    """The data a plan counts with, told without reading an image: from the folder, or where none is given from the
+    data set as it is distributed."""
     s = figure.settings
     manifest = None if figure.data is None else known(asked_for(figure), store)
     if manifest is not None:
         return data_spec(manifest, s)
-    _, number, most_train, most_val = DISTRIBUTED[s.dataset]
-    classes = s.classes or number
-    pairs = ((s.train_per_class, most_train), (s.val_per_class, most_val))
-    train, val = (classes * min(n or most, most) for n, most in pairs)
-    return DataSpec(s.dataset, f"{UNKNOWN} {s.dataset}", classes, s.train_per_class, s.val_per_class, train, val)
+    limits = {"train": s.train_per_class, "val": s.val_per_class}
+    if figure.data is None:
+        _, number, *each = DISTRIBUTED[s.dataset]
+        name, held = s.dataset, {split: (count,) * number for split, count in zip(limits, each, strict=True)}
+    else:
+        layout = scan(str(asked_for(figure)))
+        name, held = layout.name, {split: layout.per_class(split) for split in limits}
+    counts = {
+        split: sum(n if most is None else min(n, most) for n in held[split][: s.classes])
+        for split, most in limits.items()
+    }
+    classes = s.classes or len(held["train"])
+    return DataSpec(
+        name, f"{UNKNOWN} {name}", classes, s.train_per_class, s.val_per_class, counts["train"], counts["val"]
+    )
 
 
 def find_data(

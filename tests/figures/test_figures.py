@@ -12,7 +12,7 @@ from fastprune.figures import FIGURES, PAPER, load
 from fastprune.figures.plan import Chains, Point, Source, TracePoint
 from fastprune.graph import Cost, Graph
 from fastprune.planning import points_and_graph, together
-from fastprune.request import FigureRequest
+from fastprune.request import FigureRequest, planned_data
 from fastprune.settings import PRESETS, preset
 from fastprune.sizes import NetworkSize, bytes_on_disk
 from fastprune.specs import DataSpec, Filters, ModelSpec, Prune, Ratios, Rewind, Train
@@ -180,3 +180,19 @@ def test_planning_everything_imports_no_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "Together: A1, A2" in done.stdout
+
+
+def test_a_plan_counts_the_images_of_the_folder_without_reading_them(tmp_path):
+    for split, count in (("train", 7), ("val", 2)):
+        for name in "abc":
+            (tmp_path / "animals" / split / name).mkdir(parents=True)
+            for i in range(count + (name == "c")):
+                (tmp_path / "animals" / split / name / f"{i}.jpg").touch()
+    settings = preset(load("A3").PROTOCOL, "paper")
+    figure = FigureRequest("A3", "paper", settings, str(tmp_path / "animals"), tmp_path / "out")
+    data = planned_data(figure, tmp_path / "store")
+    assert (data.name, data.classes, data.train_count, data.val_count) == ("animals", 3, 22, 7)
+    part = replace(figure, settings=settings.override(classes=2, train_per_class=5))
+    assert planned_data(part, tmp_path / "store").train_count == 10
+    assert planned_data(replace(figure, data=None), tmp_path / "store").train_count == 100_000
+    assert not (tmp_path / "store").exists()
