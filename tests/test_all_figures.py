@@ -6,7 +6,9 @@ import os
 import shutil
 from collections import defaultdict
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fastprune.cli import main
 from fastprune.figures import FIGURES
@@ -171,3 +173,47 @@ def test_a_dense_run_that_diverges_shows_everywhere(tmp_path, capsys, monkeypatc
     tuned = [r for r in rows_of(tmp_path, "structured") if r.series == "1e+30"]
     assert len(tuned) == 8
     assert all(r.diverged for r in tuned)
+
+
+def test_two_data_sets_in_one_call(tmp_path, capsys, monkeypatch):
+    """A1 on MiniPlaces and A3 on another folder, both of files, through one worker; a second call reads no image."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    noise, places = np.random.default_rng(0), tmp_path / "places"
+    animals = tmp_path / "animals"
+    for split, count in (("train", 24), ("val", 6)):
+        lines = []
+        for i in range(count):
+            below = f"train/{'abc'[i % 3]}" if split == "train" else "val"
+            for path in (places / "images" / below / f"{i:08d}.jpg", animals / split / "xyz"[i % 3] / f"{i}.png"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+            lines.append(f"{below}/{i:08d}.jpg {i % 3}\n")
+        (places / f"{split}.txt").write_text("".join(lines))
+    command = ["--fig", "A1", "A3", "--data", str(animals), "--miniplaces", str(places), "--loader", "torchvision"]
+    command += [
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "12",
+        "--width",
+        "4",
+        "--workers",
+        "1",
+        "--rounds",
+        "1",
+    ]
+    command += ["--device", "cpu", "--classes", "3", "--lr-find", "0.1", "--lr-eval", "0.1", *folders(tmp_path)]
+    assert main([*command, "--plan"]) == 0
+    assert "on miniplaces (3 classes, 24 images)" in capsys.readouterr().out
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "on miniplaces (3 classes, 24 images)" in said
+    assert "on animals (3 classes, 24 images)" in said
+    assert "ResNet-50 on MiniPlaces" in said
+    nodes = [json.loads(path.read_text()) for path in tmp_path.glob("store/nodes/*/*/node.json")]
+    assert len({n["spec"]["data"]["fingerprint"] for n in nodes if n["kind"] == "train"}) == 2
+    assert {round(r.x, 3) for name in ("A1", "A3") for r in rows_of(tmp_path, name) if r.round == 1} == {0.8}
+    assert main([*command, "--plan"]) == 0
+    assert "; 0 to do" in capsys.readouterr().out
