@@ -193,10 +193,19 @@ def test_when_the_master_alone_is_killed_its_workers_end(tmp_path):
     assert not alive
 
 
+def hears_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would whatever the tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_an_interrupt_is_130_and_continues(finished, tmp_path):
     process = subprocess.Popen(
-        command(tmp_path, "--workers", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(tmp_path, "--workers", "2"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hears_interrupts,
     )
     while not published(tmp_path):
         time.sleep(0.05)
@@ -237,7 +246,12 @@ def test_an_interrupt_from_the_terminal_is_one_line_at_any_moment(tmp_path, wait
     """A terminal sends it to every process of the group, starting workers too."""
     arguments = command(tmp_path, "--workers", "2", "--epochs", "50")
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=hears_interrupts,
     )
     time.sleep(wait)
     os.killpg(process.pid, signal.SIGINT)
