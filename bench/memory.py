@@ -1,6 +1,6 @@
 """Does a warm worker grow? Many nodes through one Worker, and after each of them what the process holds.
 
-    python bench/memory.py --data path/to/tiny-imagenet-200 [--nodes 200] [--loaders ffcv torchvision resident synthetic]
+    python bench/memory.py --data path/to/tiny-imagenet-200 [--nodes 200] [--loaders ffcv torchvision] [--structured]
 
 For each loader a fresh process runs the nodes of a figure with small settings one after another: dense runs and masked
 ones from initial and from late weights (with momentum), under several seeds and rates, prune steps by magnitude and at
@@ -47,9 +47,18 @@ LOADERS = ("ffcv", "torchvision", "resident", "synthetic")
 LIMIT = 0.05
 WARM, LAST = 10, 20
 MIB = 1 << 20
+CLASSES, TRAIN, VAL = 4, 32, 10
 SETTINGS = preset(a2.PROTOCOL, "smoke").override(
-    rounds=3, fraction=0.5, epochs=2, batch_size=32, classes=4, train_per_class=32, val_per_class=10, rewind_epoch=1
+    rounds=3,
+    fraction=0.5,
+    epochs=2,
+    batch_size=32,
+    classes=CLASSES,
+    train_per_class=TRAIN,
+    val_per_class=VAL,
+    rewind_epoch=1,
 )
+GENERATED = SyntheticData(CLASSES, TRAIN, VAL, SETTINGS.image_size)
 
 
 class Sample(NamedTuple):
@@ -89,7 +98,8 @@ def sample() -> Sample:
         except (OSError, KeyError):  # it has ended meanwhile
             continue
         waiting += [int(child) for children in tasks for child in children.split()]
-    return Sample(*map(sum, zip(*parts, strict=True)), children=len(parts) - 1)
+    resident, private, threads, files = map(sum, zip(*parts, strict=True))
+    return Sample(resident, private, threads, files, len(parts) - 1)
 
 
 def chains_of_a_figure(settings: Settings, data: DataSpec, seed: int) -> Iterable[Runnable]:
@@ -156,22 +166,19 @@ HEADER = (
 def row(loader: str, r: Result) -> str:
     """RSS in MiB, the medians that are judged; threads and files after node WARM and at the end; slope of what no file
     backs."""
-    begin, end = r.resident
+    begin, end = (size / MIB for size in r.resident)
     threads, files = (f"{getattr(r.first, of)} -> {getattr(r.last, of)}" for of in ("threads", "files"))
     return (
-        f"{loader:<14}{r.nodes:>6}{begin / MIB:>11.1f}{end / MIB:>9.1f}{r.peak / MIB:>9.1f}    {100 * r.growth:>+7.2f} %"
+        f"{loader:<14}{r.nodes:>6}{begin:>11.1f}{end:>9.1f}{r.peak / MIB:>9.1f}    {100 * r.growth:>+7.2f} %"
         f"{threads:>12}{files:>12}{r.slope / 1024:>+7.1f} kB a node"
     )
 
 
 def measure(loader: str, data: str, store: Path, runs: Path, count: int, structured: bool) -> list[Sample]:
     """store: keeps prepared data; runs: an empty folder for what the nodes leave."""
-    s = SETTINGS
-    assert s.classes and s.train_per_class and s.val_per_class
-    small = SyntheticData(s.classes, s.train_per_class, s.val_per_class, s.image_size)
-    manifest, folder = locate(small if "synthetic" in (loader, data) else data, store, loader=loader)
+    manifest, folder = locate(GENERATED if "synthetic" in (loader, data) else data, store, loader=loader)
     images = {manifest.fingerprint: Images(manifest, folder, loader)}
-    graph = graph_of(data_spec(manifest, s), count, structured=structured)
+    graph = graph_of(data_spec(manifest, SETTINGS), count, structured=structured)
     return in_fresh_process(WorkConfig(runs, images, checkpoint_epochs=1), graph)
 
 
