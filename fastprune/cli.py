@@ -59,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--checkpoint-seconds", type=_seconds, default=60.0, metavar="S", help="between checkpoints of a run"
     )
+    run.add_argument(
+        "--checkpoint-epochs", type=_positive, metavar="N", help="checkpoint also every N epochs, whatever the time"
+    )
 
     h = p.add_argument_group("hyperparameters (default: the protocol's, as the preset changes them)")
     h.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
@@ -145,6 +148,7 @@ def _main(args: argparse.Namespace) -> int:
         device=args.device,
         workers=args.workers,
         checkpoint_seconds=args.checkpoint_seconds,
+        checkpoint_epochs=args.checkpoint_epochs,
         rate=args.images_per_second,
     )
     if args.redraw:

@@ -1,40 +1,33 @@
-"""Runs a graph: each node once, parents first, the longest chain first; in this process or in several warm workers."""
+"""Runs a graph: each node once, parents first, the longest chain first, by a crew of warm workers."""
 
-import contextlib
-import errno
-import multiprocessing as mp
-import os
-import signal
-import threading
 import time
-import traceback
-from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection, wait
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fastprune.crew import Crew, Here, Processes
 from fastprune.errors import InputError
 from fastprune.graph import Graph
+from fastprune.lease import Holder, Leases
 from fastprune.schedule import Queue
 from fastprune.specs import Runnable, Train
 from fastprune.store import RunStore
-from fastprune.work import Report, WorkConfig, Worker
+from fastprune.work import WorkConfig
 
 _LOST_LIMIT = 2
 """A node whose worker died this often has failed."""
-_STARTS_LIMIT = 5
-"""So many workers in a row died before they gave an answer: something is wrong with all of them."""
 _SILENT_SECONDS = 600.0
 """A busy worker that says nothing for so long is mentioned."""
-_STORE_IS_UNUSABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
 
 class View(Protocol):
-    """What is told of the work as it goes."""
+    """What is told of the work as it goes. worker: its number; place: where it runs."""
 
-    def started(self, worker: int, node: Runnable) -> None: ...
+    def started(self, worker: int, node: Runnable, place: str) -> None: ...
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None: ...
     def note(self, text: str) -> None: ...
-    def finished(self, worker: int, node: Runnable, result: dict[str, Any]) -> None: ...
+    def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None: ...
     def failed(self, worker: int, node: Runnable, reason: str) -> None: ...
 
 
@@ -43,234 +36,151 @@ class Outcome:
     """What became of the nodes that were to do: keys computed here, and by key why a node failed.
 
     found: keys of nodes that another process published meanwhile. epochs: of the trainings among the done, how many
-    were computed here. images: training images seen by all workers. not_reached: nodes that rest on a failed one.
-    seconds: wall time.
+    were computed here. images: training images seen by all workers. takeovers: by key of whom. not_reached: nodes that
+    rest on a failed one. seconds: wall time.
     """
 
-    devices: list[str]
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     found: list[str] = field(default_factory=list)
     epochs: dict[str, int] = field(default_factory=dict)
     images: int = 0
+    takeovers: dict[str, Holder] = field(default_factory=dict)
     not_reached: int = 0
     seconds: float = 0.0
 
 
 def execute(
-    graph: Graph, config: WorkConfig, view: View, *, workers: int = 1, devices: list[str] | None = None
+    graph: Graph,
+    config: WorkConfig,
+    view: View,
+    *,
+    workers: int = 1,
+    devices: list[str] | None = None,
+    crew: Crew | None = None,
 ) -> Outcome:
-    """Computes what the store lacks of the graph. A node that fails is reported and the others go on.
+    """Computes what the store lacks of the graph, on this machine or by the `crew` given (which it closes). A node that
+    fails is reported and the others go on.
 
     InputError (a damaged data file, a full disk) ends the whole run; so does KeyboardInterrupt. Both leave a store that
     the same command continues from.
     """
     began = time.monotonic()
     queue = Queue(graph, RunStore(config.store))
-    outcome = Outcome(devices or [config.device])
-    count = max(1, min(workers, queue.left))
-    if count == 1:
-        _run_here(queue, replace(config, device=outcome.devices[0], show=True), view, outcome)
-    else:
-        _Pool(queue, config, view, outcome, count).run()
+    outcome = Outcome()
+    count = min(workers, queue.left)
+    with (
+        Leases(config.store / "leases") as leases,  # given back when no worker writes any more
+        _closing(crew or _crew(graph, config, devices or [config.device], count)) as open_crew,
+    ):
+        _Run(queue, open_crew, leases, view, outcome).run()
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
-def _compute(worker: Worker, graph: Graph, node: Runnable, report: Report) -> tuple[str, Any]:
-    """What became of one node: ("done", (result, epochs computed)), ("found", result) where another process was faster,
-    ("busy", None), ("input", line) or ("failed", traceback)."""
+def _crew(graph: Graph, config: WorkConfig, devices: list[str], count: int) -> Crew:
+    return Here(graph, config, devices[0]) if count <= 1 else Processes(graph, config, devices, count)
+
+
+@contextmanager
+def _closing(crew: Crew) -> Iterator[Crew]:
     try:
-        with worker.store.lease(node) as mine:
-            if not mine:
-                return "busy", None
-            if worker.store.holds(node, graph.needed(node)):
-                return "found", worker.store.node(node)["result"]
-            return "done", worker.run(node, graph.products(node), report)
-    except InputError as error:
-        return "input", str(error)
-    except OSError as error:
-        if error.errno in _STORE_IS_UNUSABLE:
-            where = error.filename or worker.config.store
-            return "input", f"{where}: cannot be written ({error.strerror}); make room or choose another --store"
-        return "failed", traceback.format_exc()
-    except Exception:
-        return "failed", traceback.format_exc()
+        yield crew
+    finally:
+        crew.close()
 
 
-def _settle(queue: Queue, view: View, outcome: Outcome, worker: int, node: Runnable, answer: tuple[str, Any]) -> None:
-    kind, value = answer
-    if kind == "busy":
-        queue.busy(node)
-    elif kind == "input":
-        raise InputError(value)
-    elif kind == "found":
-        outcome.found.append(node.key)
-        queue.done(node)
-        view.finished(worker, node, value)
-    elif kind == "done":
-        result, epochs = value
-        outcome.done.append(node.key)
-        if isinstance(node, Train):
-            outcome.epochs[node.key] = epochs
-        queue.done(node)
-        view.finished(worker, node, result)
-    else:
-        log = queue.store.log(node, value)
-        reason = f"{value.strip().splitlines()[-1]} (log: {log})"
-        outcome.failed[node.key] = reason
-        outcome.not_reached += queue.fail(node)
-        view.failed(worker, node, reason)
+class _Run:
+    """One call of execute: hands nodes that can run to workers that are free, and settles what comes back."""
 
-
-def _run_here(queue: Queue, config: WorkConfig, view: View, outcome: Outcome) -> None:
-    worker = Worker(config)
-    while queue.left:
-        node = queue.next()
-        if node is None:
-            time.sleep(0.05)
-            continue
-        view.started(0, node)
-
-        def report(epoch: int, images: int, node: Runnable = node) -> None:
-            outcome.images += images
-            view.progress(0, node, epoch, images)
-
-        _settle(queue, view, outcome, 0, node, _compute(worker, queue.graph, node, report))
-
-
-class _Pool:
-    """Worker processes, each with one pipe: a node goes in, progress and the answer come out."""
-
-    def __init__(self, queue: Queue, config: WorkConfig, view: View, outcome: Outcome, count: int) -> None:
-        self.queue, self.view, self.outcome = queue, view, outcome
-        self.configs = [replace(config, device=outcome.devices[i % len(outcome.devices)]) for i in range(count)]
-        self.context = mp.get_context("spawn")
+    def __init__(self, queue: Queue, crew: Crew, leases: Leases, view: View, outcome: Outcome) -> None:
+        self.queue, self.crew, self.leases, self.view, self.outcome = queue, crew, leases, view, outcome
+        self.nodes: dict[int, Runnable] = {}
+        self.heard: dict[int, float] = {}
         self.lost: dict[str, int] = {}
-        self.died_unused = 0
-        self.heard = [time.monotonic()] * count
-        self.processes: list[Any] = [None] * count
-        self.pipes: list[Connection | None] = [None] * count
-        self.nodes: list[Runnable | None] = [None] * count
 
     def run(self) -> None:
-        try:
-            for i in range(len(self.configs)):
-                self._start(i)
-            while self.queue.left:
-                self._hand_out()
-                self._listen()
-        finally:
-            self._stop()
-
-    def _start(self, i: int) -> None:
-        mine, theirs = self.context.Pipe()
-        self.processes[i] = self.context.Process(
-            target=_worker_main, args=(theirs, self.configs[i], self.queue.graph), daemon=False
-        )
-        # An interrupt is the parent's to handle: the child inherits that it ignores it, from its first moment.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self.processes[i].start()
-        finally:
-            signal.signal(signal.SIGINT, handler)
-        theirs.close()
-        self.pipes[i] = mine
+        while self.queue.left:
+            self._hand_out()
+            self.crew.listen(self._hear)
+            self._mention_the_silent()
 
     def _hand_out(self) -> None:
-        for i, busy_with in enumerate(self.nodes):
-            if busy_with is None and (node := self.queue.next()) is not None:
-                self.nodes[i], self.heard[i] = node, time.monotonic()
-                self.view.started(i, node)
-                with contextlib.suppress(OSError):  # a dead worker is noticed in _listen
-                    self.pipes[i].send(node.key)  # type: ignore[union-attr]
-
-    def _listen(self) -> None:
-        ready = wait([p for p in self.pipes if p is not None], timeout=0.2)
-        for i, busy_with in enumerate(self.nodes):
-            if busy_with is not None and time.monotonic() - self.heard[i] > _SILENT_SECONDS:
-                self.heard[i] = time.monotonic()
-                label, pid = self.queue.graph.label(busy_with), self.processes[i].pid
-                self.view.note(
-                    f"no sign of {label} for {_SILENT_SECONDS / 60:.0f} minutes (process {pid}): does it hang?"
-                )
-        for i, pipe in enumerate(self.pipes):
-            if pipe is None or pipe not in ready:
-                continue
-            try:
-                kind, *rest = pipe.recv()
-            except (EOFError, OSError):
-                self._lost(i)
-                continue
-            node = self.nodes[i]
-            self.heard[i], self.died_unused = time.monotonic(), 0
-            if node is None:
-                continue
-            if kind == "progress":
-                epoch, images = rest
-                self.outcome.images += images
-                self.view.progress(i, node, epoch, images)
+        for worker in self.crew.free():
+            while (node := self.queue.next()) is not None:
+                if self._claim(node):
+                    self.nodes[worker], self.heard[worker] = node, time.monotonic()
+                    self.view.started(worker, node, self.crew.place(worker))
+                    self.crew.give(worker, node)
+                    break
             else:
-                self.nodes[i] = None
-                _settle(self.queue, self.view, self.outcome, i, node, (str(kind), rest[0]))
+                return
 
-    def _lost(self, i: int) -> None:
-        """A worker died (killed, out of memory): another takes its place, and its node is tried once more."""
-        self.processes[i].join()
-        code, node = self.processes[i].exitcode, self.nodes[i]
-        self.nodes[i] = None
-        if node is not None:
+    def _claim(self, node: Runnable) -> bool:
+        """Whether it is ours to compute: nobody else's at present, and not published meanwhile."""
+        store = self.queue.store
+        mine, holder = self.leases.acquire(node.key)
+        if not mine:
+            self.queue.busy(node)
+            return False
+        if holder is not None:
+            self.outcome.takeovers[node.key] = holder
+            self.view.note(f"taken over: {self.queue.graph.label(node)}, from {holder}, which is gone")
+        store.tidy(node)
+        if store.holds(node, self.queue.graph.needed(node)):
+            self.leases.release(node.key)
+            self.outcome.found.append(node.key)
+            self.queue.done(node)
+            self.view.finished(None, node, store.node(node)["result"])
+            return False
+        return True
+
+    def _hear(self, worker: int, kind: str, value: Any) -> None:
+        node = self.nodes.get(worker)
+        self.heard[worker] = time.monotonic()
+        if node is None:  # a worker died that had nothing to do
+            return
+        if kind == "progress":
+            epoch, images = value
+            self.outcome.images += images
+            self.view.progress(worker, node, epoch, images)
+            return
+        del self.nodes[worker]
+        if kind == "lost":
             self.lost[node.key] = self.lost.get(node.key, 0) + 1
             if self.lost[node.key] < _LOST_LIMIT:
+                self.view.note(f"again: {self.queue.graph.label(node)}, as its worker died ({value})")
+                self.leases.release(node.key)
                 self.queue.again(node)
-            else:
-                reason = f"its worker died {_LOST_LIMIT} times, last with exit code {code}: out of memory?"
-                _settle(self.queue, self.view, self.outcome, i, node, ("failed", reason))
-        self.died_unused += 1
-        if self.died_unused >= _STARTS_LIMIT:
-            raise InputError(f"workers die as they start (exit code {code}): --workers 1 shows why")
-        if self.queue.left:
-            self._start(i)
-        else:
-            self.pipes[i] = None
+                return
+            kind, value = "failed", f"its worker died {_LOST_LIMIT} times, last with {value}: out of memory?"
+        still_ours = self.leases.release(node.key)
+        if kind == "input":
+            raise InputError(value)
+        if kind == "done":
+            self._done(worker, node, *value)
+        elif still_ours:
+            self._failed(worker, node, value)
+        else:  # whoever took it over has cleared away what this worker was writing
+            self.queue.busy(node)
 
-    def _stop(self) -> None:
-        for process in self.processes:
-            if process is not None:
-                process.terminate()
-        for process in self.processes:
-            if process is not None:
-                process.join(10)
-                if process.is_alive():
-                    process.kill()
+    def _done(self, worker: int, node: Runnable, result: dict[str, Any], epochs: int) -> None:
+        self.outcome.done.append(node.key)
+        if isinstance(node, Train):
+            self.outcome.epochs[node.key] = epochs
+        self.queue.done(node)
+        self.view.finished(worker, node, result)
 
+    def _failed(self, worker: int, node: Runnable, said: str) -> None:
+        log = self.queue.store.log(node, said)
+        reason = f"{said.strip().splitlines()[-1]} (log: {log})"
+        self.outcome.failed[node.key] = reason
+        self.outcome.not_reached += self.queue.fail(node)
+        self.view.failed(worker, node, reason)
 
-def _worker_main(pipe: Connection, config: WorkConfig, graph: Graph) -> None:
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    worker = Worker(config)
-    while True:
-        try:
-            key = pipe.recv()
-        except EOFError:
-            return
-        node = graph.by_key[key]
-        sent, images = time.monotonic(), 0
-
-        def report(epoch: int, more: int) -> None:
-            nonlocal sent, images
-            images += more
-            if time.monotonic() - sent > 0.2:
-                pipe.send(("progress", epoch, images))
-                sent, images = time.monotonic(), 0
-
-        answer = _compute(worker, graph, node, report)
-        pipe.send(("progress", 0, images))
-        pipe.send(answer)
-
-
-def _die_with_parent() -> None:
-    """Ends this worker when its parent is gone, however it went: two owners of one run would waste both."""
-    parent = mp.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    def _mention_the_silent(self) -> None:
+        for worker, node in self.nodes.items():
+            if time.monotonic() - self.heard[worker] > _SILENT_SECONDS:
+                self.heard[worker] = time.monotonic()
+                label, place = self.queue.graph.label(node), self.crew.place(worker)
+                self.view.note(f"no sign of {label} for {_SILENT_SECONDS / 60:.0f} minutes ({place}): does it hang?")

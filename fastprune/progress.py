@@ -1,12 +1,16 @@
 """What a person sees while a graph runs: one bar over all training images, one line for each worker."""
 
 import sys
+import time
 from typing import Any, Self
 
 from tqdm import tqdm
 
 from fastprune.graph import Cost, Graph
 from fastprune.specs import Runnable, Train
+
+_LINES = 24
+"""Workers that have a line of their own."""
 
 
 class Bars:
@@ -19,7 +23,7 @@ class Bars:
         self.graph = graph
         live = bool(todo) and sys.stderr.isatty()
         self.trainings = sum(isinstance(n, Train) for n in todo)
-        self.trained = 0
+        self.trained = self.failures = 0
         self.total = tqdm(
             total=Cost.of(todo).images,
             unit=" images",
@@ -31,34 +35,48 @@ class Bars:
             smoothing=0.05,
         )
         self.lines = [
-            tqdm(total=0, bar_format="  {desc}", position=i + 1, leave=False) for i in range(workers if live else 0)
+            tqdm(total=0, bar_format="  {desc}", dynamic_ncols=True, position=i + 1, leave=False)
+            for i in range(min(workers, _LINES) if live else 0)
         ]
         self.images: dict[str, int] = {}
+        self.began: dict[str, float] = {}
+        self.places: dict[int, str] = {}
 
-    def started(self, worker: int, node: Runnable) -> None:
-        self._say(worker, self.graph.label(node))
+    def started(self, worker: int, node: Runnable, place: str) -> None:
+        self.places[worker], self.began[node.key] = place, time.monotonic()
+        self._say(worker, f"{place}: {self.graph.label(node)}")
 
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None:
-        self.images[node.key] = self.images.get(node.key, 0) + images
+        seen = self.images[node.key] = self.images.get(node.key, 0) + images
         self.total.update(images)
         if isinstance(node, Train) and epoch:
-            self._say(worker, f"{self.graph.label(node)} · epoch {epoch}/{node.stop}")
+            rate = seen / max(time.monotonic() - self.began[node.key], 1e-9)
+            about = f"{self.graph.label(node)} · epoch {epoch}/{node.stop} · {rate:,.0f} images/s"
+            self._say(worker, f"{self.places[worker]}: {about}")
 
-    def finished(self, worker: int, node: Runnable, result: dict[str, Any]) -> None:
-        self._say(worker, "")
+    def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None:
+        """worker: None where another process computed the node."""
+        if worker is not None:
+            self._say(worker, "")
         if isinstance(node, Train):
             self.trained += 1
             # A resumed or diverged run needs fewer images than planned.
             self.total.total = max(
                 self.total.n, self.total.total - Cost.of([node]).images + self.images.get(node.key, 0)
             )
-            self.total.set_description(f"{self.trained}/{self.trainings} trainings", refresh=False)
+            self._count()
             if result["diverged"]:
                 self.note(f"diverged: {self.graph.label(node)}, in epoch {result['epochs']}")
 
     def failed(self, worker: int, node: Runnable, reason: str) -> None:
         self._say(worker, "")
+        self.failures += 1
+        self._count()
         self.note(f"failed: {self.graph.label(node)}: {reason}")
+
+    def _count(self) -> None:
+        failures = f", {self.failures} failed" if self.failures else ""
+        self.total.set_description(f"{self.trained}/{self.trainings} trainings{failures}", refresh=False)
 
     def note(self, text: str) -> None:
         """A line above the bars."""
@@ -73,5 +91,5 @@ class Bars:
         self.total.close()
 
     def _say(self, worker: int, text: str) -> None:
-        if self.lines:
+        if worker < len(self.lines):
             self.lines[worker].set_description_str(text)

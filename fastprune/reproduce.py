@@ -71,7 +71,7 @@ def run(request: Request) -> int:
     for figure in request.figures:
         _check_writable(figure.out)
     store = RunStore(request.store)
-    _keep_caches_in(request.store / "cache")
+    _keep_caches_in(store.cache())
     devices = _devices(request.device)
     workers = request.workers or (len(devices) if devices[0] != "cpu" else min(8, len(os.sched_getaffinity(0))))
     figures, images = _prepare(request, devices, workers)
@@ -80,7 +80,7 @@ def run(request: Request) -> int:
     todo = {n.key for n in graph.todo(store)}
     outcome = _execute(request, store, graph, images, devices, workers)
     for each in figures:
-        _report(each, store, todo, outcome, time.monotonic() - began)
+        _report(each, store, todo, outcome, devices, time.monotonic() - began)
     cached = Cost.of(n for n in graph.nodes if n.key not in todo)
     others = f", {len(outcome.found)} steps were another process's" if outcome.found else ""
     print(f"\n{len(outcome.epochs)} trainings run, {cached.trainings} were in the store{others}", flush=True)
@@ -110,12 +110,14 @@ def _prepare(request: Request, devices: list[str], workers: int) -> "tuple[list[
     return figures, images
 
 
-def _report(figure: _Figure, store: RunStore, todo: set[str], outcome: "Outcome", seconds: float) -> None:
+def _report(
+    figure: _Figure, store: RunStore, todo: set[str], outcome: "Outcome", devices: list[str], seconds: float
+) -> None:
     """Writes the figure's files and prints its summary."""
     request = figure.request
     rows = collect(request.name, figure.points, store)
     drawing = figure.drawing(store)
-    summary = _summary(figure, rows, drawing, _cost(figure.graph, todo, outcome, seconds), outcome)
+    summary = _summary(figure, rows, drawing, _cost(figure.graph, todo, outcome, seconds), devices)
     write_all(request.out, rows, drawing, summary)
     print()
     print(terminal_summary(summary, request.out))
@@ -139,7 +141,7 @@ def _cost(graph: Graph, todo: set[str], outcome: "Outcome", seconds: float) -> d
 
 
 def _summary(
-    figure: _Figure, rows: list[Row], drawing: Drawing, cost: dict[str, Any], outcome: "Outcome"
+    figure: _Figure, rows: list[Row], drawing: Drawing, cost: dict[str, Any], devices: list[str]
 ) -> dict[str, Any]:
     from fastprune.work import environment
 
@@ -155,7 +157,7 @@ def _summary(
         settings=asdict(request.settings),
         data=asdict(figure.data),
         cost=cost,
-        environment=environment(figure.loader, outcome.devices),
+        environment=environment(figure.loader, devices),
         real_command=command if figure.smoke else None,
     )
 
@@ -188,6 +190,7 @@ def _execute(
         images=images,
         device=devices[0],
         checkpoint_seconds=request.checkpoint_seconds,
+        checkpoint_epochs=request.checkpoint_epochs,
     )
     with Bars(graph, todo, min(workers, len(todo))) as bars:
         return execute(graph, config, bars, workers=workers, devices=devices)

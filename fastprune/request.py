@@ -46,6 +46,7 @@ class Request:
     device: str | None = None
     workers: int | None = None
     checkpoint_seconds: float = 60.0
+    checkpoint_epochs: int | None = None
     rate: float | None = None
 
 

@@ -48,11 +48,6 @@ class Queue:
             return None
         return self.graph.by_key[heapq.heappop(self._ready)[2]]
 
-    @property
-    def waits_for_others(self) -> bool:
-        """Whether nodes are being computed by other processes."""
-        return bool(self._busy)
-
     def busy(self, node: Runnable) -> None:
         """Another process computes this node: look again later."""
         heapq.heappush(self._busy, (time.monotonic() + _BUSY_SECONDS, node.key))

@@ -29,7 +29,7 @@ Chosen = tuple[dict[str, Any], dict[str, Callable[[Path], Any]]]
 
 def read_mask(store: RunStore, node: Prune) -> Mask:
     """The mask of a published prune step. InputError, saying what to do, if it is damaged."""
-    path = store.mask_path(node)
+    path = store.mask(node)
     with _to_be_made_again(path):
         return Mask.load(path)
 
@@ -38,7 +38,7 @@ def read_state(store: RunStore, ref: StateRef, *, momentum: bool = False) -> dic
     """Weights and batch-norm statistics ("model.NAME") of a published run, and its momentum ("momentum.NAME")."""
     state: dict[str, Tensor] = {}
     for what in ("state", "momentum") if momentum else ("state",):
-        path = store.state_path(ref, what)
+        path = store.state(ref, what)
         if path is None:
             raise RuntimeError(f"training {ref.node.key} has no {what} after epoch {ref.epoch}")
         with _to_be_made_again(path):
@@ -123,7 +123,7 @@ def choose_filters(store: RunStore, node: Filters, image_size: int, device: str)
 
 def smaller(store: RunStore, node: Filters, state: dict[str, Tensor], image_size: int) -> nn.Module:
     """The network of `state` without the filters that a published selection removes. InputError if it is damaged."""
-    path = store.filters_path(node)
+    path = store.filters(node)
     try:
         selection = structured.Selection.from_dict(json.loads(path.read_text()))
         return structured.remove(_with_weights(node, state), selection, image_size)

@@ -38,6 +38,12 @@ class EpochMetrics:
 
     as_dict = asdict
 
+    def parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(what does not depend on where it was computed, how fast that was); the epoch in both."""
+        all = asdict(self)
+        times = {name: all.pop(name) for name in ("images_per_second", "seconds")}
+        return all, {"epoch": self.epoch, **times}
+
 
 class Captured:
     """A step for batches of one shape, replayed as one CUDA graph from the fourth batch on.

@@ -2,33 +2,41 @@
 
     store.json                          the store's format
     nodes/<kk>/<key>/node.json          what the node is, what it gave, where and how it was computed
-                     metrics.csv        a training run: one line an epoch
+                     metrics.csv        a training run: one line an epoch; times.csv, how long each took
                      mask.safetensors   a prune step: one bit a weight, and layers.csv, its LPR
                      filters.json       which filters stay, and layers.csv, how many of each conv
                      state-<epoch>.safetensors     weights and batch-norm statistics, where an edge asks for them
                      momentum-<epoch>.safetensors  likewise
                      ratios-<fraction>.csv         the LPR at each epoch, were the run pruned there
+                     SHA256SUMS         of all these, for `sha256sum -c`; what is not in it does not count
     partial/<key>.*.safetensors         checkpoint of an interrupted run, and states it has passed
-    locks/ tmp/ logs/ data/ cache/      housekeeping
+    figures/<figure>-<id>.json          which nodes a figure needs, by each call that asked for it
+    leases/ tmp/ logs/ data/ cache/     housekeeping
 
-Standard library and filelock only: tensors are written by callables that the caller hands in.
+Standard library only: tensors are written by callables that the caller hands in.
 """
 
 import csv
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
+from fastprune.files import SUMS, digest, flush, read_sums, write_atomically, write_sums
 from fastprune.specs import SEMANTICS, Filters, Node, Prune, StateRef, Trace, Train
 
-FORMAT = 1
+FORMAT = 2
+FOLDERS = ("nodes", "partial", "figures", "leases", "tmp", "logs", "data", "cache")
+_APPEAR_SECONDS = 60.0
+"""How long another machine may go on not seeing a new folder: what NFS remembers of a name that was not there."""
 
 
 @dataclass(frozen=True)
@@ -54,14 +62,21 @@ class RunStore:
             return
         marker = root / "store.json"
         try:
-            for name in ("nodes", "partial", "locks", "tmp", "logs", "data", "cache"):
+            for name in FOLDERS:
                 (root / name).mkdir(parents=True, exist_ok=True)
             if not marker.exists():
-                _write_atomically(marker, lambda p: p.write_text(json.dumps({"format": FORMAT}) + "\n"))
+                write_atomically(marker, lambda p: p.write_text(json.dumps({"format": FORMAT}) + "\n"))
             with tempfile.TemporaryFile(dir=root / "tmp"):
                 pass
         except OSError as error:
             raise InputError(f"store {root}: cannot be written ({error.strerror}); choose another --store") from error
+
+    def cache(self) -> Path:
+        """A folder for what compilers cache. Some of it is code that they will run, so a store that was brought from
+        elsewhere must not bring it along: the folder's name is that of this very store.json on this very disk."""
+        found = os.stat(self.root / "store.json")
+        name = hashlib.sha256(f"{found.st_dev} {found.st_ino} {found.st_ctime_ns}".encode()).hexdigest()[:16]
+        return self.root / "cache" / name
 
     def path(self, node: Node) -> Path:
         """The folder of a node, published or not."""
@@ -72,21 +87,54 @@ class RunStore:
 
     def holds(self, node: Node, products: Products) -> bool:
         """Whether the node is published with all of `products`."""
-        return (
-            self.has(node)
-            and all(self.state_path(StateRef(node, e)) for e in products.weights)  # type: ignore[arg-type]
-            and all(self.state_path(StateRef(node, e), "momentum") for e in products.momentum)  # type: ignore[arg-type]
-            and all((self.path(node) / trace_name(f)).exists() for f in products.traces)
-        )
+        if not self.has(node):
+            return False
+        wanted = {trace_name(fraction) for fraction in products.traces}
+        for what, epochs in (("state", products.weights), ("momentum", products.momentum)):
+            wanted |= {self._state_name(StateRef(node, epoch), what) for epoch in epochs}  # type: ignore[arg-type]
+        return wanted <= self.files(node).keys()
 
-    def state_path(self, ref: StateRef, what: str = "state") -> Path | None:
-        """The file of a state or "momentum", or None. A run that diverged before the epoch stands there with its last
-        state."""
-        if not self.has(ref.node):
+    def files(self, node: Node) -> dict[str, str]:
+        """By name the SHA-256 of a published node's files. InputError if that list is damaged."""
+        try:
+            return read_sums(self.path(node))
+        except (OSError, ValueError) as error:
+            raise self._damaged(self.path(node) / SUMS, error) from error
+
+    def file(self, node: Node, name: str) -> Path:
+        """A file of a published node, found to be as it was written; InputError if it is not."""
+        path = self.path(node) / name
+        try:
+            if digest(path) != self.files(node)[name]:
+                raise ValueError("its checksum is not that in SHA256SUMS")
+        except KeyError:
+            raise self._damaged(path, f"not in {SUMS}") from None
+        except (OSError, ValueError) as error:
+            raise self._damaged(path, error) from error
+        return path
+
+    def await_node(self, node: Node, seconds: float = _APPEAR_SECONDS) -> None:
+        """Returns when this machine sees a node that another one has published. InputError after `seconds`."""
+        deadline, pause = time.monotonic() + seconds, 0.05
+        while not self.has(node):
+            if time.monotonic() > deadline:
+                raise InputError(f"{self.path(node)} is not there: do all machines see the same store, at this path?")
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+            for folder in (self.root / "nodes", self.path(node).parent):  # listing makes NFS look again
+                if folder.is_dir():
+                    os.listdir(folder)
+
+    def state(self, ref: StateRef, what: str = "state") -> Path | None:
+        """The file of a state or "momentum", checked, or None. A run that diverged before the epoch stands there with
+        its last state."""
+        if not self.has(ref.node) or (name := self._state_name(ref, what)) not in self.files(ref.node):
             return None
+        return self.file(ref.node, name)
+
+    def _state_name(self, ref: StateRef, what: str) -> str:
         epoch = min(ref.epoch, self.node(ref.node)["result"]["epochs"])
-        path = self.path(ref.node) / f"{what}-{epoch}.safetensors"
-        return path if path.exists() else None
+        return f"{what}-{epoch}.safetensors"
 
     def metrics(self, node: Train) -> dict[int, dict[str, float]]:
         """By epoch (from 1) what a published run measured. InputError if the file is damaged."""
@@ -97,30 +145,34 @@ class RunStore:
         return self._numbers(trace.node, trace_name(trace.fraction))
 
     def _numbers(self, node: Node, name: str) -> dict[int, dict[str, float]]:
-        path = self.path(node) / name
+        path = self.file(node, name)
         try:
             with path.open(newline="") as f:
                 rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f, strict=True)]
             return {int(row.pop("epoch")): row for row in rows}
         except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-            raise InputError(f"{path}: damaged or unreadable ({error}); delete its folder to make it again") from error
+            raise self._damaged(path, error) from error
 
     def node(self, node: Node) -> dict[str, Any]:
         """node.json of a published node. InputError if it is damaged."""
-        path = self.path(node) / "node.json"
+        path = self.file(node, "node.json")
         try:
             found = json.loads(path.read_text())
             if not isinstance(found, dict) or not {"result", "provenance"} <= found.keys():
                 raise ValueError("fields are missing")
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: damaged or unreadable ({error}); delete its folder to make it again") from error
+            raise self._damaged(path, error) from error
         return found
 
-    def mask_path(self, node: Prune) -> Path:
-        return self.path(node) / "mask.safetensors"
+    def _damaged(self, path: Path, why: Any) -> InputError:
+        return InputError(f"{path}: damaged or missing ({why}); delete the folder {path.parent} to make it again")
 
-    def filters_path(self, node: Filters) -> Path:
-        return self.path(node) / "filters.json"
+    def mask(self, node: Prune) -> Path:
+        """The mask of a published prune step, checked."""
+        return self.file(node, "mask.safetensors")
+
+    def filters(self, node: Filters) -> Path:
+        return self.file(node, "filters.json")
 
     def partial_path(self, node: Train, name: str) -> Path:
         """What a run in progress keeps: its "checkpoint", and what it passed ("state-<epoch>", "momentum-<epoch>")."""
@@ -148,65 +200,69 @@ class RunStore:
         }
         final = self.path(node)
         if self.has(node):
-            for name, write in files.items():
-                if not (final / name).exists():
-                    _write_atomically(final / name, write)
+            self._add(node, files)
             return
-        final.parent.mkdir(exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{node.key}-", dir=self.root / "tmp"))
+        folder = self.aside(node.key)
         try:
             for name, write in files.items():
                 write(folder / name)
-                _fsync(folder / name)
+                flush(folder / name)
             (folder / "node.json").write_text(json.dumps(described, indent=1, sort_keys=True) + "\n")
-            _fsync(folder / "node.json")
-            _fsync(folder)
-            folder.chmod(0o755)
-            if final.exists() and not self.has(node):  # somebody took node.json away: what is left is of no use
-                os.rename(final, self.root / "tmp" / f"{node.key}-damaged-{os.getpid()}")
-            try:
-                os.rename(folder, final)
-            except OSError:
-                if not self.has(node):
-                    raise
-            _fsync(final.parent)
+            flush(folder / "node.json")
+            write_sums(folder, {name: digest(folder / name) for name in (*files, "node.json")})
+            self.adopt(folder, final)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(self.root / "tmp" / f"{node.key}-damaged-{os.getpid()}", ignore_errors=True)
+
+    def _add(self, node: Node, files: dict[str, Callable[[Path], Any]]) -> None:
+        folder, sums = self.path(node), self.files(node)
+        missing = {name: write for name, write in files.items() if name not in sums}
+        for name, write in missing.items():
+            write_atomically(folder / name, write)
+        if missing:
+            write_sums(folder, sums | {name: digest(folder / name) for name in missing})
+
+    def aside(self, key: str) -> Path:
+        """A new folder in which a node is put together."""
+        folder = self.root / "tmp" / f"{key}-{secrets.token_hex(4)}"
+        folder.mkdir()
+        return folder
+
+    def adopt(self, folder: Path, final: Path) -> bool:
+        """Moves a whole node, flushed to disk, to its place; False where it was published meanwhile."""
+        flush(folder)
+        final.parent.mkdir(exist_ok=True)
+        if final.exists() and not (final / "node.json").exists():  # taken away by somebody: the rest is of no use
+            damaged = self.aside(f"{final.name}-damaged")
+            try:
+                os.rename(final, damaged / "was")
+            finally:
+                shutil.rmtree(damaged, ignore_errors=True)
+        try:
+            os.rename(folder, final)
+        except OSError:
+            if not (final / "node.json").exists():
+                raise
+            return False
+        flush(final.parent)
+        return True
 
     def save_partial(self, node: Train, name: str, write: Callable[[Path], Any]) -> None:
         """Writes or replaces a file of a run in progress, atomically."""
-        _write_atomically(self.partial_path(node, name), write)
+        write_atomically(self.partial_path(node, name), write)
 
     def drop_partial(self, node: Train) -> None:
         """Removes what a run in progress kept, once it is published."""
         for path in (self.root / "partial").glob(f"{node.key}.*"):
             path.unlink(missing_ok=True)
 
-    @contextmanager
-    def lease(self, node: Node) -> Iterator[bool]:
-        """Whether this process may compute the node now: False while another does. Released when the holder dies.
-
-        Whoever gets it removes what a dead holder left half-written.
-        """
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.root / "locks" / f"{node.key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
-            for folder in (self.root / "tmp").glob(f"{node.key}-*"):
-                shutil.rmtree(folder, ignore_errors=True)
-            for half_written in (self.root / "partial").glob(f".{node.key}.*"):
-                half_written.unlink(missing_ok=True)
-            for half_written in self.path(node).glob(".*"):
-                half_written.unlink(missing_ok=True)
-            yield True
-        finally:
-            lock.release()
+    def tidy(self, node: Node) -> None:
+        """Removes what somebody who died left half-written of a node. For the holder of its lease."""
+        for folder in (self.root / "tmp").glob(f"{node.key}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        half_written = [*(self.root / "partial").glob(f".{node.key}.*"), *self.path(node).glob(".*")]
+        for path in half_written:
+            path.unlink(missing_ok=True)
 
     def log(self, node: Node, text: str) -> Path:
         """Keeps what a failed node said; returns the file."""
@@ -241,21 +297,3 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(f, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: repr(v) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
-def _write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(aside)
-        _fsync(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -45,7 +45,8 @@ class Images:
 class WorkConfig:
     """What a worker needs to know beside the node: nothing in here changes a result.
 
-    images: by fingerprint. show: progress on stderr while a data set is opened.
+    images: by fingerprint. show: progress on stderr while a data set is opened. A run is checkpointed at the first
+    epoch's end that lies `checkpoint_seconds` after the last checkpoint, and every `checkpoint_epochs` epochs.
     """
 
     store: Path
@@ -54,6 +55,7 @@ class WorkConfig:
     threads: int = 1
     show: bool = False
     checkpoint_seconds: float = 60.0
+    checkpoint_epochs: int | None = None
 
 
 @dataclass
@@ -134,7 +136,8 @@ class Worker:
                 return
             for what in _asked(products, metrics.epoch):
                 self.store.save_partial(node, f"{what}-{metrics.epoch}", _writer(trainer, what))
-            if time.monotonic() - saved_at >= self.config.checkpoint_seconds:
+            often = self.config.checkpoint_epochs
+            if time.monotonic() - saved_at >= self.config.checkpoint_seconds or (often and metrics.epoch % often == 0):
                 facts = progress.facts()
                 self.store.save_partial(node, "checkpoint", lambda p: write_tensors(p, trainer.state(), facts))
                 saved_at = time.monotonic()
@@ -157,14 +160,18 @@ class Worker:
 
     def _publish(self, node: Train, products: Products, progress: _Progress, trainer: Trainer) -> dict[str, Any]:
         history, last = progress.history, progress.history[-1]
-        files: Files = {"metrics.csv": lambda p: write_csv(p, [m.as_dict() for m in history])}
+        metrics, times = zip(*(m.parts() for m in history), strict=True)
+        files: Files = {
+            "metrics.csv": lambda p: write_csv(p, list(metrics)),
+            "times.csv": lambda p: write_csv(p, list(times)),
+        }
         for fraction, rows in progress.traces.items():
             files[trace_name(fraction)] = partial(write_csv, rows=rows)
         for epoch in sorted({*products.weights, *products.momentum}):
             for what in _asked(products, epoch):
                 if epoch < last.epoch:
-                    passed = partial(shutil.copyfile, self.store.partial_path(node, f"{what}-{epoch}"))
-                    files[f"{what}-{epoch}.safetensors"] = passed
+                    passed = self.store.partial_path(node, f"{what}-{epoch}")
+                    files[f"{what}-{epoch}.safetensors"] = partial(shutil.copyfile, passed)
                 else:  # a run that diverged before stands there with its last state
                     files[f"{what}-{last.epoch}.safetensors"] = _writer(trainer, what)
         result = {
@@ -208,9 +215,10 @@ class Worker:
             state, facts = read_tensors(path)
             progress = _Progress.of(node.begin, facts)
             for epoch in (e for e in {*products.weights, *products.momentum} if e <= progress.epoch):
-                names = (f"{what}-{epoch}" for what in _asked(products, epoch))
-                if not all(self.store.partial_path(node, name).exists() for name in names):
-                    return None
+                for what in _asked(products, epoch):
+                    if not (passed := self.store.partial_path(node, f"{what}-{epoch}")).exists():
+                        return None
+                    read_tensors(passed)  # raises if it is not as it was written
             if not set(products.traces) <= set(progress.traces):
                 return None
             trainer.load_state(state)

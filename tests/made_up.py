@@ -42,14 +42,16 @@ class Silent:
     def __init__(self) -> None:
         self.finished_nodes: list = []
         self.failures: list = []
+        self.notes: list[str] = []
         self.images = 0
 
-    def started(self, worker, node): ...
+    def started(self, worker, node, place): ...
 
     def progress(self, worker, node, epoch, images):
         self.images += images
 
-    def note(self, text): ...
+    def note(self, text):
+        self.notes.append(text)
 
     def finished(self, worker, node, result):
         self.finished_nodes.append(node)

@@ -59,9 +59,9 @@ def contents(store: RunStore) -> dict[str, object]:
     found: dict[str, object] = {}
     for path in sorted(store.root.glob("nodes/*/*/*")):
         name = f"{path.parent.name}/{path.name}"
-        if path.name == "metrics.csv":
-            found[name] = b"\n".join(line.rsplit(b",", 2)[0] for line in path.read_bytes().splitlines())
-        elif path.name == "node.json":
+        if path.name in ("times.csv", "SHA256SUMS"):
+            continue
+        if path.name == "node.json":
             result = json.loads(path.read_text())["result"]
             found[name] = {k: v for k, v in result.items() if k not in MADE_HERE}
         else:

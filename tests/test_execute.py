@@ -1,18 +1,21 @@
 """The scheduler, with workers that die, runs that fail, and a data set of tensors in place of images."""
 
 import shutil
+import threading
+import time
 from dataclasses import replace
 
 import pytest
 
-from fastprune import execute as execution
 from fastprune import schedule, work
 from fastprune.errors import InputError
-from fastprune.execute import Outcome, Queue, execute
+from fastprune.execute import execute
 from fastprune.figures import a2
 from fastprune.figures.plan import Chains
 from fastprune.graph import Graph
+from fastprune.lease import Leases
 from fastprune.loaders.manifest import Manifest
+from fastprune.schedule import Queue
 from fastprune.settings import preset
 from fastprune.specs import DataSpec, Prune, Train
 from fastprune.store import RunStore
@@ -35,13 +38,11 @@ def chains(**changes) -> Chains:
 
 
 def contents(store: RunStore) -> dict[str, bytes]:
-    """All that a run may not change: masks, states, and metrics without their times."""
+    """All that a run may not change: masks, states, metrics."""
     found = {}
     for path in sorted(store.root.glob("nodes/*/*/*")):
         name = f"{path.parent.name}/{path.name}"
-        if path.name == "metrics.csv":
-            found[name] = b"\n".join(line.rsplit(b",", 2)[0] for line in path.read_bytes().splitlines())
-        elif path.name != "node.json":
+        if path.name not in ("node.json", "times.csv", "SHA256SUMS"):
             found[name] = path.read_bytes()
     return found
 
@@ -195,7 +196,7 @@ def test_a_damaged_mask_says_what_to_delete_and_then_is_made_again(config):
     first = masks(c, None)[0]
     execute(Graph.of([first]), config, Silent())
     store = RunStore(config.store)
-    store.mask_path(first).write_bytes(b"")
+    (store.path(first) / "mask.safetensors").write_bytes(b"")
     graph = Graph.of(eval_runs(c, None, 0.5)[:2])
     with pytest.raises(InputError, match=f"delete the folder {store.path(first)}"):
         execute(graph, config, Silent())
@@ -203,12 +204,11 @@ def test_a_damaged_mask_says_what_to_delete_and_then_is_made_again(config):
     assert execute(graph, config, Silent()).failed == {}
 
 
-def test_what_another_process_published_is_not_counted_as_done_here(config):
+def test_what_another_process_published_is_not_counted_as_done_here(config, monkeypatch):
     run = find_runs(chains(), 0.2)[0]
-    queue = Queue(Graph.of([run]), RunStore(config.store))
     execute(Graph.of([run]), config, Silent())
-    outcome = Outcome(["cpu"])
-    execution._run_here(queue, config, Silent(), outcome)
+    monkeypatch.setattr(Graph, "todo", lambda self, store: list(self.nodes))  # it looked before that was published
+    outcome = execute(Graph.of([run]), config, Silent())
     assert (outcome.done, outcome.found, outcome.epochs) == ([], [run.key], {})
 
 
@@ -230,18 +230,14 @@ def test_the_longest_chain_goes_first(config):
 
 def test_a_node_that_another_process_computes_is_waited_for(config, monkeypatch):
     run = find_runs(chains(), 0.2)[0]
-    graph = Graph.of([run])
     monkeypatch.setattr(schedule, "_BUSY_SECONDS", 0.01)
-    store = RunStore(config.store)
-
-    with store.lease(run) as mine:
-        assert mine
-        queue = Queue(graph, store)
-        outcome = Outcome(["cpu"])
-        node = queue.next()
-        answer = execution._compute(Worker(config), graph, node, lambda epoch, images: None)
-        assert answer == ("busy", None)
-        execution._settle(queue, Silent(), outcome, 0, node, answer)
-        assert queue.left == 1
-    execution._run_here(queue, config, Silent(), outcome)
-    assert outcome.done == [run.key]
+    RunStore(config.store)
+    view = Silent()
+    with Leases(config.store / "leases") as other, Leases(config.store / "leases") as third:
+        assert other.acquire(run.key)[0]
+        threading.Timer(1.0, other.release, [run.key]).start()
+        began = time.monotonic()
+        assert execute(Graph.of([run]), config, view).done == [run.key]
+        assert time.monotonic() - began > 1.0
+        assert third.acquire(run.key) == (True, None)
+    assert view.notes == []

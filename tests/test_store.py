@@ -1,8 +1,9 @@
 """The store: whole or not at all, first published wins, bad stores are named."""
 
 import json
-import multiprocessing
-import os
+import shutil
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fastprune.figures.plan import Chains
 from fastprune.graph import Graph
 from fastprune.settings import preset
 from fastprune.specs import DataSpec, StateRef
-from fastprune.store import RunStore, write_csv
+from fastprune.store import Products, RunStore, write_csv
 from tests.made_up import find_runs, masks
 
 DATA = DataSpec("tiny-imagenet", "f" * 64, 200, None, None, 100_000, 10_000)
@@ -59,10 +60,10 @@ def test_a_write_that_fails_publishes_nothing(tmp_path):
 def test_a_published_node_gains_states_that_are_asked_for_later(tmp_path):
     store = RunStore(tmp_path)
     publish(store)
-    assert not store.state_path(TRAIN.final)
+    assert not store.state(TRAIN.final)
     assert TRAIN in Graph.of([PRUNE]).todo(store)
     publish(store, text="later", states=(110,))
-    assert store.state_path(TRAIN.final).read_text() == "later"
+    assert store.state(TRAIN.final).read_text() == "later"
     assert (store.path(TRAIN) / "metrics.csv").read_text() == "one"
     assert Graph.of([PRUNE]).todo(store) == [PRUNE]
 
@@ -70,8 +71,8 @@ def test_a_published_node_gains_states_that_are_asked_for_later(tmp_path):
 def test_a_run_that_diverged_stands_with_its_last_state(tmp_path):
     store = RunStore(tmp_path)
     store.publish(TRAIN, {"epochs": 3}, {}, {"state-3.safetensors": lambda p: p.write_text("x")})
-    assert store.state_path(TRAIN.final)
-    assert not store.state_path(StateRef(TRAIN, 2))
+    assert store.state(TRAIN.final)
+    assert not store.state(StateRef(TRAIN, 2))
 
 
 def test_a_trained_parent_is_not_trained_again_for_a_finished_prune(tmp_path):
@@ -125,33 +126,79 @@ def test_reading_creates_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def _hold(root: Path, pipe) -> None:
-    store = RunStore(root)
-    with store.lease(TRAIN) as mine:
-        (root / "tmp" / f"{TRAIN.key}-half").mkdir()
-        (root / "partial" / f".{TRAIN.key}.checkpoint.safetensors.123").write_text("half")
-        pipe.send(mine)
-        pipe.recv()
-        os._exit(9)
-
-
-def test_one_holder_at_a_time_and_a_dead_one_leaves_nothing(tmp_path):
+def test_whoever_takes_over_removes_what_was_half_written(tmp_path):
     store = RunStore(tmp_path)
-    context = multiprocessing.get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_hold, args=(tmp_path, theirs))
-    process.start()
-    assert mine.recv() is True
-    with store.lease(TRAIN) as got:
-        assert got is False
-    with store.lease(PRUNE) as other:
-        assert other is True
-    mine.send("die")
-    process.join()
-    assert leftovers(store)
-    with store.lease(TRAIN) as got:
-        assert got is True
-        assert leftovers(store) == []
+    store.aside(TRAIN.key)
+    (tmp_path / "partial" / f".{TRAIN.key}.checkpoint.safetensors.123").write_text("half")
+    store.save_partial(TRAIN, "checkpoint", lambda p: p.write_text("whole"))
+    publish(store, PRUNE)
+    (store.path(PRUNE) / ".state-3.safetensors.123").write_text("half")
+    other = store.aside(PRUNE.key)
+    store.tidy(TRAIN)
+    assert leftovers(store) == [other, store.partial_path(TRAIN, "checkpoint")]
+    store.tidy(PRUNE)
+    assert leftovers(store) == [store.partial_path(TRAIN, "checkpoint")]
+    assert sorted(p.name for p in store.path(PRUNE).iterdir()) == ["SHA256SUMS", "metrics.csv", "node.json"]
+
+
+def test_the_sums_are_those_of_sha256sum(tmp_path):
+    store = RunStore(tmp_path)
+    publish(store)
+    publish(store, states=(3, 110))  # which adds to it
+    done = subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=store.path(TRAIN), capture_output=True)
+    assert done.stdout.decode().split() == [
+        *("metrics.csv:", "OK", "node.json:", "OK"),
+        *("state-110.safetensors:", "OK", "state-3.safetensors:", "OK"),
+    ]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "longer", "gone", "unlisted", "no list", "bad list", "twice listed"])
+def test_a_file_that_is_not_as_it_was_written_is_never_read(tmp_path, damage):
+    store = RunStore(tmp_path)
+    publish(store, text="epoch,loss\n1,0.5\n")
+    assert store.metrics(TRAIN) == {1: {"loss": 0.5}}
+    file, sums = store.path(TRAIN) / "metrics.csv", store.path(TRAIN) / "SHA256SUMS"
+    content, listed = file.read_text(), sums.read_text()
+    if damage == "gone":
+        file.unlink()
+    elif damage == "no list":
+        sums.unlink()
+    elif "list" in damage:
+        sums.write_text({"unlisted": listed.splitlines()[1] + "\n", "bad list": "junk\n"}.get(damage, listed * 2))
+    else:
+        file.write_text({"flip": content.replace("5", "7"), "cut": content[:-4], "longer": content + "2,3\n"}[damage])
+    with pytest.raises(InputError, match=f"delete the folder {store.path(TRAIN)} to make it again") as error:
+        store.metrics(TRAIN)
+    assert "\n" not in str(error.value)
+
+
+def test_a_product_that_is_not_listed_does_not_count(tmp_path):
+    """A process died between writing it and saying so."""
+    store = RunStore(tmp_path)
+    publish(store)
+    (store.path(TRAIN) / "state-110.safetensors").write_text("perhaps half")
+    assert not store.holds(TRAIN, Products(weights=(110,)))
+    assert store.state(TRAIN.final) is None
+    publish(store, states=(110,))
+    assert store.state(TRAIN.final).read_text() == "one"
+
+
+def test_a_node_of_another_machine_is_waited_for(tmp_path):
+    store = RunStore(tmp_path)
+    threading.Timer(0.3, publish, [store]).start()
+    store.await_node(TRAIN, 20.0)
+    assert store.has(TRAIN)
+    with pytest.raises(InputError, match="the same store"):
+        store.await_node(PRUNE, 0.1)
+
+
+def test_caches_of_a_store_from_elsewhere_are_not_used(tmp_path):
+    """Compilers load code from them."""
+    store = RunStore(tmp_path / "a")
+    store.cache().mkdir()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert store.cache() == RunStore(tmp_path / "a").cache()
+    assert not RunStore(tmp_path / "b").cache().exists()
 
 
 def test_partial_files_go_when_the_run_is_published(tmp_path):
@@ -171,4 +218,4 @@ def test_csv_floats_read_back_exactly(tmp_path):
 
 def test_store_json_is_plain(tmp_path):
     RunStore(tmp_path)
-    assert json.loads((tmp_path / "store.json").read_text()) == {"format": 1}
+    assert json.loads((tmp_path / "store.json").read_text()) == {"format": 2}

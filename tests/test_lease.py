@@ -1,0 +1,140 @@
+"""Leases: one holder each, whatever dies, and a heartbeat that nothing in the holder stalls."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastprune.errors import InputError
+from fastprune.lease import Holder, Leases
+
+HOLD = """
+import ctypes, os, sys, time
+from pathlib import Path
+from fastprune.lease import Leases
+leases = Leases(Path(sys.argv[1]), float(sys.argv[2]))
+print(leases.acquire("node")[0], leases._process.pid, flush=True)
+{then}
+"""
+
+
+def hold(folder: Path, seconds: float, then: str = "time.sleep(100)") -> tuple[subprocess.Popen, int]:
+    """A process that holds the lease on "node", and the process that keeps it alive."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(then=then), str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    mine, keeper = process.stdout.readline().split()
+    assert mine == "True"
+    return process, int(keeper)
+
+
+def take(leases: Leases, patience: float) -> tuple[Holder | None, float]:
+    """Tries until the lease is ours; who had it, and how many seconds that took."""
+    began = time.monotonic()
+    while time.monotonic() - began < patience:
+        mine, holder = leases.acquire("node")
+        if mine:
+            return holder, time.monotonic() - began
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def test_one_holder_at_a_time(tmp_path):
+    with Leases(tmp_path) as a, Leases(tmp_path) as b:
+        assert a.acquire("node") == (True, None)
+        mine, holder = b.acquire("node")
+        assert (mine, holder.pid) == (False, os.getpid())
+        assert "process" in str(holder)
+        assert b.acquire("another") == (True, None)
+        assert a.release("node") is True
+        assert b.acquire("node") == (True, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closing_gives_back(tmp_path):
+    with Leases(tmp_path) as a, Leases(tmp_path) as b:
+        a.acquire("node")
+        a.close()
+        assert b.acquire("node") == (True, None)
+
+
+def test_a_holder_that_is_killed_is_followed_at_once(tmp_path):
+    process, _ = hold(tmp_path, 45.0)
+    with Leases(tmp_path) as leases:
+        assert leases.acquire("node")[0] is False
+        process.kill()
+        process.communicate()
+        holder, seconds = take(leases, 10.0)
+        assert holder.pid == process.pid
+        assert seconds < 10.0
+        assert leases.release("node") is True
+        assert leases.acquire("node") == (True, None)  # a takeover is told of once
+
+
+def test_so_is_one_that_is_killed_with_all_it_started(tmp_path):
+    process, keeper = hold(tmp_path, 45.0)
+    os.kill(keeper, signal.SIGKILL)
+    process.kill()
+    process.communicate()
+    with Leases(tmp_path) as leases:
+        assert take(leases, 30.0)[0].pid == process.pid
+
+
+def test_a_machine_that_is_gone_is_followed_when_its_time_is_up(tmp_path):
+    """Stopped, its keeper looks like one of another machine: there, but silent."""
+    process, keeper = hold(tmp_path, 2.0)
+    os.kill(keeper, signal.SIGSTOP)
+    with Leases(tmp_path, 2.0) as leases:
+        try:
+            _, seconds = take(leases, 30.0)
+            assert seconds > 1.0
+        finally:
+            os.kill(keeper, signal.SIGCONT)
+            process.kill()
+            process.communicate()
+        time.sleep(1.5)  # what the old keeper finds it leaves alone
+        assert leases.release("node") is True
+
+
+def test_a_long_step_that_locks_the_interpreter_does_not_cost_the_lease(tmp_path):
+    """PyDLL keeps Python's global lock: no thread of the holder runs for eight times the lease."""
+    process, _ = hold(tmp_path, 1.0, "ctypes.PyDLL(None).usleep(8_000_000); print(leases.release('node'), flush=True)")
+    with Leases(tmp_path, 1.0) as other:
+        while not select.select([process.stdout], [], [], 0.1)[0]:
+            assert other.acquire("node")[0] is False
+        assert process.stdout.readline().strip() == "True"
+    process.communicate(timeout=60)
+
+
+def test_one_that_was_taken_for_dead_learns_it(tmp_path):
+    with Leases(tmp_path, 1.0) as slow, Leases(tmp_path, 1.0) as other:
+        slow.acquire("node")
+        os.kill(slow._process.pid, signal.SIGSTOP)
+        try:
+            take(other, 30.0)
+        finally:
+            os.kill(slow._process.pid, signal.SIGCONT)
+        time.sleep(1.0)
+        assert slow.release("node") is False
+        assert other.release("node") is True
+
+
+def test_an_answer_that_an_interrupt_left_unread_is_not_taken_for_another(tmp_path):
+    with Leases(tmp_path) as leases:
+        leases.acquire("a")
+        leases._process.stdin.write('{"do": "acquire", "key": "b", "number": 77}\n')
+        assert leases.acquire("a" * 32) == (True, None)
+        assert leases.release("a") is True
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with Leases(tmp_path / "file") as leases, pytest.raises(InputError, match="file") as error:
+        leases.acquire("node")
+    assert "\n" not in str(error.value)
