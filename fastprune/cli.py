@@ -54,7 +54,17 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--loader", choices=LOADERS, default="auto")
     run.add_argument("--device", help="cpu, cuda or cuda:N (default: every GPU there is, else the CPU)")
     run.add_argument(
-        "--workers", type=_positive, metavar="N", help="runs at once (default: one a GPU, or a core up to 8)"
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="runs at once, spread over the GPUs (default: one a GPU, or a core up to 8; on Ray: as many as fit)",
+    )
+    run.add_argument("--executor", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
+    run.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of the cluster (default: the one this machine is in, or a new one)"
+    )
+    run.add_argument(
+        "--gpus-per-run", type=_share, metavar="F", help="on Ray: 0.25 runs four at once on each GPU (default 1)"
     )
     run.add_argument(
         "--checkpoint-seconds", type=_seconds, default=60.0, metavar="S", help="between checkpoints of a run"
@@ -102,6 +112,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is no share of a GPU, 0 to 1")
+    return value
+
+
 def _rate(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -141,6 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
+    for flag in ("ray_address", "gpus_per_run"):
+        if getattr(args, flag) is not None and args.executor != "ray":
+            raise InputError(f"--{flag.replace('_', '-')} means nothing without --executor ray")
+    if args.executor == "ray" and args.device is not None:
+        raise InputError("--device means nothing with --executor ray: see --gpus-per-run")
     request = Request(
         figures=_figures(args),
         store=args.store,
@@ -150,6 +172,9 @@ def _main(args: argparse.Namespace) -> int:
         checkpoint_seconds=args.checkpoint_seconds,
         checkpoint_epochs=args.checkpoint_epochs,
         rate=args.images_per_second,
+        ray=args.executor == "ray",
+        ray_address=args.ray_address,
+        gpus=args.gpus_per_run,
     )
     if args.redraw:
         return redraw(request)

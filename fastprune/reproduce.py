@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from fastprune.specs import DataSpec
 from fastprune.store import RunStore
 
 if TYPE_CHECKING:
+    from fastprune.crew_ray import RayCrew
     from fastprune.execute import Outcome
-    from fastprune.work import Images
+    from fastprune.work import Images, WorkConfig
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -72,10 +74,11 @@ def run(request: Request) -> int:
         _check_writable(figure.out)
     store = RunStore(request.store)
     _keep_caches_in(store.cache())
-    devices = _devices(request.device)
+    devices = ["cpu"] if request.ray else _devices(request.device)
     workers = request.workers or (len(devices) if devices[0] != "cpu" else min(8, len(os.sched_getaffinity(0))))
     figures, images = _prepare(request, devices, workers)
-    print(f"  on {', '.join(dict.fromkeys(devices))}, up to {workers} runs at once", flush=True)
+    if not request.ray:
+        print(f"  on {', '.join(dict.fromkeys(devices))}, up to {workers} runs at once", flush=True)
     graph = together(f.graph for f in figures)
     todo = {n.key for n in graph.todo(store)}
     outcome = _execute(request, store, graph, images, devices, workers)
@@ -103,10 +106,14 @@ def _prepare(request: Request, devices: list[str], workers: int) -> "tuple[list[
         points, graph = points_and_graph(figure, data)
         if any(n.kind == "prune" for n in graph.nodes):
             check_rounds(figure.settings, data)
-        images[manifest.fingerprint] = Images(manifest, folder, choice.name)
+        # On a cluster each worker chooses by its own device.
+        images[manifest.fingerprint] = Images(manifest, folder, request.loader if request.ray else choice.name)
         figures.append(_Figure(figure, data, choice.name, points, graph))
         print(f"Figure {figure.name}, preset {figure.preset}: {describe(figure.settings, data)}")
-        print(f"  loader {choice.name} ({choice.why})", flush=True)
+        print(
+            f"  loader {choice.name} ({choice.why})" if not request.ray else "  loader: each worker's choice",
+            flush=True,
+        )
     return figures, images
 
 
@@ -143,7 +150,7 @@ def _cost(graph: Graph, todo: set[str], outcome: "Outcome", seconds: float) -> d
 def _summary(
     figure: _Figure, rows: list[Row], drawing: Drawing, cost: dict[str, Any], devices: list[str]
 ) -> dict[str, Any]:
-    from fastprune.work import environment
+    from fastprune.provenance import environment
 
     request, chance = figure.request, 1 / figure.data.classes
     claims = load(request.name).claims(request.settings)
@@ -192,8 +199,19 @@ def _execute(
         checkpoint_seconds=request.checkpoint_seconds,
         checkpoint_epochs=request.checkpoint_epochs,
     )
-    with Bars(graph, todo, min(workers, len(todo))) as bars:
-        return execute(graph, config, bars, workers=workers, devices=devices)
+    crew = _ray_crew(request, graph, config) if request.ray and todo else None
+    with Bars(graph, todo, min(workers if crew is None else crew.count, len(todo))) as bars:
+        return execute(graph, config, bars, workers=workers, devices=devices, crew=crew)
+
+
+def _ray_crew(request: Request, graph: Graph, config: "WorkConfig") -> "RayCrew":
+    if find_spec("ray") is None:
+        raise InputError("--executor ray needs Ray, which is not installed: pip install 'fastprune[ray]'")
+    from fastprune.crew_ray import RayCrew
+
+    crew = RayCrew(graph, config, address=request.ray_address, workers=request.workers, gpus=request.gpus)
+    print(f"  on Ray, up to {crew.count} runs at once", flush=True)
+    return crew
 
 
 def _check_writable(out: Path) -> None:

@@ -38,7 +38,8 @@ class FigureRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of reproduce.py. rate: images/s to plan with, where not the measured ones."""
+    """One call of reproduce.py. rate: images/s to plan with, where not the measured ones. ray: run on a cluster, at
+    ray_address, with `gpus` GPUs a run (None: one where there are GPUs)."""
 
     figures: tuple[FigureRequest, ...]
     store: Path
@@ -48,6 +49,9 @@ class Request:
     checkpoint_seconds: float = 60.0
     checkpoint_epochs: int | None = None
     rate: float | None = None
+    ray: bool = False
+    ray_address: str | None = None
+    gpus: float | None = None
 
 
 def asked_for(figure: FigureRequest) -> str | SyntheticData:

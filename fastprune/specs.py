@@ -124,6 +124,12 @@ class OptimizerSpec(Record):
     label_smoothing: float = 0.0
 
 
+def key_of(kind: str, semantics: int, identity: dict[str, Any]) -> str:
+    """The key of a node that is so described, as node.json does it."""
+    described = {"kind": kind, "semantics": semantics, **identity}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
 class Node(Record):
     """A record that the store can hold. Equality and hash are by key."""
 
@@ -132,8 +138,14 @@ class Node(Record):
     @cached_property
     def key(self) -> str:
         """32 hex digits."""
-        described = {"kind": self.kind, "semantics": SEMANTICS, **self.identity()}
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+        waiting: list[Node] = [self]  # a stack: a chain of hundreds of rounds is too deep for recursion
+        while waiting:
+            if missing := [parent for parent in waiting[-1].parents() if "key" not in vars(parent)]:
+                waiting += missing
+            else:
+                node = waiting.pop()
+                vars(node)["key"] = key_of(node.kind, SEMANTICS, node.identity())
+        return str(vars(self)["key"])
 
     def parents(self) -> "Iterator[Runnable]":
         """The nodes that must exist before this one."""

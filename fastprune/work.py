@@ -1,8 +1,6 @@
 """Computes one node. A Worker stays warm: it keeps a Trainer per network and the opened data sets over many nodes."""
 
 import math
-import os
-import platform
 import shutil
 import sys
 import time
@@ -12,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-import fastprune
 from fastprune.loaders import DataSource, Subset, open_data
 from fastprune.loaders.manifest import Manifest
 from fastprune.models import build, initial_model
+from fastprune.provenance import environment
 from fastprune.selection import choose_filters, choose_weights, read_mask, read_state, smaller
 from fastprune.specs import DataSpec, Filters, Init, ModelSpec, Prune, Rewind, Runnable, Train
 from fastprune.step import EpochMetrics
@@ -34,7 +31,7 @@ Files = dict[str, Callable[[Path], Any]]
 
 @dataclass(frozen=True)
 class Images:
-    """Where the images of a data set are read, and how."""
+    """Where the images of a data set are read, and how: loader "auto" leaves it to each worker."""
 
     manifest: Manifest
     folder: Path | None
@@ -182,7 +179,7 @@ class Worker:
         }
         rate = sum(m.images_per_second for m in history) / len(history)
         seconds = sum(m.seconds for m in history)
-        loader = self.config.images[node.data.fingerprint].loader
+        loader = self._sources[node.data.fingerprint].loader if node.data.fingerprint in self._sources else None
         self.store.publish(node, result, self._provenance(loader, seconds, rate), files)
         self.store.drop_partial(node)
         return result
@@ -274,25 +271,3 @@ def _writer(trainer: Trainer, what: str) -> Callable[[Path], Any]:
         write_tensors(path, {k: t for k, t in state if k.startswith("model.") == (what == "state")})
 
     return write
-
-
-def environment(loader: str | None, devices: list[str]) -> dict[str, Any]:
-    """Where results are computed: versions, devices, threads, loader. Recorded, never part of a key."""
-
-    def name(device: str) -> str:
-        return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
-
-    versions = {
-        "fastprune": fastprune.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
-    return {
-        "device": ", ".join(dict.fromkeys(map(name, devices))),
-        "devices": len(devices),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "loader": loader,
-        "versions": versions,
-    }

@@ -16,6 +16,8 @@ from fastprune.figures.draw import draw
 from fastprune.figures.results import Row, curve, read_csv, series_of, write_atomic, write_csv
 from fastprune.figures.tables import COLUMNS, count_of, panel_table
 
+_SHOWN = ("fastprune", "python", "torch", "triton")
+"""Of the versions, those that the terminal gets; summary.json has all."""
 _MACHINERY = "This shows that the machinery works. It is not the paper's result; that takes the real run:"
 
 
@@ -206,7 +208,8 @@ def _cost(cost: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     where = [str(environment["device"])] if environment.get("device") else []
     if environment.get("threads") is not None:
         where.append(f"{count_of(environment['threads'], 'thread')} a process")
-    where += [f"{name} {version}" for name, version in (environment.get("versions") or {}).items()]
+    versions = environment.get("versions") or {}
+    where += [f"{name} {versions[name]}" for name in _SHOWN if name in versions]
     return "\n".join(
         _fill(", ".join(items), head) for head, items in (("Cost    ", parts), ("On      ", where)) if items
     )

@@ -1,0 +1,220 @@
+"""Workers on a Ray cluster: one actor a run, warm over many, with a share of a GPU or a CPU core."""
+
+import logging
+import math
+import os
+import secrets
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+import fastprune
+from fastprune.crew import STARTS_LIMIT, Hear, compute
+from fastprune.errors import InputError
+from fastprune.graph import Graph
+from fastprune.specs import Runnable
+from fastprune.store import RunStore
+from fastprune.work import WorkConfig, Worker
+
+_REPORT_SECONDS = 1.0
+"""Between two reports of a worker's progress, and two looks at them."""
+_SEEN_SECONDS = 60.0
+"""How long a worker's machine may take to see a file that the driver's has just written."""
+_PASSED_ON = ("OMP_", "MKL_", "NUMBA_", "TRITON_", "TORCHINDUCTOR_", "MPLCONFIGDIR")
+"""What of the driver's environment its workers get."""
+
+
+class _Reports:
+    """What workers said since somebody last asked: (worker, key) -> (epoch, training images so far)."""
+
+    def __init__(self) -> None:
+        self.said: dict[tuple[int, str], tuple[int, int]] = {}
+
+    def put(self, worker: int, key: str, epoch: int, images: int) -> None:
+        self.said[worker, key] = epoch, images
+
+    def take(self) -> dict[tuple[int, str], tuple[int, int]]:
+        said, self.said = self.said, {}
+        return said
+
+
+class _Remote:
+    """One worker, in a process of its own on some machine of the cluster."""
+
+    def __init__(self, number: int, reports: Any) -> None:
+        self.number, self.reports = number, reports
+
+    def open(self, graph: Graph, config: WorkConfig, token: str, version: str) -> tuple[str, str]:
+        """("ready", where this is), or ("input", what keeps it from working here)."""
+        host = socket.gethostname()
+        if fastprune.__version__ != version:
+            return "input", f"{host} has fastprune {fastprune.__version__}, here it is {version}: install the same"
+        folders = [images.folder for images in config.images.values() if images.folder is not None]
+        for path in (config.store / "tmp" / token, *folders):
+            if not _appears(path):
+                shared = "--store and --data must be on a disk that all machines see at the same path"
+                return "input", f"{host} does not see {path.parent if path.name == token else path}: {shared}"
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
+        self.graph, self.worker = graph, Worker(replace(config, device=device))
+        return "ready", f"{host} {device}{''.join(map(str, ray.get_gpu_ids()[:1]))}"
+
+    def compute(self, key: str) -> tuple[str, Any, int]:
+        """The answer of crew.compute, and the training images that it took."""
+        sent, seen = time.monotonic(), 0
+
+        def report(epoch: int, images: int) -> None:
+            nonlocal sent, seen
+            seen += images
+            if time.monotonic() - sent > _REPORT_SECONDS:
+                self.reports.put.remote(self.number, key, epoch, seen)
+                sent = time.monotonic()
+
+        kind, value = compute(self.worker, self.graph, self.graph.by_key[key], report)
+        return kind, value, seen
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+        if path.parent.is_dir():
+            os.listdir(path.parent)  # makes NFS look again
+    return True
+
+
+class RayCrew:
+    """`workers` actors (None: as many as the cluster has room for), each with `gpus` of a GPU, or on a CPU core if that
+    is 0 or None and the cluster has no GPU. Those that there is no room for join when there is.
+
+    address: as ray.init takes it; None joins the cluster that this machine belongs to, or starts one here.
+    InputError where no cluster can be reached, or it has no room for a single worker.
+    """
+
+    def __init__(
+        self, graph: Graph, config: WorkConfig, *, address: str | None, workers: int | None, gpus: float | None
+    ) -> None:
+        self.graph = graph
+        _connect(address)
+        gpus, room = _room(gpus)
+        if workers is None and room == 0:
+            ray.shutdown()
+            raise InputError(f"the Ray cluster has no room for a worker with {gpus:g} GPUs: see --gpus-per-run")
+        self.count = max(1, min(workers or room, len(graph.nodes)))
+        token = f"{secrets.token_hex(8)}.seen"
+        self.token = RunStore(config.store).root / "tmp" / token
+        self.token.touch()
+        self.shared = [ray.put(graph), ray.put(config), token, fastprune.__version__]
+        variables = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
+        variables["PYTHONPATH"] = os.pathsep.join(
+            [str(Path(fastprune.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        self.reports: Any = ray.remote(num_cpus=0)(_Reports).remote()
+        self.actor = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": variables})(_Remote)
+        self.actors: list[Any] = [None] * self.count
+        self.places: list[str | None] = [None] * self.count
+        self.keys: list[str | None] = [None] * self.count
+        self.images = [0] * self.count
+        self.waits: dict[Any, int | None] = {}
+        self.died_unused = 0
+        self.asked = 0.0
+        for worker in range(self.count):
+            self._start(worker)
+
+    def _start(self, worker: int) -> None:
+        self.places[worker] = self.keys[worker] = None
+        self.actors[worker] = self.actor.remote(worker, self.reports)
+        self.waits[self.actors[worker].open.remote(*self.shared)] = worker
+
+    def free(self) -> list[int]:
+        return [i for i in range(self.count) if self.places[i] is not None and self.keys[i] is None]
+
+    def place(self, worker: int) -> str:
+        return self.places[worker] or "starting"
+
+    def give(self, worker: int, node: Runnable) -> None:
+        self.keys[worker], self.images[worker] = node.key, 0
+        self.waits[self.actors[worker].compute.remote(node.key)] = worker
+
+    def listen(self, hear: Hear) -> None:
+        if time.monotonic() - self.asked > _REPORT_SECONDS and None not in self.waits.values():
+            self.asked = time.monotonic()
+            self.waits[self.reports.take.remote()] = None
+        ready, _ = ray.wait(list(self.waits), num_returns=len(self.waits), timeout=0.2)
+        for ref in ready:
+            worker = self.waits.pop(ref)
+            try:
+                answer = ray.get(ref)
+            except RayError as error:
+                if worker is None:
+                    raise InputError(
+                        f"the Ray cluster is gone ({_first_line(error)}); the same command goes on"
+                    ) from error
+                self._replace(worker, _first_line(error), hear)
+                continue
+            if worker is None:
+                for (number, key), (epoch, images) in answer.items():
+                    self._count(number, key, epoch, images, hear)
+            elif answer[0] == "ready":
+                self.places[worker] = answer[1]
+            elif self.keys[worker] is None:  # it could not begin
+                raise InputError(answer[1])
+            else:
+                kind, value, images = answer
+                self.died_unused = 0
+                self._count(worker, self.keys[worker], 0, images, hear)
+                self.keys[worker] = None
+                hear(worker, kind, value)
+
+    def _count(self, worker: int, key: str | None, epoch: int, images: int, hear: Hear) -> None:
+        """Passes on progress, unless it is old."""
+        if key == self.keys[worker]:
+            more, self.images[worker] = images - self.images[worker], images
+            hear(worker, "progress", (epoch, more))
+
+    def _replace(self, worker: int, reason: str, hear: Hear) -> None:
+        self.died_unused += 1
+        if self.died_unused >= STARTS_LIMIT:
+            raise InputError(f"Ray's workers die before they finish anything ({reason})")
+        ray.kill(self.actors[worker])
+        was_busy = self.keys[worker] is not None
+        self._start(worker)
+        if was_busy:
+            hear(worker, "lost", reason)
+
+    def close(self) -> None:
+        for actor in [*self.actors, self.reports]:
+            if actor is not None:
+                ray.kill(actor)
+        self.token.unlink(missing_ok=True)
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(f"--ray-address {address}: no Ray cluster there ({_first_line(error)})") from error
+
+
+def _room(gpus: float | None) -> tuple[float, int]:
+    """GPUs of a worker, and how many workers there is room for."""
+    there = ray.cluster_resources()
+    if gpus is None:
+        gpus = 1.0 if there.get("GPU", 0.0) >= 1.0 else 0.0
+    room = int(there.get("CPU", 0.0))
+    if gpus > 0.0:
+        # Shares of one GPU do not add up over several: a third fits three times into each.
+        each = math.floor(1.0 / gpus) if gpus <= 1.0 else 1.0 / gpus
+        room = min(room, int(there.get("GPU", 0.0) * each))
+    return gpus, room
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,59 @@
+"""Where results were computed, and by which code. Recorded, never part of a key."""
+
+import hashlib
+import os
+import platform
+import socket
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastprune
+
+_LIBRARIES = ("torch", "torchvision", "triton", "numpy", "numba", "safetensors", "torch-pruning", "ffcv")
+
+
+def environment(loader: str | None, devices: list[str]) -> dict[str, Any]:
+    """Versions, devices, threads, loader and host, as they are in this process."""
+
+    def name(device: str) -> str:
+        return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
+
+    return {
+        "device": ", ".join(dict.fromkeys(map(name, devices))),
+        "devices": len(devices),
+        "host": socket.gethostname(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "loader": loader,
+        "code": code_digest(),
+        "versions": versions(),
+    }
+
+
+@cache
+def versions() -> dict[str, str]:
+    """By name: fastprune, Python, CUDA where torch was built for it, and the libraries that compute."""
+    found = {"fastprune": fastprune.__version__, "python": platform.python_version()}
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    for library in _LIBRARIES:
+        try:
+            found[library] = torch.__version__ if library == "torch" else version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def code_digest() -> str:
+    """First 16 hex digits of the SHA-256 of all source files: tells also what was changed and not committed."""
+    root = Path(fastprune.__file__).parent
+    digest = hashlib.sha256()
+    # The links kernels and loaders are followed by glob("*/"), not by "**".
+    for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")], key=lambda p: p.relative_to(root).as_posix()):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
