@@ -57,6 +57,7 @@ SETTINGS = preset(a2.PROTOCOL, "smoke").override(
     train_per_class=TRAIN,
     val_per_class=VAL,
     rewind_epoch=1,
+    image_size=32,
 )
 GENERATED = SyntheticData(CLASSES, TRAIN, VAL, SETTINGS.image_size)
 

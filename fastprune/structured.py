@@ -86,8 +86,8 @@ def channel_groups(model: nn.Module, image_size: int) -> tuple[Group, ...]:
     meta device will do); `model` itself, its mode and torch's generators are left as they are. ValueError for a network
     whose channels cannot be joined like this: masked or grouped convs, convs without batch norm, other normalisation.
     """
-    with torch.inference_mode(False):
-        return _groups(_trace(copy.deepcopy(model), image_size))
+    with torch.inference_mode(False), _traced(copy.deepcopy(model), image_size) as graph:
+        return _groups(graph)
 
 
 def gamma_scores(groups: Sequence[Group], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -152,8 +152,7 @@ def remove(model: nn.Module, selection: Selection, image_size: int) -> nn.Module
     model.zero_grad(set_to_none=True)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     channels_last = any(_is_channels_last(p) for p in model.parameters())
-    with _evaluating(model), torch.inference_mode(False):
-        graph = _trace(model, image_size)
+    with _evaluating(model), torch.inference_mode(False), _traced(model, image_size) as graph:
         for name in selection.kept:
             conv = model.get_submodule(name)
             cut = graph.get_pruner_of_module(conv).prune_out_channels
@@ -187,14 +186,23 @@ def cost(model: nn.Module, image_size: int) -> Cost:
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
 
 
-def _trace(model: nn.Module, image_size: int) -> Any:
-    """torch-pruning's DependencyGraph. It puts the model into eval mode, and needs gradients enabled."""
+@contextmanager
+def _traced(model: nn.Module, image_size: int) -> Iterator[Any]:
+    """torch-pruning's DependencyGraph, emptied afterwards: its nodes refer to each other, and would keep the network
+    until the garbage collector comes by. It puts the model into eval mode, and needs gradients enabled.
+    """
     import torch_pruning
 
     # Our own call, for left to itself it tries model(*images) first and hides what then fails. An image that requires a
     # gradient, for it follows autograd's graph, where frozen layers would be missing.
     image = _image(model, image_size).requires_grad_()
-    return torch_pruning.DependencyGraph().build_dependency(model, image, forward_fn=lambda model, image: model(image))
+    graph = torch_pruning.DependencyGraph()
+    try:
+        yield graph.build_dependency(model, image, forward_fn=lambda model, image: model(image))
+    finally:
+        for node in getattr(graph, "module2node", {}).values():
+            vars(node).clear()
+        vars(graph).clear()
 
 
 def _groups(graph: Any) -> tuple[Group, ...]:

@@ -70,13 +70,13 @@ class Trainer:
         low = _LOW[precision]
         self.images = low if on_gpu and low is not None else torch.float32
         """The dtype in which batches are best made: the network's first conv would cast them to it anyway."""
-        self._network = self._compute
+        self._network = _network(self.model, self.flat.low_views)
         if compile:
             backend = compile if isinstance(compile, str) else "inductor"
             # torch counts all Trainers of a process together, and past its limit runs uncompiled.
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
-            self._network = torch.compile(self._compute, dynamic=False, backend=backend)
+            self._network = torch.compile(self._network, dynamic=False, backend=backend)
         self._captured: dict[tuple[Any, ...], Captured] = {}
         self._pool = (
             (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)) if on_gpu and graph is not False else None
@@ -272,12 +272,6 @@ class Trainer:
             check_labels(labels, self._classes)
         return logits
 
-    def _compute(self, images: Tensor) -> Tensor:
-        """The network's output; convs read the low-precision copy where there is one."""
-        if self.flat.low is None:
-            return self.model(images)
-        return functional_call(self.model, self.flat.low_views, (images,))
-
     def _run(self, step: Step, images: Tensor, labels: Tensor) -> None:
         try:
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
@@ -322,3 +316,16 @@ class Trainer:
         shapes = dict(self.model.named_parameters())
         packed = ((s.name, s.view(buffer).to("cpu", copy=True)) for s in self.flat.rest_segments)
         return {name: t.view(shapes[name].shape) for name, t in packed}
+
+
+def _network(model: nn.Module, low_views: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Images to logits; convs read the low-precision copy where there is one.
+
+    No method of the Trainer, which would then refer to itself and, after its last use, keep its buffers until the
+    garbage collector comes by: that is seldom, for it counts objects, not bytes.
+    """
+
+    def compute(images: Tensor) -> Tensor:
+        return functional_call(model, low_views, (images,)) if low_views else model(images)
+
+    return compute

@@ -1,13 +1,22 @@
 """A warm worker does not grow: what bench/memory.py measures, on fewer nodes; and that the measure finds what leaks."""
 
+import gc
 import os
 import threading
+import weakref
+from collections.abc import Iterator
 
 import pytest
+from torch import nn
 
 from bench import memory
 from bench.memory import GENERATED, LAST, LIMIT, MIB, WARM, Sample, judge, sample
 from fastprune.loaders.choice import ffcv_is_there
+from fastprune.models import build
+from fastprune.specs import ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.structured import channel_groups, gamma_scores, remove, select
+from fastprune.train import Trainer
+from tests.made_up import Epochs
 
 NODES = WARM + 2 * LAST + 10
 
@@ -72,3 +81,39 @@ def test_nodes_are_of_all_kinds(tmp_path):
     assert len({n.seed for n in masks}) > 3
     filters = memory.graph_of(data, 60, structured=True).nodes
     assert sum(n.kind == "filters" for n in filters) > 20
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Whatever refers to itself stays."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize(("precision", "compile"), [("fp32", None), ("bf16", None), ("fp32", "eager")])
+def test_a_trainer_goes_with_its_last_user(precision, compile, no_collector):
+    """A worker makes one for each network without filters: hundreds of megabytes that the collector hardly counts."""
+    model = build(ModelSpec("resnet18", 4, width=8))
+    trainer = Trainer(model, precision=precision, compile=compile)
+    trainer.fit(Epochs(0, 8, 2), Epochs(1, 8, 1), OptimizerSpec(8), ScheduleSpec(0.1, 1))
+    left = [weakref.ref(kept) for kept in (trainer, trainer.flat, trainer.flat.weight, model, model.conv1)]
+    trainer.close()
+    del trainer, model
+    assert [ref() for ref in left] == [None] * len(left)
+
+
+def test_a_network_whose_filters_go_is_not_kept(no_collector):
+    def convs() -> int:
+        return sum(type(thing) is nn.Conv2d for thing in gc.get_objects())
+
+    before = convs()
+    model = build(ModelSpec("resnet18", 4, width=8))
+    groups = channel_groups(model, 32)
+    assert convs() == before + 20
+    remove(model, select(groups, gamma_scores(groups, model.state_dict()), 0.5), 32)
+    assert convs() == before + 20
+    left = weakref.ref(model.conv1.weight)
+    del model
+    assert (convs(), left()) == (before, None)
