@@ -1,14 +1,24 @@
 """Files that appear whole or not at all, and the checksums of a folder, as `sha256sum` writes and checks them."""
 
 import hashlib
+import json
+import math
 import os
 import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SUMS = "SHA256SUMS"
+SEAL = "fastprune"
+"""The metadata entry of a safetensors file that holds its checksum and facts."""
+UNSET = "0" * 64
+_HEADER_LIMIT = 100_000_000  # that of safetensors
+_BITS = {
+    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8},
+    **{f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)},
+}
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
@@ -40,8 +50,13 @@ def digest(path: Path) -> str:
 
 def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
     """Creates or replaces SHA256SUMS: by file name the digest."""
-    lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+    lines = sums_text(sums)
     write_atomically(folder / SUMS, lambda p: p.write_text(lines))
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The content of SHA256SUMS."""
+    return "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
 
 
 def read_sums(folder: Path) -> dict[str, str]:
@@ -65,3 +80,48 @@ def tree_bytes(folder: Path) -> int:
             except FileNotFoundError:
                 continue
     return total
+
+
+def check_sealed(file: IO[bytes]) -> Any:
+    """Reads a safetensors file of ours to its end; returns its facts (see tensors.py). Runs nothing that is in it.
+
+    ValueError where a bit has changed, or it is no safetensors file; KeyError or TypeError for one that is not ours.
+    """
+    start = file.read(8)
+    size = int.from_bytes(start, "little")
+    header = file.read(size) if len(start) == 8 and 2 <= size <= _HEADER_LIMIT else b""
+    if len(header) < 2:
+        raise ValueError("no safetensors file")
+    try:
+        found = json.loads(header)
+        about = json.loads(found["__metadata__"][SEAL])
+    except RecursionError:
+        raise ValueError("its header is nested too deeply") from None
+    expected = about["sha256"]
+    if not isinstance(expected, str) or re.fullmatch("[0-9a-f]{64}", expected) is None:
+        raise TypeError("its checksum is no checksum")
+    at = header.find(expected.encode())
+    if at < 0:
+        raise ValueError("its checksum is not where it was written")
+    content = hashlib.sha256(start + header[:at] + UNSET.encode() + header[at + len(UNSET) :])
+    length = 0
+    while part := file.read(1 << 20):
+        content.update(part)
+        length += len(part)
+    if content.hexdigest() != expected:
+        raise ValueError("its content does not have the checksum that it names")
+    _check_layout({name: tensor for name, tensor in found.items() if name != "__metadata__"}, length)
+    return about["facts"]
+
+
+def _check_layout(tensors: dict[str, Any], length: int) -> None:
+    """ValueError unless the tensors follow one another, and end with the file."""
+    end = 0
+    for begin, stop, bits, shape in sorted(
+        (*t["data_offsets"], _BITS[t["dtype"]], t["shape"]) for t in tensors.values()
+    ):
+        if begin != end or 8 * (stop - begin) != bits * math.prod(shape):
+            raise ValueError("its tensors do not lie where its header says")
+        end = stop
+    if end != length:
+        raise ValueError("its tensors do not end with the file")

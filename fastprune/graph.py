@@ -65,7 +65,7 @@ class Graph:
             if not store.holds(trace.node, Products(traces=(trace.fraction,))):
                 missing.add(trace.node.key)
         for node in reversed(self.nodes):  # a run that is trained again may need a state of another
-            for source, momentum in _states_read(node) if node.key in missing else ():
+            for source, momentum in states_read(node) if node.key in missing else ():
                 epochs = (source.epoch,)
                 if not store.holds(source.node, Products(weights=epochs, momentum=epochs if momentum else ())):
                     missing.add(source.node.key)
@@ -88,7 +88,7 @@ class Graph:
     def _read(self) -> dict[str, tuple[set[int], set[int], set[float]]]:
         read: dict[str, tuple[set[int], set[int], set[float]]] = defaultdict(lambda: (set(), set(), set()))
         for node in self.nodes:
-            for source, momentum in _states_read(node):
+            for source, momentum in states_read(node):
                 read[source.node.key][0].add(source.epoch)
                 if momentum:
                     read[source.node.key][1].add(source.epoch)
@@ -105,7 +105,7 @@ class Graph:
         return dict(found)
 
 
-def _states_read(node: Runnable) -> list[tuple[StateRef, bool]]:
+def states_read(node: Runnable) -> list[tuple[StateRef, bool]]:
     """The states that computing a node reads, and whether with momentum."""
     if isinstance(node, Train):
         return [(node.start.state, node.start.momentum)] if isinstance(node.start, Rewind) else []

@@ -215,12 +215,7 @@ class RunStore:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _add(self, node: Node, files: dict[str, Callable[[Path], Any]]) -> None:
-        folder, sums = self.path(node), self.files(node)
-        missing = {name: write for name, write in files.items() if name not in sums}
-        for name, write in missing.items():
-            write_atomically(folder / name, write)
-        if missing:
-            write_sums(folder, sums | {name: digest(folder / name) for name in missing})
+        gain(self.path(node), self.files(node), files)
 
     def aside(self, key: str) -> Path:
         """A new folder in which a node is put together."""
@@ -247,6 +242,12 @@ class RunStore:
         flush(final.parent)
         return True
 
+    def take_away(self, folder: Path) -> None:
+        """Removes a published node's folder, whole or not at all. For the holder of its lease."""
+        away = self.aside(folder.name)
+        os.rename(folder, away / "was")
+        shutil.rmtree(away)
+
     def save_partial(self, node: Train, name: str, write: Callable[[Path], Any]) -> None:
         """Writes or replaces a file of a run in progress, atomically."""
         write_atomically(self.partial_path(node, name), write)
@@ -269,6 +270,16 @@ class RunStore:
         path = self.root / "logs" / f"{node.key}.log"
         path.write_text(text)
         return path
+
+
+def gain(folder: Path, sums: dict[str, str], files: dict[str, Callable[[Path], Any]]) -> list[str]:
+    """Adds to a published node, whose checksums are `sums`, those files that it lacks; returns their names."""
+    missing = {name: write for name, write in files.items() if name not in sums}
+    for name, write in missing.items():
+        write_atomically(folder / name, write)
+    if missing:
+        write_sums(folder, sums | {name: digest(folder / name) for name in missing})
+    return sorted(missing)
 
 
 def trace_name(fraction: float) -> str:

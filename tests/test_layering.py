@@ -43,7 +43,32 @@ ALLOWED = {
     "fastprune/models.py": {"torch", "torchvision", "fastprune.errors", "fastprune.specs"},
     "fastprune/flat.py": {"torch", "fastprune.kernels"},
     "fastprune/optim.py": {"torch", "fastprune.flat", "fastprune.kernels", "fastprune.masks"},
-    "fastprune/tensors.py": {"torch", "safetensors", "fastprune.errors"},
+    "fastprune/store_check.py": {
+        "tqdm", "fastprune.files", "fastprune.lease", "fastprune.specs", "fastprune.store", "fastprune.store_read",
+    },
+    "fastprune/store_read.py": {"fastprune.errors", "fastprune.store"},
+    "fastprune/store_list.py": {"fastprune.specs", "fastprune.store_read"},
+    "fastprune/store_show.py": {
+        "fastprune.errors", "fastprune.files", "fastprune.store_list", "fastprune.store_read",
+    },
+    "fastprune/store_needs.py": {
+        "fastprune.errors", "fastprune.files", "fastprune.graph", "fastprune.specs", "fastprune.store",
+        "fastprune.store_read",
+    },
+    "fastprune/store_gc.py": {
+        "fastprune.errors", "fastprune.files", "fastprune.lease", "fastprune.store", "fastprune.store_needs",
+        "fastprune.store_read",
+    },
+    "fastprune/store_transfer.py": {
+        "fastprune.errors", "fastprune.files", "fastprune.lease", "fastprune.store", "fastprune.store_archive",
+        "fastprune.store_check", "fastprune.store_needs", "fastprune.store_read",
+    },
+    "fastprune/store_archive.py": {"fastprune.errors", "fastprune.store_check", "fastprune.store_needs"},
+    "fastprune/store_cli.py": {
+        "fastprune.errors", "fastprune.files", "fastprune.store", "fastprune.store_check", "fastprune.store_gc",
+        "fastprune.store_list", "fastprune.store_read", "fastprune.store_show", "fastprune.store_transfer",
+    },
+    "fastprune/tensors.py": {"torch", "safetensors", "fastprune.errors", "fastprune.files"},
     "fastprune/masks.py": {"torch", "fastprune.errors", "fastprune.flat", "fastprune.kernels", "fastprune.tensors"},
     "fastprune/pruning.py": {"torch", "numpy", "fastprune.kernels", "fastprune.masks", "fastprune.specs"},
     "fastprune/structured.py": {"torch", "torch_pruning", "fastprune.specs"},

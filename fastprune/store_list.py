@@ -1,0 +1,221 @@
+"""What is in a store, for a person or a script: one line a node, and what is going on."""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastprune.specs import Init, ModelSpec
+from fastprune.store_read import Damaged, Found, holder_note, is_published, printable, read_all, read_json
+
+_WIDTHS = range(1, 257)
+_MODELS = ("resnet18", "resnet34", "resnet50")
+_COLUMNS = ("key", "kind", "what", "result", "cost", "device", "size", "date")
+
+
+class Listing:
+    """All nodes of a store, and what can be told of each from the others."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.nodes = list(read_all(root))
+        self.by_key = {n.key: n for n in self.nodes if isinstance(n, Found)}
+        self._networks: dict[str, str] = {}
+        self._drawn: set[tuple[int, int]] = set()
+
+    @cached_property
+    def data_names(self) -> dict[str, str]:
+        """By fingerprint what a data set is called: a node does not know, but what a figure needs says so."""
+        names: dict[str, str] = {}
+        for path in sorted((self.root / "figures").glob("*.json")):
+            try:
+                names |= {str(k): str(v) for k, v in read_json(path)["data"].items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+        return names
+
+    def record(self, node: Found | Damaged) -> dict[str, Any]:
+        """A node as plain values: seconds, bytes, Unix time. {"key", "damaged": why} where it cannot be read."""
+        if isinstance(node, Damaged):
+            return {"key": node.key, "damaged": node.why}
+        try:
+            what = {"train": self._train, "prune": self._prune, "filters": self._filters}[node.kind](node)
+            made = node.provenance
+            how = {name: _number(made.get(name)) for name in ("wall_seconds", "images_per_second", "at")}
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+            return {"key": node.key, "damaged": "node.json: fields are missing"}
+        return {
+            "key": node.key,
+            "kind": node.kind,
+            **what,
+            "seconds": how["wall_seconds"],
+            "images_per_second": how["images_per_second"],
+            "device": str(made.get("device", "")),
+            "bytes": node.size,
+            "at": how["at"],
+        }
+
+    def _train(self, node: Found) -> dict[str, Any]:
+        spec, result = node.spec, node.result
+        rewound = isinstance(spec["start"], dict)
+        mask = self.by_key.get(spec["mask"])
+        pruned = mask.result if mask is not None and mask.kind == "prune" else None
+        cut = mask.spec if mask is not None and mask.kind == "filters" else None
+        dense = spec["mask"] is None
+        return {
+            "network": self._network(node),
+            "data": self._data(spec["data"]["fingerprint"]),
+            "classes": spec["data"]["classes"],
+            "lr": float(spec["schedule"]["lr"]),
+            "seed": spec["seed"],
+            "begin": spec["start"]["epoch"] if rewound else 0,
+            "stop": spec["stop"],
+            "round": 0 if dense else pruned["round"] if pruned else None,
+            "density": 1.0 if dense else float(pruned["density"]) if pruned else None,
+            "filters_removed": float(cut["fraction"]) if cut else None,
+            "epochs": result["epochs"],
+            "diverged": bool(result["diverged"]),
+            "accuracy": _number(result["accuracy"]),
+        }
+
+    def _prune(self, node: Found) -> dict[str, Any]:
+        spec, result = node.spec, node.result
+        allocation = spec["allocation"]
+        return {
+            "round": result["round"],
+            "score": spec["score"],
+            "allocation": allocation if isinstance(allocation, str) else f"as {allocation['mask'][:8]}",
+            "fraction": float(spec["fraction"]),
+            "seed": spec["seed"],
+            "density": float(result["density"]),
+        }
+
+    def _filters(self, node: Found) -> dict[str, Any]:
+        return {"fraction": float(node.spec["fraction"]), "removed": _number(node.result.get("removed_fraction"))}
+
+    def _data(self, fingerprint: str) -> str:
+        return self.data_names.get(fingerprint, f"data {fingerprint[:8]}")
+
+    def _network(self, node: Found) -> str:
+        """A node names its initial weights by their key only, so that is compared with the keys of what there is."""
+        trail = []
+        while isinstance(node.spec["start"], dict):
+            trail.append(node.key)
+            parent = self.by_key.get(node.spec["start"]["state"]["node"])
+            if parent is None or parent.key in trail:
+                return "network unknown"
+            node = parent
+        classes, seed = node.spec["data"]["classes"], node.spec["seed"]
+        if (classes, seed) not in self._drawn and isinstance(classes, int) and isinstance(seed, int):
+            self._drawn.add((classes, seed))
+            for name in _MODELS:
+                for stem in ("imagenet", "small"):
+                    for width in _WIDTHS:
+                        title = (
+                            name + (f" width {width}" if width != 64 else "") + (" small" if stem == "small" else "")
+                        )
+                        self._networks[Init(ModelSpec(name, classes, stem, width), seed).key] = title
+        return self._networks.get(node.spec["start"], "network unknown")
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def table(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Lines, the first of them the head; a damaged node is a line that says so."""
+    records = list(records)
+    rows = [_COLUMNS, *(tuple(map(printable, _row(r))) for r in records if "damaged" not in r)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for r in records:
+        if "damaged" in r:
+            yield f"{r['key'][:8]}  DAMAGED: {printable(r['damaged'])} (see verify)"
+
+
+def _row(r: dict[str, Any]) -> tuple[str, ...]:
+    if r["kind"] == "train":
+        mask = f"round {r['round']}" if r["round"] is not None else "mask unknown"
+        if r["filters_removed"] is not None:
+            mask = f"{r['filters_removed']:.0%} of filters removed"
+        what = f"{r['network']}, {r['data']} ({r['classes']} classes), lr {r['lr']:g}, seed {r['seed']}, "
+        what += f"epochs {r['begin']}-{r['stop']}, {mask}"
+        result = "diverged" if r["diverged"] else "" if r["accuracy"] is None else f"{100 * r['accuracy']:.2f} %"
+        if r["density"] is not None:
+            result += f", density {r['density']:.3g}"
+    elif r["kind"] == "prune":
+        what = f"round {r['round']}, {r['score']}, {r['allocation']}, fraction {r['fraction']:g}"
+        result = f"density {r['density']:.3g}"
+    else:
+        what = f"{r['fraction']:.0%} of filters"
+        result = "" if r["removed"] is None else f"{r['removed']:.0%} removed"
+    rate = "" if r["images_per_second"] is None else f", {r['images_per_second']:,.0f} images/s"
+    cost = "" if r["seconds"] is None else duration(r["seconds"]) + rate
+    return (r["key"][:8], r["kind"], what, result, cost, r["device"], size(r["bytes"]), date(r["at"]))
+
+
+def totals(records: list[dict[str, Any]], disk: int) -> str:
+    """disk: bytes of the whole store."""
+    whole = [r for r in records if "damaged" not in r]
+    counts = {kind: sum(r["kind"] == kind for r in whole) for kind in ("train", "prune", "filters")}
+    hours = sum(r["seconds"] or 0.0 for r in whole) / 3600
+    said = f"{counts['train']:,} trainings, {counts['prune']:,} prunes"
+    if counts["filters"]:
+        said += f", {counts['filters']:,} filter selections"
+    if len(whole) < len(records):
+        said += f", {len(records) - len(whole):,} damaged"
+    return f"{said}; {size(disk)} on disk; {hours:,.1f} hours of computing"
+
+
+def going_on(root: Path) -> list[str]:
+    """Who works on what, what unfinished runs have kept, and what failed; a line each."""
+    said = []
+    for lock in sorted((root / "leases").glob("*.lock")):
+        holder = holder_note(root, lock.stem)
+        by = "somebody" if holder is None else f"process {holder['pid']} on {holder['host']}, {_since(holder['since'])}"
+        said.append(f"lease {lock.stem[:8]}: {by}")
+    for path in sorted((root / "partial").glob("*.checkpoint.safetensors")):
+        found = _stat(path)
+        if found is not None:
+            said.append(f"unfinished {path.name[:8]}: checkpoint of {size(found.st_size)}, {_since(found.st_mtime)}")
+    for path in sorted((root / "logs").glob("*.log")):
+        later = ", published since" if is_published(root, path.stem) else ""
+        said.append(f"failed {path.stem[:8]}: {path}{later}")
+    return said
+
+
+def size(count: float) -> str:
+    """Bytes, in units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def date(at: float | None) -> str:
+    """Local time."""
+    try:
+        return "" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+    except (OverflowError, OSError, ValueError):
+        return "?"
+
+
+def _since(at: float) -> str:
+    return f"since {date(at)}"
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
