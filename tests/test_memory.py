@@ -92,7 +92,10 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
-@pytest.mark.parametrize(("precision", "compile"), [("fp32", None), ("bf16", None), ("fp32", "eager")])
+@pytest.mark.parametrize(
+    ("precision", "compile"),
+    [("fp32", None), ("bf16", None), pytest.param("fp32", "eager", marks=pytest.mark.slow)],
+)
 def test_a_trainer_goes_with_its_last_user(precision, compile, no_collector):
     """A worker makes one for each network without filters: hundreds of megabytes that the collector hardly counts."""
     model = build(ModelSpec("resnet18", 4, width=8))
