@@ -4,7 +4,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -115,12 +116,17 @@ class Worker:
         return result, 0
 
     def _train(self, node: Train, products: Products, report: Report) -> tuple[dict[str, Any], int]:
-        trainer = self._trainer(node)
-        progress = self._start(trainer, node, products)
-        epochs_before = progress.epoch
-        train, val = self._batches(node, trainer.images)
+        with self._trainer(node) as trainer:
+            progress = self._start(trainer, node, products)
+            epochs_before = progress.epoch
+            report(progress.epoch, 0)
+            if progress.epoch < node.stop:
+                self._fit(trainer, node, products, progress, report)
+            return self._publish(node, products, progress, trainer), progress.epoch - epochs_before
+
+    def _fit(self, trainer: Trainer, node: Train, products: Products, progress: _Progress, report: Report) -> None:
+        """Trains what is left, and writes what is to be kept on the way."""
         saved_at = time.monotonic()
-        report(progress.epoch, 0)
 
         def on_epoch(metrics: EpochMetrics) -> None:
             nonlocal saved_at
@@ -139,21 +145,17 @@ class Worker:
                 self.store.save_partial(node, "checkpoint", lambda p: write_tensors(p, trainer.state(), facts))
                 saved_at = time.monotonic()
 
-        if progress.epoch < node.stop:
-            trainer.fit(
-                train,
-                val,
-                node.optimizer,
-                node.schedule,
-                start=progress.epoch,
-                stop=node.stop,
-                on_batch=lambda images: report(progress.epoch, images),
-                on_epoch=on_epoch,
-            )
-        result = self._publish(node, products, progress, trainer)
-        if isinstance(node.mask, Filters):
-            trainer.close()
-        return result, progress.epoch - epochs_before
+        train, val = self._batches(node, trainer.images)
+        trainer.fit(
+            train,
+            val,
+            node.optimizer,
+            node.schedule,
+            start=progress.epoch,
+            stop=node.stop,
+            on_batch=lambda images: report(progress.epoch, images),
+            on_epoch=on_epoch,
+        )
 
     def _publish(self, node: Train, products: Products, progress: _Progress, trainer: Trainer) -> dict[str, Any]:
         history, last = progress.history, progress.history[-1]
@@ -179,7 +181,8 @@ class Worker:
         }
         rate = sum(m.images_per_second for m in history) / len(history)
         seconds = sum(m.seconds for m in history)
-        loader = self._sources[node.data.fingerprint].loader if node.data.fingerprint in self._sources else None
+        source = self._sources.get(node.data.fingerprint)  # not opened where a checkpoint held the whole run
+        loader = None if source is None else source.loader
         self.store.publish(node, result, self._provenance(loader, seconds, rate), files)
         self.store.drop_partial(node)
         return result
@@ -224,15 +227,22 @@ class Worker:
             return None
         return progress
 
-    def _trainer(self, node: Train) -> Trainer:
+    @contextmanager
+    def _trainer(self, node: Train) -> Iterator[Trainer]:
+        """A Trainer of the node's network, warm where there is one; that of a smaller network is closed in the end."""
         if isinstance(node.mask, Filters):
             assert isinstance(node.start, Rewind)
             model = smaller(self.store, node.mask, read_state(self.store, node.start.state), self._size(node.data))
-            return Trainer(model, device=self.config.device, precision=node.precision)
+            trainer = Trainer(model, device=self.config.device, precision=node.precision)
+            try:
+                yield trainer
+            finally:
+                trainer.close()
+            return
         which = node.model, node.precision
         if which not in self._trainers:
             self._trainers[which] = Trainer(build(node.model), device=self.config.device, precision=node.precision)
-        return self._trainers[which]
+        yield self._trainers[which]
 
     def _initial_state(self, init: Init) -> dict[str, Tensor]:
         if init.key not in self._initial:

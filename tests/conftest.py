@@ -52,3 +52,11 @@ def few_classes(given, tmp_path_factory) -> Path:
         name = line.split("\t")[0]
         shutil.copy(root / "val" / "images" / name, few / "val" / "images" / name)
     return few
+
+
+@pytest.fixture(scope="session")
+def small_figure(tmp_path_factory) -> Path:
+    """One small figure, made by one process: folders out and store."""
+    from tests.small_figure import make
+
+    return make(tmp_path_factory.mktemp("figure"))

@@ -114,13 +114,12 @@ def test_a_smaller_network_is_what_is_trained(config):
     assert result["flops"] < result["flops_whole"]
     assert result["latency_ms"] > 0 < result["latency_whole_ms"]
     worker = Worker(config)
-    trainer = worker._trainer(tuned)
-    assert sum(p.numel() for p in trainer.model.parameters()) == result["parameters"]
     rows = (store.path(filters) / "layers.csv").read_text().splitlines()[1:]
     kept = {name: int(count) for name, _, count in (row.split(",") for row in rows)}
-    for name, module in trainer.model.named_modules():
-        if name in kept:
-            assert module.out_channels == kept[name]
+    with worker._trainer(tuned) as trainer:
+        assert sum(p.numel() for p in trainer.model.parameters()) == result["parameters"]
+        found = {name: module.out_channels for name, module in trainer.model.named_modules() if name in kept}
+    assert found == kept
     assert list(store.metrics(tuned)) == [1, 2, 3]
     assert store.node(dense)["result"]["epochs"] == 3
 

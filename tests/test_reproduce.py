@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,34 +16,23 @@ from fastprune.planning import points_and_graph
 from fastprune.request import FigureRequest
 from fastprune.settings import preset
 from fastprune.specs import DataSpec
+from tests import small_figure
+from tests.small_figure import folders
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    *("--fig A2 --seeds 1 --rounds 2 --epochs 2 --classes 3 --train-per-class 24 --val-per-class 8").split(),
-    *("--batch-size 24 --workers 1 --device cpu").split(),
-]
-
-
-def folders(root: Path) -> list[str]:
-    return ["--out", str(root / "out"), "--store", str(root / "store")]
+TINY = [*small_figure.TINY, "--workers", "1", "--device", "cpu"]
 
 
 def published(root: Path) -> dict[str, int]:
-    """Key of each published node -> when."""
-    return {p.parent.name: p.stat().st_mtime_ns for p in (root / "store").glob("nodes/*/*/node.json")}
+    return small_figure.published(root / "store")
+
+
+def command(root: Path, *more: str) -> list[str]:
+    return small_figure.command(root, "--device", "cpu", *more)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One small figure, made by one process."""
-    root = tmp_path_factory.mktemp("figure")
-    environment = dict(os.environ)
-    try:
-        assert main([*TINY, *folders(root)]) == 0
-    finally:
-        os.environ.clear()
-        os.environ.update(environment)
-    return root
+def finished(request):
+    return request.getfixturevalue("small_figure")
 
 
 def test_what_a_run_leaves(finished):
@@ -122,10 +110,6 @@ def test_redraw_without_the_summary_claims_nothing_it_does_not_know(finished, tm
     pdf = (out / "figure.pdf").read_bytes()
     main(["--fig", "A2", "--redraw", "--out", str(tmp_path)])
     assert (out / "figure.pdf").read_bytes() == pdf
-
-
-def command(root: Path, *more: str) -> list[str]:
-    return [sys.executable, str(ROOT / "scripts/reproduce.py"), *TINY, *folders(root), *more]
 
 
 @pytest.mark.slow

@@ -1,0 +1,89 @@
+"""A Ray cluster of this machine: the same results as one process, whatever happens to its workers."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from fastprune.cli import main
+from tests.small_figure import NODES, TINY, TRAININGS, command, folders, published, results
+
+pytest.importorskip("ray", reason="Ray is not installed")
+
+
+def workers(parent: int) -> dict[int, str]:
+    """By process id, what Ray's workers below `parent` say they are doing."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+            if title.startswith("ray::_Remote") and str(parent) in _ancestors(int(folder.name)):
+                found[int(folder.name)] = title
+        except OSError:
+            continue
+    return found
+
+
+def _ancestors(pid: int) -> list[str]:
+    line = []
+    while pid > 1:
+        pid = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+        line.append(str(pid))
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_cluster_gives_the_same_figure_though_a_worker_is_killed(small_figure, tmp_path):
+    arguments = command(tmp_path, "--executor", "ray", "--ray-address", "local", "--workers", "3")
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(published(tmp_path / "store")) < 3:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    while not (busy := [pid for pid, title in workers(process.pid).items() if "compute" in title]):
+        time.sleep(0.01)
+    os.kill(busy[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert "on Ray, up to 3 runs at once" in out
+    assert f"{TRAININGS} trainings run" in out
+    assert len(published(tmp_path / "store")) == NODES
+    assert results(tmp_path) == results(small_figure)
+    assert [p for name in ("tmp", "partial", "leases", "logs") for p in (tmp_path / "store" / name).iterdir()] == []
+    before = published(tmp_path / "store")
+    assert main([*TINY, *folders(tmp_path), "--executor", "ray"]) == 0  # nothing to do: no cluster is started
+    assert published(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--ray-address", "auto"], "--ray-address"),
+        (["--gpus-per-run", "0.5"], "--gpus-per-run"),
+        (["--executor", "ray", "--gpus-per-run", "2"], "--gpus-per-run"),
+        (["--executor", "ray", "--device", "cpu"], "--device"),
+        (["--executor", "slurm"], "--executor"),
+    ],
+)
+def test_flags_that_mean_nothing_are_one_line(tmp_path, capsys, flags, said):
+    assert main([*TINY, *folders(tmp_path), *flags]) == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [["--ray-address", "127.0.0.1:1"], ["--ray-address", "local", "--gpus-per-run", "1"]])
+def test_a_cluster_that_is_not_there_or_has_no_room_is_one_line(tmp_path, flags):
+    done = subprocess.run(
+        command(tmp_path, "--executor", "ray", *flags), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 2, done
+    assert len([line for line in done.stderr.splitlines() if line.startswith("reproduce.py:")]) == 1
+    assert "Traceback" not in done.stderr
+    assert flags[-1] in done.stderr or "--gpus-per-run" in done.stderr

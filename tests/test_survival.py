@@ -1,0 +1,75 @@
+"""Killed at any moment, a run that is continued ends bit for bit as if nothing had happened, and does nothing twice."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from fastprune.store_cli import main as store_main
+from tests import survivor
+
+MOMENTS = 20
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The store of a run that nobody disturbed, and how long it took."""
+    root = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
+    process = survivor.start(root)
+    process.join()
+    assert process.exitcode == 0
+    return root, time.monotonic() - began
+
+
+def continued(root, whole) -> None:
+    """Continues a killed run, and holds it against the undisturbed one."""
+    before = survivor.published(root)
+    mine, theirs = survivor.CONTEXT.Pipe()
+    process = survivor.start(root, told=theirs)
+    process.join()
+    assert process.exitcode == 0
+    assert not before.keys() & set(mine.recv()), "trained again"
+    after = survivor.published(root)
+    assert before.items() <= after.items(), "written again"
+    assert survivor.contents(root) == survivor.contents(whole)
+    assert store_main(["gc", "--store", str(root)]) == 0
+    assert store_main(["verify", "--store", str(root)]) == 0
+    left = [p for name in ("tmp", "partial", "leases", "logs") for p in (root / name).iterdir()]
+    assert left == list(root.rglob(".*")) == []
+
+
+@pytest.mark.parametrize("moment", range(1, MOMENTS + 1))
+def test_killed_at_any_moment_it_ends_the_same(whole, tmp_path, moment):
+    root, seconds = whole
+    process = survivor.start(tmp_path)
+    time.sleep(seconds * moment / (MOMENTS + 1))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    continued(tmp_path, root)
+
+
+@pytest.mark.parametrize("point", survivor.POINTS)
+def test_killed_at_a_chosen_point_it_ends_the_same(whole, tmp_path, point):
+    process = survivor.start(tmp_path, die_at=point)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it was to die there"
+    continued(tmp_path, whole[0])
+
+
+def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
+    """At a new place each time: it gets on, however short its lives are."""
+    deaths = 0
+    for _ in range(100):
+        process = survivor.start(tmp_path)
+        process.join(0.25 * whole[1])
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        deaths += 1
+    assert process.exitcode == 0
+    assert deaths >= 3
+    continued(tmp_path, whole[0])
