@@ -26,6 +26,7 @@ FILE_NAME = re.compile(
 )
 """What a node's file may be called."""
 _PARTIAL_NAME = re.compile(rf"([0-9a-f]{{32}})[.](checkpoint|(state|momentum)-{_NUMBER})[.]safetensors")
+_LARGE = 1 << 20
 UNLISTED = f"not in {SUMS}"
 _WRONG = f"its checksum is not that in {SUMS}"
 _NEEDED = {"train": {"metrics.csv"}, "prune": {"mask.safetensors", "layers.csv"}, "filters": {"filters.json"}}
@@ -55,16 +56,11 @@ def check_store(root: Path) -> Checked:
         found.stray.append(path)
     partials = sorted(p for p in (root / "partial").glob("*") if not p.name.startswith("."))
     suspects = []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading let other threads run
-        try:
-            for folder, (count, damaged) in _bar(pool.map(_look, folders), folders):
-                found.node_count += 1
-                found.file_count += count
-                if damaged:
-                    suspects.append(folder)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    for folder, (count, damaged) in _bar(_look_at(folders), len(folders)):
+        found.node_count += 1
+        found.file_count += count
+        if damaged:
+            suspects.append(folder)
     for folder in suspects:  # again: it may have been gaining a file, or have been taken away
         if folder.exists() and (damaged := _look(folder)[1]):
             found.damaged |= {folder / name: why for name, why in damaged.items()}
@@ -98,15 +94,27 @@ def _entries(folder: Path) -> "list[os.DirEntry[str]]":
         return list(entries)
 
 
-def _bar(results: Iterable[Any], folders: list[Path]) -> Iterator[tuple[Path, Any]]:
-    from tqdm import tqdm
-
-    pairs = zip(folders, results, strict=True)
-    yield from tqdm(pairs, "verify", len(folders), unit=" nodes", file=sys.stderr, mininterval=0.5, leave=False)
+def _look_at(folders: list[Path]) -> Iterator[tuple[Path, tuple[int, dict[str, str]]]]:
+    """Large files are hashed in threads, which go on without Python's lock; small ones would only wait for it."""
+    large = [f for f in folders if any(e.stat(follow_symlinks=False).st_size > _LARGE for e in _entries(f))]
+    for folder in folders if not large else sorted({*folders} - {*large}):
+        yield folder, _look(folder)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            yield from zip(large, pool.map(_look, large), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _look(folder: Path) -> tuple[int, dict[str, str]]:
     return check_node(folder, folder.name)
+
+
+def _bar(results: Iterable[Any], total: int) -> Iterable[Any]:
+    from tqdm import tqdm
+
+    bar: Iterable[Any] = tqdm(results, "verify", total, unit=" nodes", file=sys.stderr, mininterval=0.5, leave=False)
+    return bar
 
 
 def check_node(folder: Path, key: str, known: Mapping[str, str] | None = None) -> tuple[int, dict[str, str]]:

@@ -1,5 +1,6 @@
 """What is in a store, for a person or a script: one line a node, and what is going on."""
 
+import itertools
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -10,8 +11,13 @@ from typing import Any
 from fastprune.specs import Init, ModelSpec
 from fastprune.store_read import Damaged, Found, holder_note, is_published, printable, read_all, read_json
 
-_WIDTHS = range(1, 257)
-_MODELS = ("resnet18", "resnet34", "resnet50")
+_KNOWN = [
+    (name, stem, width)
+    for name in ("resnet18", "resnet34", "resnet50")
+    for stem in ("imagenet", "small")
+    for width in range(1, 257)
+]
+_TRIES = 20
 _COLUMNS = ("key", "kind", "what", "result", "cost", "device", "size", "date")
 
 
@@ -23,7 +29,8 @@ class Listing:
         self.nodes = list(read_all(root))
         self.by_key = {n.key: n for n in self.nodes if isinstance(n, Found)}
         self._networks: dict[str, str] = {}
-        self._drawn: set[tuple[int, int]] = set()
+        self._seen: dict[tuple[str, str, int], None] = {}
+        self._in_vain = 0
 
     @cached_property
     def data_names(self) -> dict[str, str]:
@@ -107,17 +114,20 @@ class Listing:
             if parent is None or parent.key in trail:
                 return "network unknown"
             node = parent
-        classes, seed = node.spec["data"]["classes"], node.spec["seed"]
-        if (classes, seed) not in self._drawn and isinstance(classes, int) and isinstance(seed, int):
-            self._drawn.add((classes, seed))
-            for name in _MODELS:
-                for stem in ("imagenet", "small"):
-                    for width in _WIDTHS:
-                        title = (
-                            name + (f" width {width}" if width != 64 else "") + (" small" if stem == "small" else "")
-                        )
-                        self._networks[Init(ModelSpec(name, classes, stem, width), seed).key] = title
-        return self._networks.get(node.spec["start"], "network unknown")
+        start = str(node.spec["start"])
+        if start not in self._networks:
+            self._networks[start] = self._network_of(start, node.spec["data"]["classes"], node.spec["seed"])
+        return self._networks[start]
+
+    def _network_of(self, start: str, classes: Any, seed: Any) -> str:
+        known = itertools.chain(self._seen, _KNOWN if self._in_vain < _TRIES else ())
+        for name, stem, width in known:
+            if Init(ModelSpec(name, classes, stem, width), seed).key == start:
+                self._seen[name, stem, width] = None  # most nodes of a store have one of a few networks
+                of_width = "" if width == 64 else f" width {width}"
+                return name + of_width + (" small" if stem == "small" else "")
+        self._in_vain += 1
+        return "network unknown"
 
 
 def _number(value: Any) -> float | None:

@@ -128,7 +128,8 @@ def rests_on(spec: Any) -> set[str]:
 
 def printable(text: object) -> str:
     """On one line, without what would steer a terminal: a store may be from elsewhere."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+    line = " ".join(str(text).split())
+    return line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line)
 
 
 def holder_note(root: Path, key: str) -> dict[str, Any] | None:

@@ -61,8 +61,11 @@ def put_all(root: Path, graph: Graph = GRAPH, **how: Any) -> RunStore:
 
 
 def seeds(node: Any, count: int) -> list[Any]:
-    """The node with other seeds."""
-    return [dataclasses.replace(node, seed=1000 + i) for i in range(count)]
+    """The node with other seeds; a training that begins anew also with the initial weights that they draw."""
+    if not isinstance(node, Train):
+        return [dataclasses.replace(node, seed=1000 + i) for i in range(count)]
+    starts = (dataclasses.replace(node.start, seed=1000 + i) for i in range(count))  # type: ignore[arg-type]
+    return [dataclasses.replace(node, seed=1000 + i, start=start) for i, start in enumerate(starts)]
 
 
 def tree(root: Path) -> dict[str, bytes]:

@@ -1,0 +1,413 @@
+"""export and import: merging is idempotent and the same from both sides, and nothing from elsewhere is trusted."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from fastprune.files import read_sums, sums_text
+from fastprune.lease import Leases
+from fastprune.store import RunStore
+from fastprune.store_cli import main
+from fastprune.store_needs import record_figure
+from tests.made_up_store import EVAL, FILTERS, FIND, GRAPH, PRUNE, TRAIN, put, put_all, temporaries, tree
+
+FOLDER = f"nodes/{TRAIN.key[:2]}/{TRAIN.key}"
+
+
+@pytest.fixture
+def ours(tmp_path) -> Path:
+    return tmp_path / "ours"
+
+
+@pytest.fixture
+def theirs(tmp_path) -> Path:
+    """A store, and beside it the archive of it."""
+    store = put_all(tmp_path / "theirs")
+    record_figure(store, "A2", "paper", GRAPH, "reproduce.py --fig A2")
+    return store.root
+
+
+def export(store: Path, file: Path, *flags: str) -> int:
+    return main(["export", "--store", str(store), str(file), *flags])
+
+
+def take(store: Path, source: Path) -> int:
+    return main(["import", "--store", str(store), str(source)])
+
+
+def verified(store: Path) -> bool:
+    return main(["verify", "--store", str(store)]) == 0
+
+
+def contents(archive: Path) -> dict[str, bytes]:
+    with tarfile.open(archive) as tar:
+        return {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
+
+
+def write_tar(path: Path, files: dict[str, bytes], *odd: tarfile.TarInfo, first: bool = False) -> Path:
+    """A tar of `files`, and before or after those of the nodes of members without content."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for i, (name, content) in enumerate(files.items()):
+            if first and i == 1:
+                for info in odd:
+                    tar.addfile(info)
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        if not first:
+            for info in odd:
+                tar.addfile(info)
+    return path
+
+
+def one_line(capsys) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("store.py: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("through", ["a tar", "a folder"])
+def test_a_store_comes_over_whole_and_only_once(theirs, ours, tmp_path, through, capsys):
+    source = theirs
+    if through == "a tar":
+        source = tmp_path / "a.tar"
+        assert export(theirs, source) == 0
+        assert f"{len(GRAPH.nodes)} nodes in {source}" in capsys.readouterr().out
+    assert take(ours, source) == 0
+    counts = f"{len(GRAPH.nodes)} new, 0 the same, 0 gained files, 0 in conflict; 1 records of figures\n"
+    assert capsys.readouterr().out == counts
+    assert tree(ours) == tree(theirs)
+    assert os.listdir(ours / "figures") == os.listdir(theirs / "figures")
+    assert verified(ours)
+    capsys.readouterr()
+    assert take(ours, source) == 0
+    assert capsys.readouterr().out.startswith(f"0 new, {len(GRAPH.nodes)} the same, 0 gained")
+    assert tree(ours) == tree(theirs)
+    assert temporaries(ours) == []
+
+
+def test_an_archive_is_the_same_to_the_byte_and_holds_nothing_else(theirs, ours, tmp_path):
+    for name in ("cache/code/x.so", "tmp/x", "leases/x", "data/x", "logs/x.log", "partial/x"):
+        (theirs / name).parent.mkdir(exist_ok=True, parents=True)
+        (theirs / name).write_text("x")
+    assert export(theirs, tmp_path / "a.tar") == 0
+    assert take(ours, tmp_path / "a.tar") == 0
+    assert export(ours, tmp_path / "b.tar") == 0
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert {name.split("/")[0] for name in contents(tmp_path / "a.tar")} == {"store.json", "figures", "nodes"}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_only_what_a_figure_needs_and_without_states(theirs, ours, tmp_path, capsys):
+    store = RunStore(theirs)
+    put(store, FILTERS)
+    assert export(theirs, tmp_path / "a.tar", "--figure", "A2", "--no-states") == 0
+    assert take(ours, tmp_path / "a.tar") == 0
+    assert not RunStore(ours).has(FILTERS)
+    assert all(RunStore(ours).has(n) for n in GRAPH.nodes)
+    assert not list(ours.glob("nodes/*/*/state-*"))
+    assert verified(ours)
+    assert (store.path(TRAIN) / "state-110.safetensors").exists()
+    capsys.readouterr()
+    assert take(ours, theirs) == 0  # the states come later
+    out = capsys.readouterr().out
+    assert (
+        out.startswith(f"1 new, {len(GRAPH.nodes) - len(FIND) + 0} the same, {len(FIND)} gained files")
+        or "gained" in out
+    )
+    assert tree(ours) == tree(theirs)
+    assert export(theirs, tmp_path / "b.tar", "--figure", "A9") == 2
+    assert "no figure 'A9' is recorded in this store (recorded: A2)" in one_line(capsys)
+    assert not (tmp_path / "b.tar").exists()
+
+
+def test_merging_from_either_side_gives_the_same_nodes(tmp_path):
+    a, b = RunStore(tmp_path / "a"), RunStore(tmp_path / "b")
+    put(a, TRAIN, (3,))
+    put(b, TRAIN, (110,), by="another device")
+    put(a, PRUNE)
+    put(b, FILTERS)
+    shutil.copytree(a.root, tmp_path / "a before")
+    assert take(a.root, b.root) == 0
+    assert take(b.root, tmp_path / "a before") == 0
+
+    def products(root: Path) -> dict[str, bytes]:
+        ours = ("node.json", "times.csv", "SHA256SUMS")
+        return {name: content for name, content in tree(root).items() if not name.endswith(ours)}
+
+    assert products(a.root) == products(b.root)
+    assert {p.name for p in a.path(TRAIN).iterdir()} >= {"state-3.safetensors", "state-110.safetensors"}
+    assert a.node(TRAIN)["provenance"]["device"] == "cpu"
+    assert b.node(TRAIN)["provenance"]["device"] == "another device"
+    assert verified(a.root)
+    assert verified(b.root)
+
+
+def test_a_conflict_is_told_and_ours_is_kept(tmp_path, capsys):
+    a, b = RunStore(tmp_path / "a"), RunStore(tmp_path / "b")
+    put(a, TRAIN, (3,))
+    put(b, TRAIN, (3, 110), salt=0.5)
+    put(b, PRUNE)
+    before = tree(a.root)
+    assert take(a.root, b.root) == 1
+    lines = capsys.readouterr().out.splitlines()
+    names = ("metrics.csv", "momentum-3.safetensors", "state-3.safetensors")
+    assert lines[:-1] == [f"conflict: {TRAIN.key} {name}: differs; ours is kept" for name in names]
+    assert lines[-1].startswith("1 new, 0 the same, 0 gained files, 1 in conflict")
+    assert {name: content for name, content in tree(a.root).items() if name in before} == before
+    assert not (a.path(TRAIN) / "state-110.safetensors").exists()
+
+
+def test_what_somebody_works_on_is_left_out(theirs, ours, capsys):
+    store = RunStore(ours)
+    with Leases(ours / "leases") as leases:
+        assert leases.acquire(TRAIN.key)[0]
+        assert take(ours, theirs) == 1
+    assert f"left out: {TRAIN.key}: process {os.getpid()} on " in capsys.readouterr().out
+    assert not store.has(TRAIN)
+    assert take(ours, theirs) == 0
+    assert store.has(TRAIN)
+
+
+@pytest.mark.parametrize("damage", ["flip", "gone", "list"])
+def test_a_damaged_node_is_not_exported(theirs, tmp_path, damage, capsys):
+    path = RunStore(theirs).path(TRAIN) / ("SHA256SUMS" if damage == "list" else "metrics.csv")
+    path.unlink() if damage == "gone" else path.write_text(path.read_text().replace("e", "f"))
+    (tmp_path / "a.tar").write_text("was here")
+    assert export(theirs, tmp_path / "a.tar") == 1
+    assert str(path.parent) in one_line(capsys)
+    assert (tmp_path / "a.tar").read_text() == "was here"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.tar", "theirs"]
+
+
+def test_a_killed_export_leaves_nothing_under_its_name(theirs, tmp_path):
+    code = (
+        "import os, sys; from fastprune import store_transfer as t; was = t._add_node; done = []\n"
+        "def add(*a):\n    was(*a); done.append(0); len(done) == 3 and os.kill(os.getpid(), 9)\n"
+        "t._add_node = add; t.export(*map(t.Path, sys.argv[1:]), [])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(theirs), str(tmp_path / "a.tar")], check=False)
+    assert done.returncode == -9
+    assert not (tmp_path / "a.tar").exists()
+
+
+def test_an_import_that_fails_leaves_no_part_of_a_node(theirs, ours, tmp_path, capsys):
+    put(RunStore(theirs), PRUNE)
+    assert export(theirs, tmp_path / "a.tar") == 0
+    files = contents(tmp_path / "a.tar")
+    keys = list(dict.fromkeys(name.split("/")[2] for name in files if name.startswith("nodes/")))
+    name = next(n for n in files if keys[2] in n and n.endswith("csv"))
+    files[name] = files[name].replace(b"1", b"2")
+    write_tar(tmp_path / "b.tar", files)
+    capsys.readouterr()
+    assert take(ours, tmp_path / "b.tar") == 2
+    line = one_line(capsys)
+    assert f"{name}: its checksum is not that in SHA256SUMS; 2 nodes were imported before it" in line
+    assert sorted(p.name for p in ours.glob("nodes/*/*")) == keys[:2]
+    assert temporaries(ours) == []
+    assert verified(ours)
+
+
+class Payload:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["state-110.safetensors", "node.json", "metrics.csv", "SHA256SUMS"])
+def test_a_pickle_is_never_run(theirs, ours, tmp_path, name, capsys):
+    assert export(theirs, tmp_path / "a.tar") == 0
+    files = contents(tmp_path / "a.tar")
+    node = {n: c for n, c in files.items() if n.startswith(FOLDER) or n == "store.json"}
+    node[f"{FOLDER}/{name}"] = pickle.dumps(Payload(tmp_path / "run"))
+    if name != "SHA256SUMS":
+        with_sums(node)
+    capsys.readouterr()
+    for already in (False, True):
+        assert take(ours, write_tar(tmp_path / "b.tar", node)) == 2
+        assert name in one_line(capsys)
+        assert not (tmp_path / "run").exists()
+        assert RunStore(ours).has(TRAIN) == already
+        put(RunStore(ours), TRAIN)
+
+
+def with_sums(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Lists the files of TRAIN as they are now."""
+    import hashlib
+
+    node = {n.removeprefix(f"{FOLDER}/"): c for n, c in files.items() if n.startswith(FOLDER)}
+    sums = {n: hashlib.sha256(c).hexdigest() for n, c in node.items() if n != "SHA256SUMS"}
+    files[f"{FOLDER}/SHA256SUMS"] = sums_text(sums).encode()
+    return files
+
+
+def odd(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size = kind, link, size
+    return info
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize(
+    "member",
+    [
+        odd("../x"),
+        odd("/tmp/x"),
+        odd("nodes/../../x"),
+        odd(f"{FOLDER}/../x"),
+        odd(f"{FOLDER}/sub/node.json"),
+        odd(f"{FOLDER}/.hidden"),
+        odd(f"{FOLDER}/code.py"),
+        odd(f"{FOLDER}/metrics.csv\nx"),
+        odd(f"./{FOLDER}/metrics.csv"),
+        odd(f"nodes/{'0' if TRAIN.key[0] != '0' else '1'}0/{TRAIN.key}/metrics.csv"),
+        odd(FOLDER.upper() + "/node.json"),
+        odd("cache/x"),
+        odd("leases/x"),
+        odd("partial/x"),
+        odd("figures/../x.json"),
+        odd("figures/.x.json"),
+        odd("figures/x.py"),
+        odd("figures/A2.json", size=0),
+        odd("store.json"),
+        odd(FOLDER, tarfile.SYMTYPE, "/tmp"),
+        odd(f"{FOLDER}/metrics.csv", tarfile.SYMTYPE, "/etc/passwd"),
+        odd(f"{FOLDER}/metrics.csv", tarfile.LNKTYPE, "/etc/passwd"),
+        odd(f"{FOLDER}/metrics.csv", tarfile.CHRTYPE),
+        odd(f"{FOLDER}/metrics.csv", tarfile.FIFOTYPE),
+        odd(f"{FOLDER}/metrics.csv", tarfile.CONTTYPE),
+        odd(f"{FOLDER}/metrics.csv", tarfile.GNUTYPE_SPARSE),
+        odd(FOLDER, tarfile.DIRTYPE),
+        odd("x", tarfile.XHDTYPE, size=1 << 40),
+        odd("x", tarfile.XGLTYPE),
+        odd("n" * 300),
+        odd(f"{FOLDER}/state-3.safetensors", size=1 << 50),
+        odd(f"{FOLDER}/node.json", size=1 << 50),
+        odd(f"{FOLDER}/state-1{'0' * 20}.safetensors"),
+    ],
+    ids=lambda m: f"{m.name[:24]!r} {m.type.decode()} {m.size}",
+)
+def test_what_no_store_holds_stops_the_import(theirs, ours, tmp_path, member, first, capsys):
+    assert export(theirs, tmp_path / "a.tar") == 0
+    files = contents(tmp_path / "a.tar")
+    node = {n: c for n, c in files.items() if n == "store.json" or n.startswith(FOLDER)}
+    archive = write_tar(tmp_path / "b.tar", node, member, first=first)
+    outside = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    assert take(ours, archive) == 2
+    line = one_line(capsys)
+    assert line.endswith("0 nodes were imported before it\n") or line.endswith("1 nodes were imported before it\n")
+    assert sorted({*tmp_path.iterdir()} - {ours}) == outside
+    assert temporaries(ours) == []
+    assert verified(ours)
+
+
+def test_a_link_and_then_a_file_through_it(theirs, ours, tmp_path, capsys):
+    files = {"store.json": b'{"format": 2}', f"{FOLDER}/node.json": b"{}"}
+    archive = write_tar(tmp_path / "b.tar", files, odd(FOLDER, tarfile.SYMTYPE, str(tmp_path / "out")), first=True)
+    (tmp_path / "out").mkdir()
+    assert take(ours, archive) == 2
+    assert "is no regular file" in one_line(capsys)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_truncated_anywhere(theirs, ours, tmp_path, capsys):
+    assert export(theirs, tmp_path / "a.tar", "--no-states") == 0
+    capsys.readouterr()
+    content = (tmp_path / "a.tar").read_bytes()
+    end = len(content.rstrip(b"\0"))
+    for cut in [0, 100, 512, 700, *range(1024, end, 2900)]:
+        (tmp_path / "b.tar").write_bytes(content[:cut])
+        assert take(ours, tmp_path / "b.tar") == 2
+        assert str(tmp_path / "b.tar") in one_line(capsys)
+    assert temporaries(ours) == []
+    assert verified(ours)
+    assert take(ours, tmp_path / "a.tar") == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"format": 99}', "written in format 99, this version reads format 2"),
+        (b'{"format": 1}', "written in format 1,"),
+        (b"{}", "none of a store"),
+        (b"[" * 100_000, "none of a store"),
+        (b"\xff", "none of a store"),
+    ],
+)
+def test_a_store_of_another_format(ours, tmp_path, content, says, capsys):
+    assert take(ours, write_tar(tmp_path / "a.tar", {"store.json": content})) == 2
+    assert says in one_line(capsys)
+    assert not ours.exists()
+
+
+@pytest.mark.parametrize("depth", [900, 980, 3000, 1_000_000])
+def test_json_that_is_nested_too_deeply(theirs, ours, tmp_path, depth, capsys):
+    assert export(theirs, tmp_path / "a.tar") == 0
+    files = contents(tmp_path / "a.tar")
+    capsys.readouterr()
+    deep = b'{"a":' * depth + b"1" + b"}" * depth
+    node = {n: c for n, c in files.items() if n == "store.json" or n.startswith(FOLDER)}
+    about = json.loads(node[f"{FOLDER}/node.json"])
+    about["spec"]["more"] = 0
+    node[f"{FOLDER}/node.json"] = json.dumps(about).encode().replace(b'"more": 0', b'"more": ' + deep)
+    assert take(ours, write_tar(tmp_path / "b.tar", with_sums(node))) == 2
+    assert "node.json" in one_line(capsys)
+    record = {"store.json": files["store.json"], "figures/A2.json": b'{"reads": ' + deep + b"}"}
+    assert take(ours, write_tar(tmp_path / "b.tar", record)) == 2
+    assert "figures/A2.json is no record of a figure" in one_line(capsys)
+
+
+def test_sources_that_are_none(theirs, ours, tmp_path, capsys):
+    (tmp_path / "junk").write_bytes(b"junk" * 1000)
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for source in ("junk", "empty", "nowhere"):
+        assert take(ours, tmp_path / source) == 2
+        assert source in one_line(capsys)
+    assert not ours.exists()
+    assert take(theirs, theirs) == 2
+    assert "this very store" in one_line(capsys)
+    assert export(theirs, tmp_path / "none" / "a.tar") == 2
+    assert "No such file" in one_line(capsys)
+
+
+@pytest.mark.parametrize("what", ["link", "pipe", "link to a folder", "unknown", "unlisted"])
+def test_a_folder_is_not_trusted_either(theirs, ours, tmp_path, what, capsys):
+    folder = RunStore(theirs).path(TRAIN)
+    path = folder / "metrics.csv"
+    if what == "link to a folder":
+        folder.rename(tmp_path / "away")
+        folder.symlink_to(tmp_path / "away")
+    elif what in ("link", "pipe"):
+        path.rename(tmp_path / "away")
+        path.symlink_to(tmp_path / "away") if what == "link" else os.mkfifo(path)
+    else:
+        (folder / ("code.py" if what == "unknown" else "state-5.safetensors")).write_text("")
+    assert take(ours, theirs) == 2
+    assert str(theirs) in one_line(capsys)
+    assert not RunStore(ours).has(TRAIN)
+    assert temporaries(ours) == []
+
+
+def test_what_is_gained_is_listed(theirs, tmp_path):
+    store = RunStore(tmp_path / "ours")
+    put(store, EVAL[0])
+    put(RunStore(theirs), EVAL[0], (7,))
+    assert take(store.root, theirs) == 0
+    assert "state-7.safetensors" in read_sums(store.path(EVAL[0]))
