@@ -122,7 +122,7 @@ def _gc(args: argparse.Namespace) -> int:
     done = "would remove" if args.dry_run else "removed"
     _print(*(printable(f"{done} {path} ({size(count)})") for path, count in removed.sizes.items()))
     _print(*removed.left)
-    _print(f"{done} {len(removed.sizes):,} files and folders, {removed.bytes:,} bytes ({size(removed.bytes)})")
+    _print(f"{done} {len(removed.sizes):,} files and folders, {removed.bytes:,} bytes")
     return OK
 
 
