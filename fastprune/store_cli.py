@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
         if args.command != "import":
             existing_store(args.store)
-        return _COMMANDS[args.command](args)
+        code = _COMMANDS[args.command](args)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print("store.py:", printable(error), file=sys.stderr)
     except BrokenPipeError:  # the reader of a list has seen enough

@@ -67,10 +67,7 @@ class Listing:
     def _train(self, node: Found) -> dict[str, Any]:
         spec, result = node.spec, node.result
         rewound = isinstance(spec["start"], dict)
-        mask = self.by_key.get(spec["mask"])
-        pruned = mask.result if mask is not None and mask.kind == "prune" else None
-        cut = mask.spec if mask is not None and mask.kind == "filters" else None
-        dense = spec["mask"] is None
+        round, density, removed = self._mask(spec["mask"])
         return {
             "network": self._network(node),
             "data": self._data(spec["data"]["fingerprint"]),
@@ -79,13 +76,25 @@ class Listing:
             "seed": spec["seed"],
             "begin": spec["start"]["epoch"] if rewound else 0,
             "stop": spec["stop"],
-            "round": 0 if dense else pruned["round"] if pruned else None,
-            "density": 1.0 if dense else float(pruned["density"]) if pruned else None,
-            "filters_removed": float(cut["fraction"]) if cut else None,
+            "round": round,
+            "density": density,
+            "filters_removed": removed,
             "epochs": result["epochs"],
             "diverged": bool(result["diverged"]),
             "accuracy": _number(result["accuracy"]),
         }
+
+    def _mask(self, key: str | None) -> tuple[int | None, float | None, float | None]:
+        """(round, density, fraction of filters removed) of a training, as far as its mask is there to tell."""
+        if key is None:
+            return 0, 1.0, None
+        try:
+            mask = self.by_key[key]
+            if mask.kind == "filters":
+                return None, None, float(mask.spec["fraction"])
+            return int(mask.result["round"]), float(mask.result["density"]), None
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None, None, None
 
     def _prune(self, node: Found) -> dict[str, Any]:
         spec, result = node.spec, node.result
