@@ -25,6 +25,7 @@ _REPORT_SECONDS = 1.0
 """Between two reports of a worker's progress, and two looks at them."""
 _SEEN_SECONDS = 60.0
 """How long a worker's machine may take to see a file that the driver's has just written."""
+_ANSWER_SECONDS = 10.0
 _PASSED_ON = ("OMP_", "MKL_", "NUMBA_", "TRITON_", "TORCHINDUCTOR_", "MPLCONFIGDIR")
 """What of the driver's environment its workers get."""
 
@@ -197,9 +198,13 @@ class RayCrew:
 
 
 def _connect(address: str | None) -> None:
+    """Ray itself would try for minutes where nobody listens."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
+        if port.isdecimal():
+            socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:  # a ConnectionError is an OSError
         raise InputError(f"--ray-address {address}: no Ray cluster there ({_first_line(error)})") from error
 
 

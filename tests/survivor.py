@@ -67,23 +67,37 @@ def published(root: Path) -> dict[str, tuple[int, int]]:
     return {key: (at.st_ino, at.st_mtime_ns) for key, at in found.items()}
 
 
-def start(root: Path, die_at: str | None = None, told: Any = None) -> BaseProcess:
-    """The run, begun or continued. die_at: one of POINTS, where it kills itself. told: a pipe that gets the keys of
-    what it computed."""
-    process = CONTEXT.Process(target=_run, args=(root, die_at, told))
+class Counting(Silent):
+    """Says in a pipe when it has heard of progress `at` times."""
+
+    def __init__(self, pipe: Any, at: int) -> None:
+        super().__init__()
+        self.pipe, self.at, self.heard = pipe, at, 0
+
+    def progress(self, *about: Any) -> None:
+        self.heard += 1
+        if self.heard == self.at:
+            self.pipe.send("now")
+
+
+def start(root: Path, *, die_at: str | None = None, pipe: Any = None, say_at: int = 0) -> BaseProcess:
+    """The run, begun or continued. die_at: one of POINTS, where it kills itself. pipe: gets "now" at the `say_at`-th
+    report of progress (they are as many as training steps), and in the end (keys computed, number of reports)."""
+    process = CONTEXT.Process(target=_run, args=(root, die_at, pipe, say_at))
     process.start()
     return process
 
 
-def _run(root: Path, die_at: str | None, told: Any) -> None:
+def _run(root: Path, die_at: str | None, pipe: Any, say_at: int) -> None:
     torch.set_num_threads(1)
     work.open_data = lambda *args, **kwargs: Images(batches=16)  # type: ignore[assignment]
     if die_at is not None:
         POINTS[die_at]()
-    outcome = execute(graph(), config(root), Silent())
+    view = Counting(pipe, say_at)
+    outcome = execute(graph(), config(root), view)
     assert outcome.failed == {}
-    if told is not None:
-        told.send(outcome.done)
+    if pipe is not None:
+        pipe.send((outcome.done, view.heard))
 
 
 def _die() -> None:

@@ -15,23 +15,28 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """The store of a run that nobody disturbed, and how long it took."""
+    """The store of a run that nobody disturbed, its reports of progress, and how long it took."""
     root = tmp_path_factory.mktemp("whole")
+    mine, theirs = survivor.CONTEXT.Pipe()
     began = time.monotonic()
-    process = survivor.start(root)
+    process = survivor.start(root, pipe=theirs)
+    theirs.close()  # a child that dies unheard is the end of the pipe
+    _, reports = mine.recv()
     process.join()
     assert process.exitcode == 0
-    return root, time.monotonic() - began
+    return root, reports, time.monotonic() - began
 
 
 def continued(root, whole) -> None:
     """Continues a killed run, and holds it against the undisturbed one."""
     before = survivor.published(root)
     mine, theirs = survivor.CONTEXT.Pipe()
-    process = survivor.start(root, told=theirs)
+    process = survivor.start(root, pipe=theirs)
+    theirs.close()  # a child that dies unheard is the end of the pipe
+    done, _ = mine.recv()
     process.join()
     assert process.exitcode == 0
-    assert not before.keys() & set(mine.recv()), "trained again"
+    assert not before.keys() & set(done), "trained again"
     after = survivor.published(root)
     assert before.items() <= after.items(), "written again"
     assert survivor.contents(root) == survivor.contents(whole)
@@ -43,11 +48,16 @@ def continued(root, whole) -> None:
 
 @pytest.mark.parametrize("moment", range(1, MOMENTS + 1))
 def test_killed_at_any_moment_it_ends_the_same(whole, tmp_path, moment):
-    root, seconds = whole
-    process = survivor.start(tmp_path)
-    time.sleep(seconds * moment / (MOMENTS + 1))
+    """Moments by the work that is done: seconds are not the same twice."""
+    root, reports, _ = whole
+    mine, theirs = survivor.CONTEXT.Pipe()
+    process = survivor.start(tmp_path, pipe=theirs, say_at=reports * moment // (MOMENTS + 1))
+    theirs.close()
+    assert mine.recv() == "now"
+    time.sleep(0.007 * (moment % 5))  # anywhere in a step, or in what follows it
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    assert process.exitcode == -signal.SIGKILL
     continued(tmp_path, root)
 
 
@@ -64,7 +74,7 @@ def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
     deaths = 0
     for _ in range(100):
         process = survivor.start(tmp_path)
-        process.join(0.25 * whole[1])
+        process.join(0.25 * whole[2])
         if process.exitcode is not None:
             break
         process.kill()
