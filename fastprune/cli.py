@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -142,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)  # what schedulers send before they kill
     try:
-        return _main(parser().parse_args(argv))
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        return _main(parser().parse_args(arguments), shlex.join(["reproduce.py", *arguments]))
     except InputError as error:
         print("reproduce.py:", *str(error).split("\n"), file=sys.stderr)
         return BAD_INPUT
@@ -157,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _main(args: argparse.Namespace) -> int:
+def _main(args: argparse.Namespace, command: str) -> int:
     for flag in ("ray_address", "gpus_per_run"):
         if getattr(args, flag) is not None and args.executor != "ray":
             raise InputError(f"--{flag.replace('_', '-')} means nothing without --executor ray")
@@ -175,6 +177,7 @@ def _main(args: argparse.Namespace) -> int:
         ray=args.executor == "ray",
         ray_address=args.ray_address,
         gpus=args.gpus_per_run,
+        command=command,
     )
     if args.redraw:
         return redraw(request)

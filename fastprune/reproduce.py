@@ -23,6 +23,7 @@ from fastprune.planning import describe, points_and_graph, together
 from fastprune.request import TITLES, FigureRequest, Request, asked_for, check_rounds, data_flag, data_spec, find_data
 from fastprune.specs import DataSpec
 from fastprune.store import RunStore
+from fastprune.store_needs import record_figure
 
 if TYPE_CHECKING:
     from fastprune.crew_ray import RayCrew
@@ -79,6 +80,8 @@ def run(request: Request) -> int:
     figures, images = _prepare(request, devices, workers)
     if not request.ray:
         print(f"  on {', '.join(dict.fromkeys(devices))}, up to {workers} runs at once", flush=True)
+    for each in figures:
+        record_figure(store, each.request.name, each.request.preset, each.graph, request.command)
     graph = together(f.graph for f in figures)
     todo = {n.key for n in graph.todo(store)}
     outcome = _execute(request, store, graph, images, devices, workers)

@@ -39,7 +39,7 @@ class FigureRequest:
 @dataclass(frozen=True)
 class Request:
     """One call of reproduce.py. rate: images/s to plan with, where not the measured ones. ray: run on a cluster, at
-    ray_address, with `gpus` GPUs a run (None: one where there are GPUs)."""
+    ray_address, with `gpus` GPUs a run (None: one where there are GPUs). command: for the record."""
 
     figures: tuple[FigureRequest, ...]
     store: Path
@@ -52,6 +52,7 @@ class Request:
     ray: bool = False
     ray_address: str | None = None
     gpus: float | None = None
+    command: str = ""
 
 
 def asked_for(figure: FigureRequest) -> str | SyntheticData:

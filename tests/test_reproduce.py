@@ -16,6 +16,7 @@ from fastprune.planning import points_and_graph
 from fastprune.request import FigureRequest
 from fastprune.settings import preset
 from fastprune.specs import DataSpec
+from fastprune.store_cli import main as store_main
 from tests import small_figure
 from tests.small_figure import folders
 
@@ -79,6 +80,17 @@ def test_the_second_call_trains_nothing(finished, capsys):
     assert main([*TINY, *folders(finished)]) == 0
     assert published(finished) == before
     assert (finished / "out/A2/results.csv").read_bytes() == csv
+
+
+def test_all_that_a_figure_leaves_is_needed_and_whole(finished, capsys):
+    before = published(finished)
+    for call in (["gc", "--unneeded"], ["verify"], ["ls"]):
+        assert store_main([*call, "--store", str(finished / "store")]) == 0
+    assert published(finished) == before
+    record = json.loads(next((finished / "store/figures").iterdir()).read_text())
+    assert record["figure"] == "A2"
+    assert set(record["nodes"]) == before.keys()
+    assert "--fig A2 --seeds 1" in record["command"]
 
 
 def test_smoke_says_what_it_is_and_how_to_get_the_real_one(finished, capsys):
