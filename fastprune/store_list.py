@@ -180,13 +180,13 @@ def totals(records: list[dict[str, Any]], disk: int) -> str:
     """disk: bytes of the whole store."""
     whole = [r for r in records if "damaged" not in r]
     counts = {kind: sum(r["kind"] == kind for r in whole) for kind in ("train", "prune", "filters")}
-    hours = sum(r["seconds"] or 0.0 for r in whole) / 3600
+    seconds = sum(r["seconds"] or 0.0 for r in whole)
     said = f"{counts['train']:,} trainings, {counts['prune']:,} prunes"
     if counts["filters"]:
         said += f", {counts['filters']:,} filter selections"
     if len(whole) < len(records):
         said += f", {len(records) - len(whole):,} damaged"
-    return f"{said}; {size(disk)} on disk; {hours:,.1f} hours of computing"
+    return f"{said}; {size(disk)} on disk; {duration(seconds)} of computing"
 
 
 def going_on(root: Path) -> list[str]:
@@ -218,7 +218,7 @@ def size(count: float) -> str:
 def duration(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:,.1f} h"
 
 
 def date(at: float | None) -> str:

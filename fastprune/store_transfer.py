@@ -204,7 +204,8 @@ class _Import:
                 continue
             with (folder / member.file).open("xb") as file:
                 shutil.copyfileobj(content, file, 1 << 20)
-            flush(folder / member.file)
+            if not ours:  # else what is gained is copied, and flushed then
+                flush(folder / member.file)
         for name, why in sorted(check_node(folder, key, known)[1].items()):
             raise InputError(f"{self.source}: nodes/{key[:2]}/{key}/{name}: {why}")
         return read_sums(folder)

@@ -13,6 +13,7 @@ from fastprune.lease import Leases
 from fastprune.specs import Init, ModelSpec
 from fastprune.store import RunStore
 from fastprune.store_cli import main
+from fastprune.store_list import date, duration, size
 from fastprune.store_needs import record_figure
 from tests.made_up_store import EVAL, FILTERS, FIND, GRAPH, MASKS, PRUNE, TRAIN, put, put_all, seeds
 
@@ -47,7 +48,7 @@ def test_ls(store, capsys):
     assert "filters 50% of filters 50% removed" in rows[FILTERS.key[:8]]
     trainings = len(GRAPH.trainings)
     assert lines[-1].startswith(f"{trainings} trainings, {len(MASKS)} prunes, 1 filter selections; ")
-    assert lines[-1].endswith(f"kB on disk; {90 * (len(GRAPH.nodes) + 1) / 3600:.1f} hours of computing")
+    assert lines[-1].endswith(f"kB on disk; {duration(90.0 * (len(GRAPH.nodes) + 1))} of computing")
 
 
 def test_ls_calls_a_data_set_by_its_name_where_a_figure_says_it(store, capsys):
@@ -210,6 +211,17 @@ def test_a_reader_that_has_seen_enough(store):
     command = f"{sys.executable} scripts/store.py ls --store {store.root} | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_units():
+    assert [size(n) for n in (0, 999, 1000, 99_960, 999_600, 1.5e9, 2e13)] == [
+        *("0 B", "999 B", "1.0 kB", "100 kB", "1.0 MB", "1.5 GB", "20.0 TB")
+    ]
+    assert [duration(s) for s in (0.04, 9.96, 120, 5969, 7200, 9e6)] == [
+        *("0.0 s", "10 s", "2 min", "99 min", "2.0 h", "2,500.0 h")
+    ]
+    assert date(None) == ""
+    assert date(1e300) == "?"
 
 
 def test_graph_of_the_made_up_store_is_whole(store):
