@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -91,7 +92,7 @@ class Subset:
 def save_manifest(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
     """Write manifest.json into `folder`, all or nothing: whoever finds it finds a finished data set."""
     path = Path(folder, FILE_NAME)
-    part = path.with_name(f".{FILE_NAME}.{os.getpid()}")
+    part = path.with_name(f".{FILE_NAME}.{secrets.token_hex(4)}")
     with open(part, "w", encoding="utf-8") as file:
         json.dump({"version": VERSION, **asdict(manifest)}, file, indent=1)
         file.write("\n")

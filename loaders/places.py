@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def _remembered(root: Path, layout: Layout, listing: str) -> str | None:
 
 def _remember(root: Path, layout: Layout, listing: str, fingerprint: str) -> None:
     sources = _sources(root) | {str(layout.root): {"listing": listing, "fingerprint": fingerprint}}
-    part = root / f".{SOURCES}.{os.getpid()}"
+    part = root / f".{SOURCES}.{secrets.token_hex(4)}"
     part.write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
     os.replace(part, root / SOURCES)
 

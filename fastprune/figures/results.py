@@ -7,6 +7,7 @@ import csv
 import io
 import math
 import os
+import secrets
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
@@ -164,7 +165,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
     Raises InputError, one line, when the folder is read-only, full or no folder.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # other machines may write it too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
