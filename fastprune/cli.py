@@ -51,6 +51,14 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--redraw", action="store_true", help="draw again from results.csv alone")
     p.add_argument("--images-per-second", type=_rate, metavar="R", help="plan with this rate, not the measured ones")
 
+    p.add_argument(
+        "--gpus",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="plan: how long it takes on so many GPUs",
+    )
+
     run = p.add_argument_group("how it runs (changes no result)")
     run.add_argument("--loader", choices=LOADERS, default="auto")
     run.add_argument("--device", help="cpu, cuda or cuda:N (default: every GPU there is, else the CPU)")
@@ -163,6 +171,8 @@ def _main(args: argparse.Namespace, command: str) -> int:
     for flag in ("ray_address", "gpus_per_run"):
         if getattr(args, flag) is not None and args.executor != "ray":
             raise InputError(f"--{flag.replace('_', '-')} means nothing without --executor ray")
+    if args.gpus is not None and not args.plan:
+        raise InputError("--gpus only plans: add --plan (to run on some of them, see --workers and --device)")
     if args.executor == "ray" and args.device is not None:
         raise InputError("--device means nothing with --executor ray: see --gpus-per-run")
     request = Request(
@@ -174,6 +184,7 @@ def _main(args: argparse.Namespace, command: str) -> int:
         checkpoint_seconds=args.checkpoint_seconds,
         checkpoint_epochs=args.checkpoint_epochs,
         rate=args.images_per_second,
+        clusters=tuple(args.gpus or ()),
         ray=args.executor == "ray",
         ray_address=args.ray_address,
         gpus=args.gpus_per_run,

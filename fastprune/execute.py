@@ -66,14 +66,15 @@ def execute(
     the same command continues from.
     """
     began = time.monotonic()
-    queue = Queue(graph, RunStore(config.store))
+    store = RunStore(config.store)
+    queue = Queue(graph, graph.todo(store))
     outcome = Outcome()
     count = min(workers, queue.left)
     with (
         Leases(config.store / "leases") as leases,  # given back when no worker writes any more
         _closing(crew or _crew(graph, config, devices or [config.device], count)) as open_crew,
     ):
-        _Run(queue, open_crew, leases, view, outcome).run()
+        _Run(queue, store, open_crew, leases, view, outcome).run()
     outcome.seconds = time.monotonic() - began
     return outcome
 
@@ -93,8 +94,9 @@ def _closing(crew: Crew) -> Iterator[Crew]:
 class _Run:
     """One call of execute: hands nodes that can run to workers that are free, and settles what comes back."""
 
-    def __init__(self, queue: Queue, crew: Crew, leases: Leases, view: View, outcome: Outcome) -> None:
-        self.queue, self.crew, self.leases, self.view, self.outcome = queue, crew, leases, view, outcome
+    def __init__(self, queue: Queue, store: RunStore, crew: Crew, leases: Leases, view: View, outcome: Outcome) -> None:
+        self.queue, self.store, self.crew, self.leases = queue, store, crew, leases
+        self.view, self.outcome = view, outcome
         self.nodes: dict[int, Runnable] = {}
         self.heard: dict[int, float] = {}
         self.lost: dict[str, int] = {}
@@ -118,7 +120,7 @@ class _Run:
 
     def _claim(self, node: Runnable) -> bool:
         """Whether it is ours to compute: nobody else's at present, and not published meanwhile."""
-        store = self.queue.store
+        store = self.store
         mine, holder = self.leases.acquire(node.key)
         if not mine:
             self.queue.busy(node)
@@ -172,7 +174,7 @@ class _Run:
         self.view.finished(worker, node, result)
 
     def _failed(self, worker: int, node: Runnable, said: str) -> None:
-        log = self.queue.store.log(node, said)
+        log = self.store.log(node, said)
         reason = f"{said.strip().splitlines()[-1]} (log: {log})"
         self.outcome.failed[node.key] = reason
         self.outcome.not_reached += self.queue.fail(node)

@@ -1,13 +1,16 @@
 """`--plan`: what would run, what figures share, and what it would cost. Imports nothing heavy, reads no image."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 
+from fastprune.errors import InputError
 from fastprune.figures import load
 from fastprune.figures.plan import AnyPoint, Point
 from fastprune.graph import Cost, Graph
 from fastprune.request import UNKNOWN, FigureRequest, Request, planned_data
 from fastprune.settings import Settings
+from fastprune.simulation import longest_chain, simulate
 from fastprune.sizes import bytes_on_disk
 from fastprune.specs import DataSpec, Prune, Runnable, Train
 from fastprune.store import RunStore
@@ -96,7 +99,10 @@ def _print_cost(request: Request, graph: Graph, store: RunStore) -> None:
     if any(n.data.fingerprint.startswith(UNKNOWN) for n in graph.trainings):
         print("  Of images that are not prepared yet, nothing counts as being in the store.")
     print(f"  disk         {_size(bytes_on_disk(graph, todo)):>15}   for what is to do")
-    _print_time(request, todo, _measured(graph, store))
+    rates = _measured(graph, store)
+    _print_time(request, todo, rates)
+    if request.clusters:
+        _print_clusters(request, graph, todo, _seconds(request, todo, rates, _prune_seconds(graph, store)))
 
 
 def _print_time(request: Request, todo: list[Runnable], measured: dict[tuple[str, int, str], float]) -> None:
@@ -115,6 +121,46 @@ def _print_time(request: Request, todo: list[Runnable], measured: dict[tuple[str
     if unmeasured:
         more = f" of {unmeasured:,} more trainings" if used else ""
         print(f"  time left            unknown  {more} no such run was measured in this store: --images-per-second")
+
+
+def _seconds(
+    request: Request, todo: list[Runnable], measured: dict[tuple[str, int, str], float], prune: float
+) -> dict[str, float]:
+    """By key, what a node takes. InputError where that is not known."""
+    seconds = {}
+    for node in todo:
+        if isinstance(node, Train):
+            rate = request.rate or measured.get(_kind(node))
+            if rate is None:
+                raise InputError("--gpus needs the rate of a run, and none was measured here: --images-per-second R")
+            seconds[node.key] = Cost.of([node]).images / rate
+        else:
+            seconds[node.key] = prune
+    return seconds
+
+
+def _print_clusters(request: Request, graph: Graph, todo: list[Runnable], seconds: dict[str, float]) -> None:
+    length, chain = longest_chain(graph, todo, seconds)
+    if not chain:
+        return
+    work = sum(seconds.values())
+    pruning = max((seconds[n.key] for n in todo if not isinstance(n, Train)), default=0.0)
+    about = f"prune steps {pruning:.2g} s each, as measured here" if pruning else "prune steps counted as no time"
+    print(f"On a cluster (simulated; one run a GPU, {about})")
+    print(f"  {'GPUs':<12} {'time':>15}   busy")
+    for workers in request.clusters:
+        found = simulate(graph, todo, seconds, workers)
+        bound = "the longest chain decides" if found.makespan < 1.01 * length else ""
+        print(f"  {workers:<12,} {duration(found.makespan):>15}   {100 * found.utilisation:>3.0f} %   {bound}".rstrip())
+    trainings = sum(isinstance(node, Train) for node in chain)
+    print(f"  longest chain {duration(length):>14}   {trainings} trainings, to {graph.label(chain[-1])}")
+    print(f"  {'':<12} {'':>15}   so more than {math.ceil(work / length):,} GPUs cannot be faster")
+
+
+def _prune_seconds(graph: Graph, store: RunStore) -> float:
+    """Mean of the prune steps in the store; 0 where there are none."""
+    found = [store.node(n)["provenance"]["wall_seconds"] for n in graph.nodes if isinstance(n, Prune) and store.has(n)]
+    return sum(found) / len(found) if found else 0.0
 
 
 def _kind(node: Train) -> tuple[str, int, str]:

@@ -38,7 +38,8 @@ class FigureRequest:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of reproduce.py. rate: images/s to plan with, where not the measured ones. ray: run on a cluster, at
+    """One call of reproduce.py. rate: images/s to plan with, where not the measured ones. clusters: numbers of GPUs to
+    plan for. ray: run on a cluster, at
     ray_address, with `gpus` GPUs a run (None: one where there are GPUs). command: for the record."""
 
     figures: tuple[FigureRequest, ...]
@@ -49,6 +50,7 @@ class Request:
     checkpoint_seconds: float = 60.0
     checkpoint_epochs: int | None = None
     rate: float | None = None
+    clusters: tuple[int, ...] = ()
     ray: bool = False
     ray_address: str | None = None
     gpus: float | None = None

@@ -2,10 +2,10 @@
 
 import heapq
 import time
+from collections.abc import Iterable
 
 from fastprune.graph import Graph
 from fastprune.specs import Runnable
-from fastprune.store import RunStore
 
 _BUSY_SECONDS = 1.0
 """How long a node that another process computes is left alone before it is looked at again."""
@@ -14,9 +14,10 @@ _BUSY_SECONDS = 1.0
 class Queue:
     """The nodes still to do, handed out when their parents are there, longest remaining chain first."""
 
-    def __init__(self, graph: Graph, store: RunStore) -> None:
-        self.graph, self.store = graph, store
-        todo = graph.todo(store)
+    def __init__(self, graph: Graph, todo: Iterable[Runnable]) -> None:
+        """todo: nodes of the graph, parents first; a parent that is not among them is there."""
+        self.graph = graph
+        todo = list(todo)
         self._open = {n.key for n in todo}
         self._waiting: dict[str, set[str]] = {}
         self._children: dict[str, list[str]] = {}

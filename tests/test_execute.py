@@ -221,7 +221,7 @@ def test_an_unknown_allocation_is_no_global_mask(config):
 def test_the_longest_chain_goes_first(config):
     c = chains(rounds=3)
     graph = Graph.of([*eval_runs(c, None, 0.5), *find_runs(c, 0.2)])
-    queue = Queue(graph, RunStore(config.store))
+    queue = Queue(graph, graph.nodes)
     first = queue.next()
     assert isinstance(first, Train)
     assert first.key == find_runs(c, 0.2)[0].key

@@ -26,6 +26,8 @@ ALLOWED = {
     "fastprune/lease.py": {"fastprune.errors"},
     "fastprune/store.py": {"fastprune.errors", "fastprune.files", "fastprune.specs"},
     "fastprune/graph.py": {"fastprune.specs", "fastprune.store"},
+    "fastprune/schedule.py": {"fastprune.specs", "fastprune.graph"},
+    "fastprune/simulation.py": {"fastprune.specs", "fastprune.graph", "fastprune.schedule"},
     "fastprune/sizes.py": {"fastprune.specs", "fastprune.graph"},
     "fastprune/figures/plan.py": {"fastprune.errors", "fastprune.specs", "fastprune.settings"},
     "fastprune/figures/results.py": {"fastprune.errors"},
