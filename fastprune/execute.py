@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from fastprune.crew import Crew, Here, Processes
 from fastprune.errors import InputError
 from fastprune.graph import Graph
-from fastprune.lease import Holder, Leases
 from fastprune.schedule import Queue
 from fastprune.specs import Runnable, Train
 from fastprune.store import RunStore
+from fastprune.store.lease import Holder, Leases
 from fastprune.work import WorkConfig
 
 _LOST_LIMIT = 2

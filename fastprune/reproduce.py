@@ -23,7 +23,7 @@ from fastprune.planning import describe, points_and_graph, together
 from fastprune.request import TITLES, FigureRequest, Request, asked_for, check_rounds, data_flag, data_spec, find_data
 from fastprune.specs import DataSpec
 from fastprune.store import RunStore
-from fastprune.store_needs import record_figure
+from fastprune.store.needs import record_figure
 
 if TYPE_CHECKING:
     from fastprune.crew_ray import RayCrew

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastprune import files, selection, store, work
+from fastprune import files, selection, work
 from fastprune.execute import execute
 from fastprune.figures import load
 from fastprune.figures.plan import Chains, Source
@@ -23,7 +23,7 @@ from fastprune.graph import Graph
 from fastprune.loaders.manifest import Manifest
 from fastprune.settings import preset
 from fastprune.specs import DataSpec
-from fastprune.store import RunStore
+from fastprune.store import RunStore, run_store
 from fastprune.work import WorkConfig
 from tests.made_up import Images, Silent
 
@@ -90,7 +90,7 @@ def start(root: Path, *, die_at: str | None = None, pipe: Any = None, say_at: in
 
 def _run(root: Path, die_at: str | None, pipe: Any, say_at: int) -> None:
     torch.set_num_threads(1)
-    work.open_data = lambda *args, **kwargs: Images(batches=16)  # type: ignore[assignment]
+    work.open_data = lambda *args, **kwargs: Images(batches=16)
     if die_at is not None:
         POINTS[die_at]()
     view = Counting(pipe, say_at)
@@ -147,11 +147,13 @@ POINTS: dict[str, Callable[[], None]] = {
     "at a state on the way": lambda: _killed_by(
         work.RunStore, "save_partial", lambda *a: a[2].startswith("momentum"), after=True
     ),
-    "in a publish, some files written": lambda: _killed_by(store, "flush", lambda p: p.name == "times.csv", call=2),
-    "in a publish, without checksums": lambda: _killed_by(store, "write_sums", _always, call=2),
+    "in a publish, some files written": lambda: _killed_by(run_store, "flush", lambda p: p.name == "times.csv", call=2),
+    "in a publish, without checksums": lambda: _killed_by(run_store, "write_sums", _always, call=2),
     "in a publish, not yet renamed": lambda: _killed_by(os, "rename", _in_nodes, call=3),
     "in a publish, just renamed": lambda: _killed_by(os, "rename", _in_nodes, after=True, call=3),
     "published, checkpoint still there": lambda: _killed_by(RunStore, "drop_partial", _always, call=2),
     "in a prune": lambda: _killed_by(selection, "prune", _always, call=2),
-    "in a prune, mask written": lambda: _killed_by(store, "flush", lambda p: p.name == "mask.safetensors", after=True),
+    "in a prune, mask written": lambda: _killed_by(
+        run_store, "flush", lambda p: p.name == "mask.safetensors", after=True
+    ),
 }

@@ -13,12 +13,12 @@ from fastprune.execute import execute
 from fastprune.figures import a2
 from fastprune.figures.plan import Chains
 from fastprune.graph import Graph
-from fastprune.lease import Leases
 from fastprune.loaders.manifest import Manifest
 from fastprune.schedule import Queue
 from fastprune.settings import preset
 from fastprune.specs import DataSpec, Prune, Train
 from fastprune.store import RunStore
+from fastprune.store.lease import Leases
 from fastprune.work import WorkConfig, Worker
 from tests.made_up import Images, Silent, eval_runs, find_runs, masks
 

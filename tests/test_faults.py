@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.cli import main
-from fastprune.store_cli import main as store_main
+from fastprune.store.cli import main as store_main
 from tests.small_figure import TINY, folders, published, results
 
 FIGURE = [*TINY, "--device", "cpu", "--workers", "1"]

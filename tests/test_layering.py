@@ -22,9 +22,9 @@ ALLOWED = {
     "fastprune/specs.py": {"fastprune.errors"},
     "fastprune/settings.py": {"fastprune.errors", "fastprune.specs"},
     "fastprune/files.py": set(),
-    "fastprune/keeper.py": {"filelock"},
-    "fastprune/lease.py": {"fastprune.errors"},
-    "fastprune/store.py": {"fastprune.errors", "fastprune.files", "fastprune.specs"},
+    "fastprune/store/keeper.py": {"filelock"},
+    "fastprune/store/lease.py": {"fastprune.errors"},
+    "fastprune/store/run_store.py": {"fastprune.errors", "fastprune.files", "fastprune.specs"},
     "fastprune/graph.py": {"fastprune.specs", "fastprune.store"},
     "fastprune/schedule.py": {"fastprune.specs", "fastprune.graph"},
     "fastprune/simulation.py": {"fastprune.specs", "fastprune.graph", "fastprune.schedule"},
@@ -45,30 +45,30 @@ ALLOWED = {
     "fastprune/models.py": {"torch", "torchvision", "fastprune.errors", "fastprune.specs"},
     "fastprune/flat.py": {"torch", "fastprune.kernels"},
     "fastprune/optim.py": {"torch", "fastprune.flat", "fastprune.kernels", "fastprune.masks"},
-    "fastprune/store_check.py": {
-        "tqdm", "fastprune.files", "fastprune.lease", "fastprune.specs", "fastprune.store", "fastprune.store_read",
+    "fastprune/store/check.py": {
+        "tqdm", "fastprune.files", "fastprune.specs", "fastprune.store",
     },
-    "fastprune/store_read.py": {"fastprune.errors", "fastprune.store"},
-    "fastprune/store_list.py": {"fastprune.specs", "fastprune.store_read"},
-    "fastprune/store_show.py": {
-        "fastprune.errors", "fastprune.files", "fastprune.store_list", "fastprune.store_read",
+    "fastprune/store/read.py": {"fastprune.errors", "fastprune.store"},
+    "fastprune/store/list.py": {"fastprune.specs", "fastprune.store.read"},
+    "fastprune/store/show.py": {
+        "fastprune.errors", "fastprune.files", "fastprune.store.list", "fastprune.store.read",
     },
-    "fastprune/store_needs.py": {
+    "fastprune/store/needs.py": {
         "fastprune.errors", "fastprune.files", "fastprune.graph", "fastprune.specs", "fastprune.store",
-        "fastprune.store_read",
+        "fastprune.store.read",
     },
-    "fastprune/store_gc.py": {
-        "fastprune.errors", "fastprune.files", "fastprune.lease", "fastprune.store", "fastprune.store_needs",
-        "fastprune.store_read",
+    "fastprune/store/gc.py": {
+        "fastprune.errors", "fastprune.files", "fastprune.store.lease", "fastprune.store", "fastprune.store.needs",
+        "fastprune.store.read",
     },
-    "fastprune/store_transfer.py": {
-        "fastprune.errors", "fastprune.files", "fastprune.lease", "fastprune.store", "fastprune.store_archive",
-        "fastprune.store_check", "fastprune.store_needs", "fastprune.store_read",
+    "fastprune/store/transfer.py": {
+        "fastprune.errors", "fastprune.files", "fastprune.store.lease", "fastprune.store", "fastprune.store.archive",
+        "fastprune.store.check", "fastprune.store.needs", "fastprune.store.read",
     },
-    "fastprune/store_archive.py": {"fastprune.errors", "fastprune.store_check", "fastprune.store_needs"},
-    "fastprune/store_cli.py": {
-        "fastprune.errors", "fastprune.files", "fastprune.store", "fastprune.store_check", "fastprune.store_gc",
-        "fastprune.store_list", "fastprune.store_read", "fastprune.store_show", "fastprune.store_transfer",
+    "fastprune/store/archive.py": {"fastprune.errors", "fastprune.store.check", "fastprune.store.needs"},
+    "fastprune/store/cli.py": {
+        "fastprune.errors", "fastprune.files", "fastprune.store", "fastprune.store.check", "fastprune.store.gc",
+        "fastprune.store.list", "fastprune.store.read", "fastprune.store.show", "fastprune.store.transfer",
     },
     "fastprune/tensors.py": {"torch", "safetensors", "fastprune.errors", "fastprune.files"},
     "fastprune/masks.py": {"torch", "fastprune.errors", "fastprune.flat", "fastprune.kernels", "fastprune.tensors"},

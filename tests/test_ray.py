@@ -1,7 +1,6 @@
 """A Ray cluster of this machine: the same results as one process, whatever happens to its workers."""
 
 import os
-import re
 import signal
 import subprocess
 import time
@@ -31,7 +30,8 @@ def workers(parent: int) -> dict[int, str]:
 def _ancestors(pid: int) -> list[str]:
     line = []
     while pid > 1:
-        pid = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+        status = Path(f"/proc/{pid}/status").read_text()
+        pid = int(status.partition("PPid:")[2].split()[0])
         line.append(str(pid))
     return line
 

@@ -16,7 +16,7 @@ from fastprune.planning import points_and_graph
 from fastprune.request import FigureRequest
 from fastprune.settings import preset
 from fastprune.specs import DataSpec
-from fastprune.store_cli import main as store_main
+from fastprune.store.cli import main as store_main
 from tests import small_figure
 from tests.small_figure import folders
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from fastprune.store_cli import main as store_main
+from fastprune.store.cli import main as store_main
 from tests import survivor
 
 MOMENTS = 20

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from fastprune.errors import InputError
-from fastprune.lease import Holder, Leases
+from fastprune.store.lease import Holder, Leases
 
 HOLD = """
 import ctypes, os, sys, time
 from pathlib import Path
-from fastprune.lease import Leases
+from fastprune.store.lease import Leases
 leases = Leases(Path(sys.argv[1]), float(sys.argv[2]))
 print(leases.acquire("node")[0], leases._process.pid, flush=True)
 {then}

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from fastprune.files import read_sums, sums_text
-from fastprune.lease import Leases
 from fastprune.store import RunStore
-from fastprune.store_cli import main
-from fastprune.store_needs import record_figure
+from fastprune.store.cli import main
+from fastprune.store.lease import Leases
+from fastprune.store.needs import record_figure
 from tests.made_up_store import EVAL, FILTERS, GRAPH, PRUNE, TRAIN, put, put_all, temporaries, tree
 
 FOLDER = f"nodes/{TRAIN.key[:2]}/{TRAIN.key}"
@@ -191,7 +191,7 @@ def test_a_damaged_node_is_not_exported(theirs, tmp_path, damage, capsys):
 
 def test_a_killed_export_leaves_nothing_under_its_name(theirs, tmp_path):
     code = (
-        "import os, sys; from fastprune import store_transfer as t; was = t._add_node; done = []\n"
+        "import os, sys; from fastprune.store import transfer as t; was = t._add_node; done = []\n"
         "def add(*a):\n    was(*a); done.append(0); len(done) == 3 and os.kill(os.getpid(), 9)\n"
         "t._add_node = add; t.export(*map(t.Path, sys.argv[1:]), [])"
     )

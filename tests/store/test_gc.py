@@ -12,12 +12,12 @@ import pytest
 
 from fastprune.files import read_sums
 from fastprune.graph import Graph
-from fastprune.lease import Leases
 from fastprune.specs import Rewind, StateRef, Trace
 from fastprune.store import RunStore
-from fastprune.store_cli import main
-from fastprune.store_gc import collect
-from fastprune.store_needs import read_needs, record_figure
+from fastprune.store.cli import main
+from fastprune.store.gc import collect
+from fastprune.store.lease import Leases
+from fastprune.store.needs import read_needs, record_figure
 from fastprune.tensors import write_tensors
 from tests.made_up_store import EVAL, FILTERS, FIND, GRAPH, MASKS, PRUNE, TRAIN, put, put_all, temporaries, tree
 
@@ -40,7 +40,8 @@ def old(path: Path) -> Path:
 def die_with_lease(store: RunStore, key: str) -> None:
     """Another process takes the lease of a node, writes halves, and is killed with its keeper."""
     code = (
-        "import os, sys; from pathlib import Path; from fastprune.lease import Leases; from fastprune.store import *\n"
+        "import os, sys; from pathlib import Path\n"
+        "from fastprune.store.lease import Leases; from fastprune.store import RunStore\n"
         "root, key = Path(sys.argv[1]), sys.argv[2]; leases = Leases(root / 'leases'); assert leases.acquire(key)[0]\n"
         "(RunStore(root).aside(key) / 'metrics.csv').write_text('half')\n"
         "leases._process.kill(); leases._process.wait(); os.kill(os.getpid(), 9)"

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from fastprune.errors import InputError
 from fastprune.store import RunStore
-from fastprune.store_read import existing_store, printable
+from fastprune.store.read import existing_store, printable
 
 OK, DAMAGED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ls(args: argparse.Namespace) -> int:
     from fastprune.files import tree_bytes
-    from fastprune.store_list import Listing, going_on, table, totals
+    from fastprune.store.list import Listing, going_on, table, totals
 
     listing = Listing(args.store)
     records = [listing.record(node) for node in listing.nodes]
@@ -97,14 +97,14 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from fastprune.store_show import show
+    from fastprune.store.show import show
 
     _print(*show(args.store, args.key))
     return OK
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from fastprune.store_check import check_store, delete_damaged, remedy
+    from fastprune.store.check import check_store, delete_damaged, remedy
 
     found = check_store(args.store)
     _print(*(printable(f"{path}: {why}; {remedy(args.store, path, why)}") for path, why in found.damaged.items()))
@@ -115,8 +115,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _gc(args: argparse.Namespace) -> int:
-    from fastprune.store_gc import collect
-    from fastprune.store_list import size
+    from fastprune.store.gc import collect
+    from fastprune.store.list import size
 
     removed = collect(
         RunStore(args.store), unneeded=args.unneeded, states=args.states, forget=args.forget, dry_run=args.dry_run
@@ -129,8 +129,8 @@ def _gc(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from fastprune.store_list import size
-    from fastprune.store_transfer import DamagedError, export
+    from fastprune.store.list import size
+    from fastprune.store.transfer import DamagedError, export
 
     try:
         count, of = export(args.store, args.file, args.figure, states=not args.no_states)
@@ -143,7 +143,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from fastprune.store_transfer import import_from
+    from fastprune.store.transfer import import_from
 
     done = import_from(args.store, args.source)
     for title, lines in (("conflict", done.conflicts), ("left out", done.busy)):

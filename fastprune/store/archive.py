@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from fastprune.errors import InputError
-from fastprune.store_check import FILE_NAME
-from fastprune.store_needs import RECORD_NAME
+from fastprune.store.check import FILE_NAME
+from fastprune.store.needs import RECORD_NAME
 
 BLOCK = tarfile.BLOCKSIZE
 TEXT_LIMIT = 1 << 26

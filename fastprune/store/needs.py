@@ -15,7 +15,7 @@ from fastprune.files import write_atomically
 from fastprune.graph import Graph, states_read
 from fastprune.specs import Train
 from fastprune.store import RunStore, trace_name
-from fastprune.store_read import KEY, is_published, read_json
+from fastprune.store.read import KEY, is_published, read_json
 
 RECORD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}[.]json")
 _WHAT = {"weights": "state", "momentum": "momentum"}

@@ -15,12 +15,12 @@ from typing import IO, Any
 
 from fastprune.errors import InputError
 from fastprune.files import SUMS, flush, read_sums, sums_text, write_atomically
-from fastprune.lease import Leases
 from fastprune.store import FORMAT, RunStore, gain
-from fastprune.store_archive import Content, Member, members
-from fastprune.store_check import check_node, line
-from fastprune.store_needs import Needs, named, read_needs
-from fastprune.store_read import is_published, node_folder, node_folders
+from fastprune.store.archive import Content, Member, members
+from fastprune.store.check import check_node, line
+from fastprune.store.lease import Leases
+from fastprune.store.needs import Needs, named, read_needs
+from fastprune.store.read import is_published, node_folder, node_folders
 
 _OURS = {"node.json", "times.csv", SUMS}
 """Files that differ between machines that compute the same."""

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from fastprune.errors import InputError
 from fastprune.files import SUMS, read_sums, tree_bytes, write_sums
-from fastprune.lease import SECONDS, Leases
 from fastprune.store import RunStore
-from fastprune.store_needs import Needs, awaited, named, read_needs
-from fastprune.store_read import KEY, Found, holder_note, is_published, node_folder, node_folders, read_node
+from fastprune.store.lease import SECONDS, Leases
+from fastprune.store.needs import Needs, awaited, named, read_needs
+from fastprune.store.read import KEY, Found, holder_note, is_published, node_folder, node_folders, read_node
 
 
 @dataclass

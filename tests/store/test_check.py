@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fastprune.files import digest, write_sums
-from fastprune.lease import Leases
 from fastprune.store import RunStore
-from fastprune.store_check import check_store
-from fastprune.store_cli import main
+from fastprune.store.check import check_store
+from fastprune.store.cli import main
+from fastprune.store.lease import Leases
 from fastprune.tensors import write_tensors
 from tests.made_up_store import FILTERS, PRUNE, TRAIN, put, seeds, tree
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.specs import Init, ModelSpec
-from fastprune.store_read import Damaged, Found, holder_note, is_published, printable, read_all, read_json
+from fastprune.store.read import Damaged, Found, holder_note, is_published, printable, read_all, read_json
 
 _KNOWN = [
     (name, stem, width)

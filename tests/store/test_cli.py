@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from fastprune.graph import Graph
-from fastprune.lease import Leases
 from fastprune.specs import Init, ModelSpec
 from fastprune.store import RunStore
-from fastprune.store_cli import main
-from fastprune.store_list import date, duration, size
-from fastprune.store_needs import record_figure
+from fastprune.store.cli import main
+from fastprune.store.lease import Leases
+from fastprune.store.list import date, duration, size
+from fastprune.store.needs import record_figure
 from tests.made_up_store import EVAL, FILTERS, FIND, GRAPH, MASKS, PRUNE, TRAIN, put, put_all, seeds
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_an_empty_store(tmp_path, capsys):
 
 def test_the_script_starts_without_what_is_heavy(store):
     code = (
-        "import sys; from fastprune.store_cli import main; code = main(['ls', '--store', sys.argv[1]]);"
+        "import sys; from fastprune.store.cli import main; code = main(['ls', '--store', sys.argv[1]]);"
         "print(sorted({'torch', 'numpy', 'tqdm', 'matplotlib', 'safetensors'} & set(sys.modules)), code)"
     )
     done = subprocess.run(

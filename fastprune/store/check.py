@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.files import SUMS, check_sealed, digest, read_sums
-from fastprune.lease import Leases
 from fastprune.specs import key_of
 from fastprune.store import RunStore
-from fastprune.store_read import KEY, check_about, node_folder, read_json
+from fastprune.store.lease import Leases
+from fastprune.store.read import KEY, check_about, node_folder, read_json
 
 _NUMBER = "[0-9]{1,9}"
 FILE_NAME = re.compile(
