@@ -1,6 +1,6 @@
 """One command on a CUDA machine, without network or FFCV: checks every operation, then times it and training steps.
 
-    PYTHONPATH=. python bench/gpu_suite.py [--json FILE] [--only checks kernels steps] [--sweep] [--profile]
+    PYTHONPATH=. python bench/gpu_suite.py [--json FILE] [--only checks kernels steps share] [--sweep] [--profile]
 
 Nothing is timed before all checks pass. A kernel's time is the median over replays of a CUDA graph that runs it once on
 each of several input sets, which together do not fit into the cache. Exits with 1 if a check failed and with 2 where
@@ -30,10 +30,10 @@ import torch
 from torch import Tensor
 
 import fastprune
-from bench import gpu_checks, gpu_far, gpu_speed, gpu_steps
+from bench import gpu_checks, gpu_far, gpu_share, gpu_speed, gpu_steps
 from bench.gpu_times import sweep, targets, time_kernels
 
-STAGES = ("checks", "kernels", "steps")
+STAGES = ("checks", "kernels", "steps", "share")
 
 
 class Suite:
@@ -177,10 +177,14 @@ class Suite:
             row["floor_ms"], row["over_floor"] = known, ms / known
         if ours in self.timings:
             row["over_ours"] = ms / self.timings[ours]["ms"]
+        self.record(name, row)
+        return ms
+
+    def record(self, name: str, row: dict[str, Any]) -> None:
+        """Keeps a row of figures, and prints it."""
         self.timings[name] = row
         print(line(name, row), flush=True)
         self.save()
-        return ms
 
 
 HEADER = f"  {'':<58} {'ms':>9} {'spread':>6} {'GB/s':>7} {'x floor':>7} {'x ours':>8} {'images/s':>11}"
@@ -232,7 +236,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--device", default="cuda")
     p.add_argument("--small", action="store_true", help="sizes for a CPU")
     p.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
-    p.add_argument("--only", nargs="+", choices=STAGES, default=STAGES, metavar="STAGE", help="|".join(STAGES))
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=STAGES,
+        default=STAGES[:3],
+        metavar="STAGE",
+        help="|".join(STAGES) + ": all but share",
+    )
     p.add_argument("--sweep", action="store_true", help="also time block sizes")
     p.add_argument("--profile", action="store_true", help="also list the kernels of a training step")
     args = p.parse_args(arguments)
@@ -257,6 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "steps" in args.only:
             print("steps:", HEADER, sep="\n")
             gpu_speed.time_steps(suite, args.profile)
+        if "share" in args.only:
+            print("several runs at once on the device (ms: of a batch, by all together):", HEADER, sep="\n")
+            gpu_share.time_shared(suite)
         if "kernels" in args.only:
             print("targets:")
             targets(suite)

@@ -56,6 +56,14 @@ def test_interpreted_kernels_pass_the_checks(tmp_path):
     assert set(result["skipped"]) >= set(gpu_steps.CHECKS) - {"MaskedConv2d under autocast"}
 
 
+@pytest.mark.slow
+def test_runs_that_share_a_device_are_timed_together(tmp_path):
+    result = suite(tmp_path, "--only", "share", TRITON_INTERPRET="0")
+    assert not result["errors"]
+    assert [name.rpartition(", ")[2] for name in result["timings"]] == ["1 at once", "2 at once", "4 at once"]
+    assert all(row["images_per_s"] > 0 for row in result["timings"].values())
+
+
 @pytest.fixture
 def checks(monkeypatch):
     """The checks that the suite runs, to be filled."""
