@@ -19,7 +19,7 @@ from fastprune.files import SUMS, read_sums, tree_bytes, write_sums
 from fastprune.store import RunStore
 from fastprune.store.lease import SECONDS, Leases
 from fastprune.store.needs import Needs, awaited, named, read_needs
-from fastprune.store.read import KEY, Found, holder_note, is_published, node_folder, node_folders, read_node
+from fastprune.store.read import KEY, Found, holder_note, is_published, lock_file, node_folder, node_folders, read_node
 
 
 @dataclass
@@ -148,10 +148,11 @@ class _Collection:
                 return False
             except (OSError, OverflowError):
                 pass
-        return (self.store.root / "leases" / f"{key}.lock").exists() and not self._silent(key)
+        return lock_file(self.store.root, key) is not None and not self._silent(key)
 
     def _silent(self, key: str) -> bool:
-        return self._aged(self.store.root / "leases" / f"{key}.lock")
+        lock = lock_file(self.store.root, key)
+        return lock is not None and self._aged(lock)
 
     def _aged(self, path: Path) -> bool:
         try:

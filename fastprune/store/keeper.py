@@ -4,10 +4,11 @@ locks, the heartbeat goes on; and when it dies, its leases are given back at onc
     python keeper.py FOLDER SECONDS     reads {"do": "acquire" | "release", "key": ..., "number": n} lines, answers
                                         each with one, {"to": n, ...}
 
-A lease is a file that its holder touches; whoever has seen it untouched for SECONDS, by its own clock, takes it over,
-and at once if the holder was a process of the same machine that is gone (filelock.SoftFileLease; it needs no locks of
-the file system, so it works over NFS). Beside it `<key>.holder` says who that is; found by the next holder, it tells of
-a takeover. Run by path, so it imports nothing of fastprune.
+A lease is a file <key>.<n>.lock that its holder creates exclusively and touches ever so often: filelock.SoftFileLease.
+Of several, the highest n counts. Whoever has seen it untouched for SECONDS, by its own clock, takes over with n + 1.
+That needs neither file locks nor an exchange of names, which network file systems lack, and without which filelock does
+not break a lease there; elsewhere it follows a holder of the same machine that is gone at once. Beside it <key>.holder
+says who has it; found by the next holder, it tells of a takeover. Run by path, so it imports nothing of fastprune.
 """
 
 import json
@@ -29,32 +30,66 @@ class Keeper:
     def __init__(self, folder: Path, seconds: float, pid: int) -> None:
         self.folder, self.seconds = folder, seconds
         self.me = {"host": socket.gethostname(), "pid": pid}
-        self.leases: dict[str, SoftFileLease] = {}
+        self.leases: dict[str, tuple[int, SoftFileLease]] = {}
+        self.seen: dict[str, tuple[tuple[int, bytes, int], float]] = {}
 
     def acquire(self, key: str) -> dict[str, Any]:
         """{"mine": bool, "holder": who has it, or had it and is gone}."""
-        # Kept while it is another's: it remembers since when the file has not been touched.
-        lease = self.leases.setdefault(
-            key,
-            SoftFileLease(
-                self.folder / f"{key}.lock",
-                lease_duration=self.seconds,
-                heartbeat_interval=self.seconds / 6,
-                thread_local=False,
-            ),
+        number = max(self._numbers(key), default=1)
+        lease = self._acquired(key, number)
+        if lease is None and self._untouched(key, number):
+            number += 1
+            lease = self._acquired(key, number)
+        if lease is not None and max(self._numbers(key)) > number:  # a list of files may be old; creating one renews it
+            lease.release()
+            lease = None
+        if lease is None:
+            return {"mine": False, "holder": self._holder(key)}
+        was = self._holder(key)
+        for dead in self._numbers(key) - {number}:
+            self._lock(key, dead).unlink(missing_ok=True)
+        self._holder_file(key).write_text(json.dumps({**self.me, "since": time.time()}) + "\n")
+        self.seen.pop(key, None)
+        self.leases[key] = number, lease
+        return {"mine": True, "holder": was}
+
+    def _acquired(self, key: str, number: int) -> SoftFileLease | None:
+        lease = SoftFileLease(
+            self._lock(key, number),
+            lease_duration=self.seconds,
+            heartbeat_interval=self.seconds / 6,
+            thread_local=False,
         )
         try:
             lease.acquire(timeout=0)
         except Timeout:
-            return {"mine": False, "holder": self._holder(key)}
-        was = self._holder(key)
-        self._holder_file(key).write_text(json.dumps({**self.me, "since": time.time()}) + "\n")
-        return {"mine": True, "holder": was}
+            return None
+        return lease
+
+    def _untouched(self, key: str, number: int) -> bool:
+        """Whether the lock has been the same, whenever we looked, for as long as a lease lasts."""
+        try:
+            with self._lock(key, number).open("rb") as file:  # opening makes NFS ask the server
+                look = number, file.read(), os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return False
+        before, since = self.seen.get(key, (None, 0.0))
+        if look != before:
+            self.seen[key] = look, time.monotonic()
+            return False
+        return time.monotonic() - since >= self.seconds
+
+    def _numbers(self, key: str) -> set[int]:
+        names = (path.name.split(".") for path in self.folder.glob(f"{key}.*.lock"))
+        return {int(parts[1]) for parts in names if len(parts) == 3 and parts[1].isdecimal()}
+
+    def _lock(self, key: str, number: int) -> Path:
+        return self.folder / f"{key}.{number}.lock"
 
     def release(self, key: str) -> dict[str, Any]:
         """{"lost": whether somebody had taken it over meanwhile}."""
-        lease = self.leases.pop(key)
-        lost = lease.compromise is not None or not lease.is_locked
+        number, lease = self.leases.pop(key)
+        lost = lease.compromise is not None or max(self._numbers(key), default=0) != number
         if not lost:
             self._holder_file(key).unlink(missing_ok=True)
         lease.release()
@@ -62,9 +97,8 @@ class Keeper:
 
     def abandon(self) -> None:
         """Gives all back, and leaves the notes of who had them."""
-        for lease in self.leases.values():
-            if lease.is_locked:
-                lease.release()
+        for _, lease in self.leases.values():
+            lease.release()
 
     def _holder_file(self, key: str) -> Path:
         return self.folder / f"{key}.holder"

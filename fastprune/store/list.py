@@ -192,10 +192,10 @@ def totals(records: list[dict[str, Any]], disk: int) -> str:
 def going_on(root: Path) -> list[str]:
     """Who works on what, what unfinished runs have kept, and what failed; a line each."""
     said = []
-    for lock in sorted((root / "leases").glob("*.lock")):
-        holder = holder_note(root, lock.stem)
+    for key in sorted({lock.name[:32] for lock in (root / "leases").glob("*.lock")}):
+        holder = holder_note(root, key)
         by = "somebody" if holder is None else f"process {holder['pid']} on {holder['host']}, {_since(holder['since'])}"
-        said.append(f"lease {lock.stem[:8]}: {by}")
+        said.append(f"lease {key[:8]}: {by}")
     for path in sorted((root / "partial").glob("*.checkpoint.safetensors")):
         found = _stat(path)
         if found is not None:

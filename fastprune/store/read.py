@@ -132,6 +132,12 @@ def printable(text: object) -> str:
     return line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line)
 
 
+def lock_file(root: Path, key: str) -> Path | None:
+    """What the holder of a node's lease touches; None where nobody has it."""
+    found = sorted((root / "leases").glob(f"{key}.*.lock"), key=lambda p: (len(p.name), p.name))
+    return found[-1] if found else None
+
+
 def holder_note(root: Path, key: str) -> dict[str, Any] | None:
     """Who has, or had, the lease of a node: {"host", "pid", "since" (Unix time)}; None where that is not known."""
     try:

@@ -130,7 +130,7 @@ def test_a_holder_on_another_machine_is_watched_before_it_is_dead(tmp_path):
     store = RunStore(tmp_path)
     put(store, TRAIN)
     store.aside(TRAIN.key)
-    lock = store.root / "leases" / f"{TRAIN.key}.lock"
+    lock = store.root / "leases" / f"{TRAIN.key}.1.lock"
     lock.write_text("4194304\nelsewhere\n0123456789abcdef\n")
     os.utime(lock, (time.time() - 1000,) * 2)
     (store.root / "leases" / f"{TRAIN.key}.holder").write_text('{"host": "elsewhere", "pid": 1, "since": 1.0}')

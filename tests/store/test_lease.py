@@ -102,6 +102,54 @@ def test_a_machine_that_is_gone_is_followed_when_its_time_is_up(tmp_path):
         assert leases.release("node") is True
 
 
+def test_it_is_followed_too_where_names_cannot_be_exchanged(tmp_path):
+    """As on NFS, SMB or FUSE, where filelock alone would wait for ever."""
+    for name in range(2):
+        process, keeper = hold(tmp_path, 2.0)
+        os.kill(keeper, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+        with without_exchange(tmp_path, 2.0) as leases:
+            holder, seconds = take(leases, 30.0)
+            assert holder.pid == process.pid
+            assert seconds >= 2.0
+            assert len(list(tmp_path.glob("node.*.lock"))) == 1
+            if name == 0:
+                assert leases.release("node") is True
+    assert list(tmp_path.iterdir()) == []
+
+
+def without_exchange(folder: Path, seconds: float) -> Leases:
+    """Leases on a file system that does not exchange names."""
+    leases = Leases(folder, seconds)
+    start = (
+        "import sys, runpy; import filelock._soft as soft; soft.exchange_names = lambda a, b: False;"
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    leases._command[2:2] = ["-c", start]
+    return leases
+
+
+def test_of_many_that_take_over_one_does(tmp_path):
+    process, keeper = hold(tmp_path, 2.0)
+    os.kill(keeper, signal.SIGSTOP)
+    takers = [without_exchange(tmp_path, 2.0) for _ in range(6)]
+    try:
+        got: list[int] = []
+        began = time.monotonic()
+        while time.monotonic() - began < 8.0:
+            got += [i for i, taker in enumerate(takers) if i not in got and taker.acquire("node")[0]]
+            time.sleep(0.02)
+        assert len(got) == 1
+        assert takers[got[0]].release("node") is True
+    finally:
+        os.kill(keeper, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+        for taker in takers:
+            taker.close()
+
+
 def test_a_long_step_that_locks_the_interpreter_does_not_cost_the_lease(tmp_path):
     """PyDLL keeps Python's global lock: no thread of the holder runs for eight times the lease."""
     process, _ = hold(tmp_path, 1.0, "ctypes.PyDLL(None).usleep(8_000_000); print(leases.release('node'), flush=True)")
