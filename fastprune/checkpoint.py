@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
+from fastprune.files import flush
 from fastprune.masks import Mask, plain_state_dict
 from fastprune.specs import OptimizerSpec
 from fastprune.train import Trainer
@@ -100,19 +101,11 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     aside = path.with_name(f".{path.name}.part")
     try:
         write(aside)
-        _flush(aside)
+        flush(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(path.parent)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

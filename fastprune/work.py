@@ -1,6 +1,7 @@
 """Computes one node. A Worker stays warm: it keeps a Trainer per network and the opened data sets over many nodes."""
 
 import math
+import os
 import shutil
 import sys
 import time
@@ -89,6 +90,8 @@ class Worker:
     def __init__(self, config: WorkConfig) -> None:
         self.config = config
         self.store = RunStore(config.store)
+        # oneDNN would keep what it compiled for the last 1,024 shapes of convs: a smaller network brings 60 new ones.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
         if config.device == "cpu":
             torch.set_num_threads(config.threads)
         elif ":" in config.device:

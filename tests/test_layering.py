@@ -86,7 +86,7 @@ ALLOWED = {
     },
     "fastprune/train_model.py": {"torch", "torchvision", "fastprune.errors", "fastprune.flat"},
     "fastprune/checkpoint.py": {
-        "torch", "fastprune.errors", "fastprune.specs", "fastprune.masks", "fastprune.train",
+        "torch", "fastprune.errors", "fastprune.files", "fastprune.specs", "fastprune.masks", "fastprune.train",
     },
     "fastprune/step.py": {"torch"},
     "fastprune/ranks.py": {"torch"},
