@@ -28,6 +28,15 @@ def published(store: Path) -> dict[str, int]:
     return {p.parent.name: p.stat().st_mtime_ns for p in store.glob("nodes/*/*/node.json")}
 
 
+def products(store: Path) -> dict[str, bytes]:
+    """All that must be the same to the bit, wherever it was computed."""
+    return {
+        f"{path.parent.name}/{path.name}": path.read_bytes()
+        for path in store.glob("nodes/*/*/*")
+        if path.name not in ("node.json", "times.csv", "SHA256SUMS")
+    }
+
+
 def results(root: Path) -> bytes:
     return (root / "out/A2/results.csv").read_bytes()
 

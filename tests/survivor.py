@@ -52,15 +52,6 @@ def config(root: Path) -> WorkConfig:
     return WorkConfig(root, images, checkpoint_seconds=0.0)  # a checkpoint after each epoch
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    """All that a run must give to the bit."""
-    return {
-        f"{path.parent.name}/{path.name}": path.read_bytes()
-        for path in sorted(root.glob("nodes/*/*/*"))
-        if path.name not in ("node.json", "times.csv", "SHA256SUMS")
-    }
-
-
 def published(root: Path) -> dict[str, tuple[int, int]]:
     """By key, what tells whether a node was written again."""
     found = {path.parent.name: path.stat() for path in root.glob("nodes/*/*/node.json")}

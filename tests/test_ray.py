@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.cli import main
-from tests.small_figure import NODES, TINY, TRAININGS, command, folders, published, results
+from tests.small_figure import NODES, TINY, TRAININGS, command, folders, products, published, results
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -53,6 +53,7 @@ def test_a_cluster_gives_the_same_figure_though_a_worker_is_killed(small_figure,
     assert f"{TRAININGS} trainings run" in out
     assert len(published(tmp_path / "store")) == NODES
     assert results(tmp_path) == results(small_figure)
+    assert products(tmp_path / "store") == products(small_figure / "store")
     assert [p for name in ("tmp", "partial", "leases", "logs") for p in (tmp_path / "store" / name).iterdir()] == []
     before = published(tmp_path / "store")
     assert main([*TINY, *folders(tmp_path), "--executor", "ray"]) == 0  # nothing to do: no cluster is started

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_figure import NODES, TRAININGS, command, published, results
+from tests.small_figure import NODES, TRAININGS, command, products, published, results
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -38,6 +38,7 @@ def test_started_at_once_they_train_every_node_once(small_figure, tmp_path, coun
     assert sum(trained(out) for out, _ in said) == TRAININGS
     assert not any("taken over" in err for _, err in said)
     assert len(published(store)) == NODES
+    assert products(store) == products(small_figure / "store")
     assert {results(tmp_path / str(i)) for i in range(count)} == {results(small_figure)}
     assert [p for name in ("tmp", "partial", "leases") for p in (store / name).iterdir()] == []
 
@@ -92,4 +93,5 @@ def test_one_that_is_killed_while_it_holds_a_lease_does_not_block_the_others(sma
     assert f"process {dying.pid} on" in takeovers[0]
     assert before + sum(trained(out) for out, _ in said) >= TRAININGS
     assert len(published(store)) == NODES
+    assert products(store) == products(small_figure / "store")
     assert {results(tmp_path / str(i)) for i in range(2)} == {results(small_figure)}
