@@ -138,6 +138,7 @@ class _Run:
         return True
 
     def _hear(self, worker: int, kind: str, value: Any) -> None:
+        self.leases.tend()
         node = self.nodes.get(worker)
         self.heard[worker] = time.monotonic()
         if node is None:  # a worker died that had nothing to do

@@ -40,7 +40,8 @@ class Keeper:
         if lease is None and self._untouched(key, number):
             number += 1
             lease = self._acquired(key, number)
-        if lease is not None and max(self._numbers(key)) > number:  # a list of files may be old; creating one renews it
+        # A list of files may be old; creating one renews it.
+        if lease is not None and max(self._numbers(key), default=0) != number:
             lease.release()
             lease = None
         if lease is None:
@@ -88,6 +89,8 @@ class Keeper:
 
     def release(self, key: str) -> dict[str, Any]:
         """{"lost": whether somebody had taken it over meanwhile}."""
+        if key not in self.leases:  # held by another keeper of our parent, which was killed
+            return {"lost": True}
         number, lease = self.leases.pop(key)
         lost = lease.compromise is not None or max(self._numbers(key), default=0) != number
         if not lost:

@@ -51,8 +51,23 @@ class Leases:
 
     def release(self, key: str) -> bool:
         """Gives a lease back; whether it was still ours."""
+        self.tend()
+        if key not in self._held:
+            return False
+        lost = self._ask("release", key)["lost"]
         self._held.discard(key)
-        return not self._ask("release", key)["lost"]
+        return not lost
+
+    def tend(self) -> None:
+        """Where the process that keeps the leases was killed, starts another, which takes them again: until then nobody
+        keeps them alive. What somebody else has taken meanwhile is lost."""
+        if self._process is None or self._process.poll() is None:
+            return
+        self._drop()
+        for key in sorted(self._held):
+            answer = self._answer("acquire", key)
+            if answer is None or not answer.get("mine"):
+                self._held.discard(key)
 
     def close(self) -> None:
         """Gives all back."""
@@ -61,7 +76,8 @@ class Leases:
         for key in sorted(self._held):
             self.release(key)
         process, self._process = self._process, None
-        process.communicate()
+        if process is not None:
+            process.communicate()
 
     def __enter__(self) -> "Leases":
         return self
@@ -70,6 +86,19 @@ class Leases:
         self.close()
 
     def _ask(self, do: str, key: str) -> Any:
+        self.tend()
+        answer = self._answer(do, key)
+        if answer is None:  # killed just now
+            self.tend()
+            answer = self._answer(do, key)
+        if answer is None:
+            raise RuntimeError("the process that keeps leases ends as it starts")
+        if "error" in answer:
+            raise InputError(f"{answer['file'] or key}: no lease ({answer['error']}); choose another --store")
+        return answer
+
+    def _answer(self, do: str, key: str) -> dict[str, Any] | None:
+        """None where the process that keeps the leases has ended."""
         if self._process is None:
             # A session of its own: an interrupt from the terminal is not for it.
             self._process = subprocess.Popen(
@@ -84,10 +113,16 @@ class Leases:
             self._process.stdin.flush()
         while answer["to"] != self._asked:  # an interrupt may have left an answer unread
             line = self._process.stdout.readline()
-            if not line:
-                code, self._process = self._process.wait(), None
-                raise RuntimeError(f"the process that keeps leases ended with exit code {code}")
+            if not line.endswith("\n"):
+                self._process.wait()
+                return None
             answer = json.loads(line)
-        if "error" in answer:
-            raise InputError(f"{answer['file'] or key}: no lease ({answer['error']}); choose another --store")
         return answer
+
+    def _drop(self) -> None:
+        """Forgets a process that has ended."""
+        process, self._process = self._process, None
+        for pipe in (process.stdin, process.stdout) if process is not None else ():
+            with contextlib.suppress(BrokenPipeError):  # what it was asked last
+                if pipe is not None:
+                    pipe.close()

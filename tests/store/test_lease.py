@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.errors import InputError
+from fastprune.store.keeper import Keeper
 from fastprune.store.lease import Holder, Leases
 
 HOLD = """
@@ -179,6 +180,56 @@ def test_an_answer_that_an_interrupt_left_unread_is_not_taken_for_another(tmp_pa
         leases._process.stdin.write('{"do": "acquire", "key": "b", "number": 77}\n')
         assert leases.acquire("a" * 32) == (True, None)
         assert leases.release("a") is True
+
+
+def kill_keeper(leases) -> None:
+    os.kill(leases._process.pid, signal.SIGKILL)
+    leases._process.wait()
+
+
+def test_a_keeper_that_is_killed_is_replaced(tmp_path):
+    with Leases(tmp_path) as leases, Leases(tmp_path) as other:
+        leases.acquire("node")
+        kill_keeper(leases)
+        leases.tend()
+        assert other.acquire("node")[0] is False
+        kill_keeper(leases)
+        assert leases.acquire("another") == (True, None)
+        assert leases.release("node") is True
+        assert other.acquire("node") == (True, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_took_while_no_keeper_lived_is_lost(tmp_path):
+    with Leases(tmp_path) as leases, Leases(tmp_path) as other:
+        leases.acquire("node")
+        kill_keeper(leases)
+        assert take(other, 30.0)[0].pid == os.getpid()
+        assert leases.release("node") is False
+        assert other.release("node") is True
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_keeper_that_cannot_start_is_not_started_for_ever(tmp_path):
+    with Leases(tmp_path) as leases:
+        leases._command = ["false"]
+        with pytest.raises(RuntimeError, match="ends as it starts"):
+            leases.acquire("node")
+
+
+def test_a_lock_that_a_takeover_clears_away_as_it_is_made_is_none(tmp_path):
+    """Its maker had looked before the takeover; whoever took over has cleared up, and is through, by the time it looks
+    again."""
+    keeper = Keeper(tmp_path, 45.0, os.getpid())
+    made = keeper._acquired
+
+    def make_and_lose(key, number):
+        lease = made(key, number)
+        keeper._lock(key, number).unlink()
+        return lease
+
+    keeper._acquired = make_and_lose
+    assert keeper.acquire("node") == {"mine": False, "holder": None}
 
 
 def test_a_folder_that_takes_no_files_is_named(tmp_path):
