@@ -8,9 +8,10 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.resource_tracker import ensure_running
 from typing import Any, Protocol
 
 from fastprune.errors import InputError
@@ -26,6 +27,7 @@ REPORT_SECONDS = 0.2
 """Between two reports of a worker's progress."""
 STARTS_LIMIT = 5
 """So many workers in a row died before they said anything: something is wrong with all of them."""
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 _STORE_IS_UNUSABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
 
@@ -113,12 +115,8 @@ class Processes:
         self.processes[i] = self.context.Process(
             target=_worker_main, args=(theirs, self.configs[i], self.graph), daemon=False
         )
-        # An interrupt is the parent's to handle: the child inherits that it ignores it, from its first moment.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        with _interrupts_wait():
             self.processes[i].start()
-        finally:
-            signal.signal(signal.SIGINT, handler)
         theirs.close()
         self.pipes[i : i + 1] = [mine]
         self.busy[i] = False
@@ -160,18 +158,40 @@ class Processes:
         hear(i, "lost", f"exit code {code}")
 
     def close(self) -> None:
-        for process in self.processes:
-            if process is not None:
-                process.terminate()
-        for process in self.processes:
-            if process is not None:
-                process.join(10)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+        started = [process for process in self.processes if process is not None and process.pid is not None]
+        for process in started:
+            process.terminate()
+        for process in started:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """A child is started whole or not at all, and a terminal's interrupt is not for it: it inherits the mask. What
+    comes meanwhile comes afterwards."""
+    if threading.current_thread() is not threading.main_thread():  # that of interrupts is another
+        yield
+        return
+    came: list[int] = []
+    ensure_running()  # on its start it would unmask the interrupt
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # Any other thread may take the signal.
+    handlers = {number: signal.signal(number, lambda n, _: came.append(n)) for number in _INTERRUPTS}
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def _worker_main(pipe: Connection, config: WorkConfig, graph: Graph) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = Worker(config)
     while True:

@@ -1,13 +1,18 @@
 """The scheduler, with workers that die, runs that fail, and a data set of tensors in place of images."""
 
+import errno
+import os
 import shutil
+import signal
 import threading
 import time
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
 
 import pytest
 
 from fastprune import schedule, work
+from fastprune.crew import Processes
 from fastprune.errors import InputError
 from fastprune.execute import execute
 from fastprune.figures import a2
@@ -241,3 +246,61 @@ def test_a_node_that_another_process_computes_is_waited_for(config, monkeypatch)
         assert time.monotonic() - began > 1.0
         assert third.acquire(run.key) == (True, None)
     assert view.notes == []
+
+
+def test_a_killed_keeper_of_the_leases_disturbs_no_run(config, monkeypatch):
+    graph = Graph.of(find_runs(chains(), 0.2))
+    made = []
+    original = Leases.__init__
+    monkeypatch.setattr(Leases, "__init__", lambda self, *args: made.append(self) or original(self, *args))
+    view = Silent()
+
+    def kill(worker, node, epoch, images):
+        if epoch == 2 and images and made[0]._process.poll() is None:
+            made[0]._process.kill()
+            made[0]._process.wait()
+
+    monkeypatch.setattr(view, "progress", kill)
+    assert len(execute(graph, config, view).done) == 3
+    assert view.notes == []
+    assert list((config.store / "leases").iterdir()) == []
+
+
+@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_a_worker_starts_comes_when_it_has_started(config, monkeypatch, which):
+    """Neither lost, nor in the middle of what could then not be ended."""
+
+    def start(process):
+        os.kill(os.getpid(), which)
+        original(process)
+        started.append(process)
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    original, started = SpawnProcess.start, []
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    before = signal.signal(which, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Processes(Graph.of(find_runs(chains(), 0.2)), config, ["cpu"], 2)
+        assert signal.getsignal(which) is interrupt
+    finally:
+        signal.signal(which, before)
+    assert len(started) == 1
+    assert started[0].exitcode == -signal.SIGTERM
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_worker_that_cannot_be_started_leaves_none_behind(config, monkeypatch):
+    def start(process):
+        if started:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        original(process)
+        started.append(process)
+
+    original, started = SpawnProcess.start, []
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    with pytest.raises(OSError, match="Cannot allocate"):
+        Processes(Graph.of(find_runs(chains(), 0.2)), config, ["cpu"], 2)
+    assert started[0].exitcode == -signal.SIGTERM
