@@ -44,6 +44,8 @@ def one_line(capsys) -> str:
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk_is_one_line_and_what_is_there_stays(small_figure, tmp_path, disk, capsys, workers, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
+    for variable in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR"):  # how much of the disk these take is another matter
+        monkeypatch.setenv(variable, str(tmp_path / "caches"))
     folder, remount = disk
     where = ["--out", str(tmp_path / "out"), "--store", str(folder / "store"), "--workers", workers]
     assert main([*FIGURE, *where, "--checkpoint-seconds", "0"]) == 2
