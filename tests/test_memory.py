@@ -62,7 +62,8 @@ def test_what_a_process_holds(tmp_path):
     thread = threading.Thread(target=wait.wait)
     thread.start()
     with open(os.devnull):
-        memory_held = mmap.mmap(-1, 64 * MIB)  # an allocation may find room in what the process has already
+        # Fresh pages: an allocation may find room in what the process has already.
+        memory_held = mmap.mmap(-1, 64 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory_held.write(b"x" * len(memory_held))
         after = sample()
     wait.set()
