@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import fastprune
 from fastprune.crew import STARTS_LIMIT, Hear, compute
@@ -116,7 +117,10 @@ class RayCrew:
         variables["PYTHONPATH"] = os.pathsep.join(
             [str(Path(fastprune.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
-        self.reports: Any = ray.remote(num_cpus=0)(_Reports).remote()
+        # Here, where this machine's end is the run's; begun again, it lacks a few seconds of what workers said.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        reports: Any = ray.remote(num_cpus=0)(_Reports)
+        self.reports = reports.options(max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
         self.actor = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": variables})(_Remote)
         self.actors: list[Any] = [None] * self.count
         self.places: list[str | None] = [None] * self.count

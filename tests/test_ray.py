@@ -14,13 +14,13 @@ from tests.small_figure import NODES, TINY, TRAININGS, command, folders, product
 pytest.importorskip("ray", reason="Ray is not installed")
 
 
-def workers(parent: int) -> dict[int, str]:
-    """By process id, what Ray's workers below `parent` say they are doing."""
+def actors(parent: int, name: str) -> dict[int, str]:
+    """By process id, what Ray's actors of this name below `parent` say they are doing."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-            if title.startswith("ray::_Remote") and str(parent) in _ancestors(int(folder.name)):
+            if title.startswith(f"ray::{name}") and str(parent) in _ancestors(int(folder.name)):
                 found[int(folder.name)] = title
         except OSError:
             continue
@@ -38,15 +38,18 @@ def _ancestors(pid: int) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_cluster_gives_the_same_figure_though_a_worker_is_killed(small_figure, tmp_path):
+def test_a_cluster_gives_the_same_figure_though_processes_of_it_are_killed(small_figure, tmp_path):
     arguments = command(tmp_path, "--executor", "ray", "--ray-address", "local", "--workers", "3")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while len(published(tmp_path / "store")) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    while not (busy := [pid for pid, title in workers(process.pid).items() if "compute" in title]):
+    while not (busy := [pid for pid, title in actors(process.pid, "_Remote").items() if "compute" in title]):
         time.sleep(0.01)
-    os.kill(busy[0], signal.SIGKILL)
+    reports = list(actors(process.pid, "_Reports"))
+    assert len(reports) == 1
+    for pid in (busy[0], *reports):
+        os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     assert "on Ray, up to 3 runs at once" in out
