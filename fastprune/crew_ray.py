@@ -1,10 +1,13 @@
 """Workers on a Ray cluster: one actor a run, warm over many, with a share of a GPU or a CPU core."""
 
+import contextlib
 import logging
 import math
 import os
 import secrets
+import signal
 import socket
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -96,41 +99,44 @@ class RayCrew:
     is 0 or None and the cluster has no GPU. Those that there is no room for join when there is.
 
     address: as ray.init takes it; None joins the cluster that this machine belongs to, or starts one here.
-    InputError where no cluster can be reached, or it has no room for a single worker.
+    InputError where no cluster can be reached, or it has no room for a single worker. room: how many it had room for.
     """
 
     def __init__(
         self, graph: Graph, config: WorkConfig, *, address: str | None, workers: int | None, gpus: float | None
     ) -> None:
         self.graph = graph
-        _connect(address)
-        gpus, room = _room(gpus)
-        if workers is None and room == 0:
-            ray.shutdown()
-            raise InputError(f"the Ray cluster has no room for a worker with {gpus:g} GPUs: see --gpus-per-run")
-        self.count = max(1, min(workers or room, len(graph.nodes)))
-        token = f"{secrets.token_hex(8)}.seen"
-        self.token = RunStore(config.store).root / "tmp" / token
-        self.token.touch()
-        self.shared = [ray.put(graph), ray.put(config), token, fastprune.__version__]
-        variables = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
-        variables["PYTHONPATH"] = os.pathsep.join(
-            [str(Path(fastprune.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        # Here, where this machine's end is the run's; begun again, it lacks a few seconds of what workers said.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        reports: Any = ray.remote(num_cpus=0)(_Reports)
-        self.reports = reports.options(max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
-        self.actor = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": variables})(_Remote)
-        self.actors: list[Any] = [None] * self.count
-        self.places: list[str | None] = [None] * self.count
-        self.keys: list[str | None] = [None] * self.count
-        self.images = [0] * self.count
-        self.waits: dict[Any, int | None] = {}
-        self.died_unused = 0
-        self.asked = 0.0
-        for worker in range(self.count):
-            self._start(worker)
+        with contextlib.ExitStack() as undo:
+            undo.callback(ray.shutdown)
+            _connect(address)
+            gpus, self.room = _room(gpus)
+            if workers is None and self.room == 0:
+                raise InputError(f"the Ray cluster has no room for a worker with {gpus:g} GPUs: see --gpus-per-run")
+            self.count = max(1, min(workers or self.room, len(graph.nodes)))
+            token = f"{secrets.token_hex(8)}.seen"
+            self.token = RunStore(config.store).root / "tmp" / token
+            undo.callback(self.token.unlink, missing_ok=True)
+            self.token.touch()
+            self.shared = [ray.put(graph), ray.put(config), token, fastprune.__version__]
+            variables = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
+            variables["PYTHONPATH"] = os.pathsep.join(
+                [str(Path(fastprune.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+            )
+            # Here, where this machine's end is the run's; begun again, it lacks a few seconds of what workers said.
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+            reports: Any = ray.remote(num_cpus=0)(_Reports)
+            self.reports = reports.options(max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
+            self.actor = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": variables})(_Remote)
+            self.actors: list[Any] = [None] * self.count
+            self.places: list[str | None] = [None] * self.count
+            self.keys: list[str | None] = [None] * self.count
+            self.images = [0] * self.count
+            self.waits: dict[Any, int | None] = {}
+            self.died_unused = 0
+            self.asked = 0.0
+            for worker in range(self.count):
+                self._start(worker)
+            undo.pop_all()
 
     def _start(self, worker: int) -> None:
         self.places[worker] = self.keys[worker] = None
@@ -202,7 +208,9 @@ class RayCrew:
 
 
 def _connect(address: str | None) -> None:
-    """Ray itself would try for minutes where nobody listens."""
+    """Ray itself would try for minutes where nobody listens; and it takes SIGTERM for a crash."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
         if port.isdecimal():
@@ -210,6 +218,9 @@ def _connect(address: str | None) -> None:
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:  # a ConnectionError is an OSError
         raise InputError(f"--ray-address {address}: no Ray cluster there ({_first_line(error)})") from error
+    finally:
+        if main and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _room(gpus: float | None) -> tuple[float, int]:

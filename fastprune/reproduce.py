@@ -213,7 +213,8 @@ def _ray_crew(request: Request, graph: Graph, config: "WorkConfig") -> "RayCrew"
     from fastprune.crew_ray import RayCrew
 
     crew = RayCrew(graph, config, address=request.ray_address, workers=request.workers, gpus=request.gpus)
-    print(f"  on Ray, up to {crew.count} runs at once", flush=True)
+    fewer = f", {crew.room} for now: the cluster has no room for more" if crew.room < crew.count else ""
+    print(f"  on Ray, up to {crew.count} runs at once{fewer}", flush=True)
     return crew
 
 

@@ -91,3 +91,23 @@ def test_a_cluster_that_is_not_there_or_has_no_room_is_one_line(tmp_path, flags)
     assert len([line for line in done.stderr.splitlines() if line.startswith("reproduce.py:")]) == 1
     assert "Traceback" not in done.stderr
     assert flags[-1] in done.stderr or "--gpus-per-run" in done.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupt_from_a_scheduler_is_no_crash(tmp_path):
+    """Nor is it silent that there is no room for a worker: it may come."""
+    arguments = command(
+        tmp_path, "--executor", "ray", "--ray-address", "local", "--workers", "2", "--gpus-per-run", "1"
+    )
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    said = []
+    while "on Ray" not in "".join(said):
+        said.append(process.stdout.readline())
+        assert said[-1], process.communicate()
+    assert "up to 2 runs at once, 0 for now" in said[-1]
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert "SIGTERM" not in err
+    assert err.splitlines()[-1] == "interrupted: the same command continues"
+    assert [p for name in ("tmp", "leases") for p in (tmp_path / "store" / name).iterdir()] == []
