@@ -200,10 +200,13 @@ class RayCrew:
             hear(worker, "lost", reason)
 
     def close(self) -> None:
+        """May be called again."""
+        self.token.unlink(missing_ok=True)
+        if not ray.is_initialized():
+            return
         for actor in [*self.actors, self.reports]:
             if actor is not None:
                 ray.kill(actor)
-        self.token.unlink(missing_ok=True)
         ray.shutdown()
 
 

@@ -4,6 +4,7 @@ import os
 import sys
 import tempfile
 import time
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -203,8 +204,12 @@ def _execute(
         checkpoint_epochs=request.checkpoint_epochs,
     )
     crew = _ray_crew(request, graph, config) if request.ray and todo else None
-    with Bars(graph, todo, min(workers if crew is None else crew.count, len(todo))) as bars:
-        return execute(graph, config, bars, workers=workers, devices=devices, crew=crew)
+    with nullcontext() if crew is None else closing(crew):  # whatever comes before it is at work
+        if crew is not None:
+            fewer = f", {crew.room} for now: the cluster has no room for more" if crew.room < crew.count else ""
+            print(f"  on Ray, up to {crew.count} runs at once{fewer}", flush=True)
+        with Bars(graph, todo, min(workers if crew is None else crew.count, len(todo))) as bars:
+            return execute(graph, config, bars, workers=workers, devices=devices, crew=crew)
 
 
 def _ray_crew(request: Request, graph: Graph, config: "WorkConfig") -> "RayCrew":
@@ -212,10 +217,7 @@ def _ray_crew(request: Request, graph: Graph, config: "WorkConfig") -> "RayCrew"
         raise InputError("--executor ray needs Ray, which is not installed: pip install 'fastprune[ray]'")
     from fastprune.crew_ray import RayCrew
 
-    crew = RayCrew(graph, config, address=request.ray_address, workers=request.workers, gpus=request.gpus)
-    fewer = f", {crew.room} for now: the cluster has no room for more" if crew.room < crew.count else ""
-    print(f"  on Ray, up to {crew.count} runs at once{fewer}", flush=True)
-    return crew
+    return RayCrew(graph, config, address=request.ray_address, workers=request.workers, gpus=request.gpus)
 
 
 def _check_writable(out: Path) -> None:
