@@ -35,13 +35,14 @@ class Keeper:
 
     def acquire(self, key: str) -> dict[str, Any]:
         """{"mine": bool, "holder": who has it, or had it and is gone}."""
-        number = max(self._numbers(key), default=1)
+        before = self._numbers(key)
+        number = max(before, default=1)
         lease = self._acquired(key, number)
         if lease is None and self._untouched(key, number):
             number += 1
             lease = self._acquired(key, number)
-        # A list of files may be old; creating one renews it.
-        if lease is not None and max(self._numbers(key), default=0) != number:
+        # A list of files may be old; creating one renews it. What is new in it is somebody's who was quicker.
+        if lease is not None and (max(now := self._numbers(key), default=0) != number or now - before - {number}):
             lease.release()
             lease = None
         if lease is None:

@@ -232,6 +232,22 @@ def test_a_lock_that_a_takeover_clears_away_as_it_is_made_is_none(tmp_path):
     assert keeper.acquire("node") == {"mine": False, "holder": None}
 
 
+def test_a_number_that_was_given_back_meanwhile_is_not_taken_beside_a_new_holders(tmp_path):
+    """Looked at while somebody held number 2 after a takeover; who came next began with 1 again."""
+    slow, quick = Keeper(tmp_path, 45.0, 1), Keeper(tmp_path, 45.0, 2)
+    held = slow._acquired("node", 2)
+    made = slow._acquired
+
+    def make_late(key, number):
+        held.release()
+        assert quick.acquire(key)["mine"] is True
+        return made(key, number)
+
+    slow._acquired = make_late
+    assert slow.acquire("node")["mine"] is False
+    assert quick.release("node") == {"lost": False}
+
+
 def test_a_folder_that_takes_no_files_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with Leases(tmp_path / "file") as leases, pytest.raises(InputError, match="file") as error:
