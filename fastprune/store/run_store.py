@@ -278,7 +278,8 @@ def gain(folder: Path, sums: dict[str, str], files: dict[str, Callable[[Path], A
     for name, write in missing.items():
         write_atomically(folder / name, write)
     if missing:
-        write_sums(folder, sums | {name: digest(folder / name) for name in missing})
+        # Read again: whoever was taken for dead may have added something meanwhile.
+        write_sums(folder, read_sums(folder) | {name: digest(folder / name) for name in missing})
     return sorted(missing)
 
 

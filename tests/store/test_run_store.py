@@ -11,10 +11,12 @@ import pytest
 from fastprune.errors import InputError
 from fastprune.figures import a2
 from fastprune.figures.plan import Chains
+from fastprune.files import read_sums, write_sums
 from fastprune.graph import Graph
 from fastprune.settings import preset
 from fastprune.specs import DataSpec, StateRef
 from fastprune.store import Products, RunStore, write_csv
+from fastprune.store.run_store import gain
 from tests.made_up import find_runs, masks
 
 DATA = DataSpec("tiny-imagenet", "f" * 64, 200, None, None, 100_000, 10_000)
@@ -219,3 +221,12 @@ def test_csv_floats_read_back_exactly(tmp_path):
 def test_store_json_is_plain(tmp_path):
     RunStore(tmp_path)
     assert json.loads((tmp_path / "store.json").read_text()) == {"format": 2}
+
+
+def test_of_two_that_add_to_a_node_neither_undoes_the_other(tmp_path):
+    """One was taken for dead, and goes on."""
+    write_sums(tmp_path, {})
+    seen = read_sums(tmp_path)
+    for name in ("a", "b"):
+        gain(tmp_path, seen, {name: lambda p: p.write_text("added")})
+    assert set(read_sums(tmp_path)) == {"a", "b"}
