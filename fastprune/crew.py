@@ -145,6 +145,9 @@ class Processes:
             self.died_unused = 0
             if kind != "progress":
                 self.busy[i] = False
+            if kind == "failed":  # what broke may stay broken: a CUDA context does
+                self.processes[i].kill()
+                self._renew(i)
             hear(i, kind, value)
 
     def _replace(self, i: int, hear: Hear) -> None:
@@ -153,9 +156,13 @@ class Processes:
         self.died_unused += 1
         if self.died_unused >= STARTS_LIMIT:
             raise InputError(f"workers die as they start (exit code {code}): --workers 1 shows why")
+        self._renew(i)
+        hear(i, "lost", f"exit code {code}")
+
+    def _renew(self, i: int) -> None:
+        self.processes[i].join()
         self.pipes[i].close()
         self._start(i)
-        hear(i, "lost", f"exit code {code}")
 
     def close(self) -> None:
         started = [process for process in self.processes if process is not None and process.pid is not None]

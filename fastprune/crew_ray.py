@@ -181,6 +181,9 @@ class RayCrew:
                 self.died_unused = 0
                 self._count(worker, self.keys[worker], 0, images, hear)
                 self.keys[worker] = None
+                if kind == "failed":  # what broke may stay broken: a CUDA context does
+                    ray.kill(self.actors[worker])
+                    self._start(worker)
                 hear(worker, kind, value)
 
     def _count(self, worker: int, key: str | None, epoch: int, images: int, hear: Hear) -> None:

@@ -217,6 +217,27 @@ def test_what_another_process_published_is_not_counted_as_done_here(config, monk
     assert (outcome.done, outcome.found, outcome.epochs) == ([], [run.key], {})
 
 
+@pytest.mark.slow
+def test_a_worker_whose_node_failed_is_another_afterwards(config):
+    """Whatever broke in its process may stay broken: a CUDA context does."""
+    RunStore(config.store)
+    good = masks(chains(), None)[0]
+    bad = replace(good, allocation="by moonlight")
+    crew = Processes(Graph.of([bad, good]), config, ["cpu"], 1)
+    heard: list[tuple[str, object]] = []
+    try:
+        for node in (bad, good):
+            place = crew.place(0)
+            crew.give(0, node)
+            while not heard or heard[-1][0] == "progress":
+                crew.listen(lambda worker, kind, value: heard.append((kind, value)))
+            kind, value = heard.pop()
+            assert crew.free() == [0]
+            assert (kind, crew.place(0) != place) == ("failed" if node is bad else "done", node is bad), value
+    finally:
+        crew.close()
+
+
 def test_an_unknown_allocation_is_no_global_mask(config):
     prune = replace(masks(chains(), None)[0], allocation="by moonlight")
     outcome = execute(Graph.of([prune]), config, Silent())

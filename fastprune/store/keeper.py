@@ -50,7 +50,10 @@ class Keeper:
         was = self._holder(key)
         for dead in self._numbers(key) - {number}:
             self._lock(key, dead).unlink(missing_ok=True)
-        self._holder_file(key).write_text(json.dumps({**self.me, "since": time.time()}) + "\n")
+        # Renamed over that of another user, which could not be written to.
+        aside = self.folder / f".{key}.{os.getpid()}.{self.me['host']}"
+        aside.write_text(json.dumps({**self.me, "since": time.time()}) + "\n")
+        os.replace(aside, self._holder_file(key))
         self.seen.pop(key, None)
         self.leases[key] = number, lease
         return {"mine": True, "holder": was}
