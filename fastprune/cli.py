@@ -1,33 +1,25 @@
 """`scripts/reproduce.py`: from the command line to a figure. Imports nothing heavy before it must."""
 
 import argparse
-import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
+from fastprune.command import DONE, Parser, run_command
 from fastprune.errors import InputError
 from fastprune.figures import EXTRA, FIGURES, PAPER, load
 from fastprune.loaders.choice import LOADERS
 from fastprune.planning import plan
-from fastprune.reproduce import BAD_INPUT, DONE, INTERRUPTED, redraw, run
+from fastprune.reproduce import redraw, run
 from fastprune.request import FigureRequest, Request
 from fastprune.settings import PRESETS, REWINDS, Settings, preset
 from fastprune.specs import ALLOCATIONS, DECAYS, PRECISIONS
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
 def parser() -> argparse.ArgumentParser:
-    p = _Parser(
+    p = Parser(
         allow_abbrev=False,
         prog="reproduce.py",
         description="Reproduce a figure of the paper on learning rates for global magnitude pruning.",
@@ -142,29 +134,14 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 a run failed, 2 bad usage or input, 130 interrupted."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # what schedulers send before they kill
-    try:
-        arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def work() -> int:
         return _main(parser().parse_args(arguments), shlex.join(["reproduce.py", *arguments]))
-    except InputError as error:
-        print("reproduce.py:", *str(error).split("\n"), file=sys.stderr)
-        return BAD_INPUT
-    except BrokenPipeError:  # the reader of a plan has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except OSError as error:
-        print(f"reproduce.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted: the same command continues", file=sys.stderr)
-        return INTERRUPTED
+
+    return run_command("reproduce.py", work, "the same command continues")
 
 
 def _main(args: argparse.Namespace, command: str) -> int:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastprune.command import DONE, FAILED
 from fastprune.errors import InputError
 from fastprune.figures import load
 from fastprune.figures.axes import Drawing
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from fastprune.crew_ray import RayCrew
     from fastprune.execute import Outcome
     from fastprune.work import Images, WorkConfig
-
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True)

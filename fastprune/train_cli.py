@@ -5,20 +5,16 @@ Imports nothing heavy before it must. A flag of the reference that is not suppor
 
 import argparse
 import math
-import os
-import signal
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from fastprune.command import DONE, FAILED, Parser, run_command
 from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS
 from fastprune.specs import OptimizerSpec, ScheduleSpec
 from fastprune.train_request import TrainRequest
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 SCHEDULERS = {"steplr": "multistep", "cosineannealinglr": "cosine", "exponentiallr": "exponential"}
 OPTIMIZERS = ("sgd", "sgd_nesterov")
 
@@ -49,13 +45,8 @@ UNSUPPORTED: dict[str, tuple[Any, Callable[[str], Any], str]] = {
 """Flag: the reference's default, its type, and why another value cannot be had."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
 def parser() -> argparse.ArgumentParser:
-    p = _Parser(
+    p = Parser(
         allow_abbrev=False,
         prog="train.py",
         description="Train a torchvision model, dense or under a pruning mask, with the flags of torchvision's "
@@ -214,26 +205,14 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
         raise InputError("; ".join(refused))
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 1 diverged or out of memory, 2 bad usage or input, 130
     interrupted."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)  # what schedulers send before they kill
-    try:
+
+    def work() -> int:
         request = request_of(parser().parse_args(argv))
         from fastprune.classify import run
 
         return DONE if run(request) else FAILED
-    except (InputError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return DONE
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt as stop:
-        print(f"train.py: interrupted{''.join(f': {how}' for how in stop.args)}", file=sys.stderr)
-        return INTERRUPTED
+
+    return run_command("train.py", work)

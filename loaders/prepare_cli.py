@@ -1,18 +1,16 @@
 """`scripts/prepare_data.py`: from the command line to a prepared folder."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from fastprune.command import DONE, Parser, run_command
 from fastprune.errors import InputError
 from fastprune.loaders import miniplaces
 from fastprune.loaders.choice import ffcv_is_there
 from fastprune.loaders.layout import FOLDER_NAME, recognised
 from fastprune.loaders.manifest import FILE_NAME, Manifest
 
-DONE, BAD_INPUT, INTERRUPTED = 0, 2, 130
 DATASETS = {"tiny-imagenet": FOLDER_NAME, "miniplaces": miniplaces.NAME}
 _BY_HAND = (
     "--download fetches Tiny ImageNet only. MiniPlaces: unpack http://miniplaces.csail.mit.edu/data/data.tar.gz, put "
@@ -21,13 +19,8 @@ _BY_HAND = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
-
-
 def parser() -> argparse.ArgumentParser:
-    p = _Parser(
+    p = Parser(
         prog="prepare_data.py",
         description="Turn an image folder into train.beton, val.beton and a manifest. A second call does nothing.",
     )
@@ -56,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 done, 2 bad usage or input, 130 interrupted."""
-    try:
+
+    def work() -> int:
         args = parser().parse_args(argv)
         if args.workers is not None and args.workers < 1:
             raise InputError(f"--workers is {args.workers}, expected 1 or more")
@@ -66,14 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("--source is missing: name the image folder, or give --download to fetch it")
         existed = (args.out / FILE_NAME).exists()
         manifest = _run(args)
-    except InputError as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted: nothing was published, the same command starts again", file=sys.stderr)
-        return INTERRUPTED
-    print(("already there: " if existed else "") + _summary(manifest, args.out))
-    return DONE
+        print(("already there: " if existed else "") + _summary(manifest, args.out))
+        return DONE
+
+    return run_command("prepare_data.py", work, "nothing was published, the same command starts again")
 
 
 def _run(args: argparse.Namespace) -> Manifest:

@@ -17,8 +17,10 @@ ALLOWED = {
     "kernels": {"torch", "triton", "numpy", "numba"},
     "loaders": {
         "torch", "torchvision", "numpy", "numba", "PIL", "tqdm", "ffcv", "fastprune.kernels", "fastprune.errors",
+        "fastprune.command",
     },
     "fastprune/errors.py": set(),
+    "fastprune/command.py": {"fastprune.errors"},
     "fastprune/specs.py": {"fastprune.errors"},
     "fastprune/settings.py": {"fastprune.errors", "fastprune.specs"},
     "fastprune/files.py": set(),
@@ -49,9 +51,9 @@ ALLOWED = {
         "tqdm", "fastprune.files", "fastprune.specs", "fastprune.store",
     },
     "fastprune/store/read.py": {"fastprune.errors", "fastprune.store"},
-    "fastprune/store/list.py": {"fastprune.specs", "fastprune.store.read"},
+    "fastprune/store/list.py": {"fastprune.command", "fastprune.specs", "fastprune.store.read"},
     "fastprune/store/show.py": {
-        "fastprune.errors", "fastprune.files", "fastprune.store.list", "fastprune.store.read",
+        "fastprune.command", "fastprune.errors", "fastprune.files", "fastprune.store.list", "fastprune.store.read",
     },
     "fastprune/store/needs.py": {
         "fastprune.errors", "fastprune.files", "fastprune.graph", "fastprune.specs", "fastprune.store",
@@ -67,8 +69,9 @@ ALLOWED = {
     },
     "fastprune/store/archive.py": {"fastprune.errors", "fastprune.store.check", "fastprune.store.needs"},
     "fastprune/store/cli.py": {
-        "fastprune.errors", "fastprune.files", "fastprune.store", "fastprune.store.check", "fastprune.store.gc",
-        "fastprune.store.list", "fastprune.store.read", "fastprune.store.show", "fastprune.store.transfer",
+        "fastprune.command", "fastprune.errors", "fastprune.files", "fastprune.store", "fastprune.store.check",
+        "fastprune.store.gc", "fastprune.store.list", "fastprune.store.read", "fastprune.store.show",
+        "fastprune.store.transfer",
     },
     "fastprune/tensors.py": {"torch", "safetensors", "fastprune.errors", "fastprune.files"},
     "fastprune/masks.py": {"torch", "fastprune.errors", "fastprune.flat", "fastprune.kernels", "fastprune.tensors"},
@@ -78,8 +81,8 @@ ALLOWED = {
     "fastprune/train_request.py": {"fastprune.specs"},
     "fastprune/train_log.py": {"fastprune.specs", "fastprune.step"},
     "fastprune/train_cli.py": {
-        "fastprune.errors", "fastprune.specs", "fastprune.train_request", "fastprune.loaders.choice",
-        "fastprune.classify",
+        "fastprune.command", "fastprune.errors", "fastprune.specs", "fastprune.train_request",
+        "fastprune.loaders.choice", "fastprune.classify",
     },
     "fastprune/train_data.py": {
         "torch", "numpy", "fastprune.errors", "fastprune.loaders", "fastprune.train_request",

@@ -109,5 +109,5 @@ def test_an_interrupt_from_a_scheduler_is_no_crash(tmp_path):
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130, err
     assert "SIGTERM" not in err
-    assert err.splitlines()[-1] == "interrupted: the same command continues"
+    assert err.splitlines()[-1] == "reproduce.py: interrupted: the same command continues"
     assert [p for name in ("tmp", "leases") for p in (tmp_path / "store" / name).iterdir()] == []

@@ -208,7 +208,7 @@ def test_an_interrupt_is_130_and_continues(finished, tmp_path):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert said.splitlines()[-1].startswith("interrupted")
+    assert said.splitlines()[-1].startswith("reproduce.py: interrupted")
     assert "Traceback" not in said
 
 

@@ -2,32 +2,26 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from fastprune.command import DONE, FAILED, Parser, printable, run_command
 from fastprune.errors import InputError
 from fastprune.store import RunStore
-from fastprune.store.read import existing_store, printable
+from fastprune.store.read import existing_store
 
-OK, DAMAGED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
+OK, DAMAGED = DONE, FAILED
 
 
 def parser() -> argparse.ArgumentParser:
-    p = _Parser(
+    p = Parser(
         allow_abbrev=False,
         prog="store.py",
         description="Look after a store of runs.",
         epilog="Exit codes: 0 all is well, 1 something is damaged, differs or was left out, 2 bad usage or input.",
     )
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         c = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
@@ -58,26 +52,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code: 0 all is well, 1 something is damaged, differs or was left out, 2 bad
     usage or input, 130 interrupted."""
-    try:
+
+    def work() -> int:
         args = parser().parse_args(argv)
         if args.command != "import":
             existing_store(args.store)
-        code = _COMMANDS[args.command](args)
-        sys.stdout.flush()
-        return code
-    except InputError as error:
-        print("store.py:", printable(error), file=sys.stderr)
-    except BrokenPipeError:  # the reader of a list has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
-    except OSError as error:
-        print("store.py:", printable(error), file=sys.stderr)
-    except RecursionError:
-        print("store.py: a file is nested too deeply; see verify", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted: what was done is whole", file=sys.stderr)
-        return INTERRUPTED
-    return BAD_INPUT
+        try:
+            return _COMMANDS[args.command](args)
+        except RecursionError:
+            raise InputError("a file is nested too deeply; see verify") from None
+
+    return run_command("store.py", work, "what was done is whole")
 
 
 def _ls(args: argparse.Namespace) -> int:

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fastprune.command import printable
 from fastprune.specs import Init, ModelSpec
-from fastprune.store.read import Damaged, Found, holder_note, is_published, printable, read_all, read_json
+from fastprune.store.read import Damaged, Found, holder_note, is_published, read_all, read_json
 
 _KNOWN = [
     (name, stem, width)

@@ -126,12 +126,6 @@ def rests_on(spec: Any) -> set[str]:
     return keys
 
 
-def printable(text: object) -> str:
-    """On one line, without what would steer a terminal: a store may be from elsewhere."""
-    line = " ".join(str(text).split())
-    return line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line)
-
-
 def lock_file(root: Path, key: str) -> Path | None:
     """What the holder of a node's lease touches; None where nobody has it."""
     found = sorted((root / "leases").glob(f"{key}.*.lock"), key=lambda p: (len(p.name), p.name))

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastprune.command import printable
 from fastprune.errors import InputError
 from fastprune.files import SUMS, digest, read_sums
 from fastprune.store.list import date, size
-from fastprune.store.read import Damaged, Found, is_published, node_folder, node_folders, printable, read_node, rests_on
+from fastprune.store.read import Damaged, Found, is_published, node_folder, node_folders, read_node, rests_on
 
 
 def find(root: Path, prefix: str) -> Path:
