@@ -53,7 +53,7 @@ class _Meter:
     def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None:
         raise RuntimeError("a run ended before the measurement did")
 
-    def failed(self, worker: int, node: Runnable, reason: str) -> None:
+    def failed(self, worker: int, node: Runnable, reason: str, resting: list[Runnable]) -> None:
         raise RuntimeError(reason)
 
     @property

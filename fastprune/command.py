@@ -1,4 +1,4 @@
-"""What the command lines share: one line for what is wrong, exit codes, signals, streams."""
+"""What the command lines share: one line for what is wrong, exit codes, signals, streams, bars."""
 
 import argparse
 import io
@@ -6,10 +6,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastprune.errors import InputError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -25,6 +28,27 @@ def printable(text: object) -> str:
     """On one line, without what would steer a terminal: names of files, stores and archives may be from elsewhere."""
     line = " ".join(str(text).split())
     return line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line)
+
+
+def progress_bar(what: str, total: int, unit: str, items: Iterable[Any] | None = None) -> "tqdm[Any]":
+    """A bar on stderr, over the items if given, for what takes longer than a moment; it goes when it is closed.
+
+    unit: " nodes", or "B" for bytes. Where stderr is no terminal, it shows every ten seconds.
+    """
+    from tqdm import tqdm
+
+    seconds, scaled = (0.3 if sys.stderr.isatty() else 10.0), unit == "B"
+    return tqdm(
+        items,
+        what,
+        total,
+        leave=False,
+        file=sys.stderr,
+        unit=unit,
+        unit_scale=scaled,
+        mininterval=seconds,
+        delay=seconds,
+    )
 
 
 def run_command(name: str, work: Callable[[], int], then: str = "") -> int:

@@ -22,13 +22,14 @@ _SILENT_SECONDS = 600.0
 
 
 class View(Protocol):
-    """What is told of the work as it goes. worker: its number; place: where it runs."""
+    """What is told of the work as it goes. worker: its number; place: where it runs; resting: nodes that a failed one
+    leaves undone."""
 
     def started(self, worker: int, node: Runnable, place: str) -> None: ...
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None: ...
     def note(self, text: str) -> None: ...
     def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None: ...
-    def failed(self, worker: int, node: Runnable, reason: str) -> None: ...
+    def failed(self, worker: int, node: Runnable, reason: str, resting: list[Runnable]) -> None: ...
 
 
 @dataclass
@@ -178,8 +179,9 @@ class _Run:
         log = self.store.log(node, said)
         reason = f"{said.strip().splitlines()[-1]} (log: {log})"
         self.outcome.failed[node.key] = reason
-        self.outcome.not_reached += self.queue.fail(node)
-        self.view.failed(worker, node, reason)
+        resting = self.queue.fail(node)
+        self.outcome.not_reached += len(resting)
+        self.view.failed(worker, node, reason, resting)
 
     def _mention_the_silent(self) -> None:
         for worker, node in self.nodes.items():

@@ -23,7 +23,7 @@ class Bars:
         self.graph = graph
         live = bool(todo) and sys.stderr.isatty()
         self.trainings = sum(isinstance(n, Train) for n in todo)
-        self.trained = self.failures = 0
+        self.trained = self.failures = self.resting = 0
         self.total = tqdm(
             total=Cost.of(todo).images,
             unit=" images",
@@ -60,22 +60,26 @@ class Bars:
             self._say(worker, "")
         if isinstance(node, Train):
             self.trained += 1
-            # A resumed or diverged run needs fewer images than planned.
-            self.total.total = max(
-                self.total.n, self.total.total - Cost.of([node]).images + self.images.get(node.key, 0)
-            )
+            self._expect_no_more_of([node])  # a resumed or diverged run needs fewer images than planned
             self._count()
             if result["diverged"]:
                 self.note(f"diverged: {self.graph.label(node)}, in epoch {result['epochs']}")
 
-    def failed(self, worker: int, node: Runnable, reason: str) -> None:
+    def failed(self, worker: int, node: Runnable, reason: str, resting: list[Runnable]) -> None:
         self._say(worker, "")
         self.failures += 1
+        self.resting += len(resting)
+        self._expect_no_more_of([node, *resting])
         self._count()
         self.note(f"failed: {self.graph.label(node)}: {reason}")
 
+    def _expect_no_more_of(self, nodes: list[Runnable]) -> None:
+        unseen = Cost.of(nodes).images - sum(self.images.get(n.key, 0) for n in nodes)
+        self.total.total = max(self.total.n, self.total.total - unseen)
+
     def _count(self) -> None:
         failures = f", {self.failures} failed" if self.failures else ""
+        failures += f", {self.resting} rest on them" if self.resting else ""
         self.total.set_description(f"{self.trained}/{self.trainings} trainings{failures}", refresh=False)
 
     def note(self, text: str) -> None:

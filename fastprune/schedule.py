@@ -63,13 +63,14 @@ class Queue:
             if not self._waiting[child] and child in self._open:
                 self._push(child)
 
-    def fail(self, node: Runnable) -> int:
-        """Gives up a node and all that rests on it; returns how many others that are."""
-        lost, stack = -1, [node.key]
+    def fail(self, node: Runnable) -> list[Runnable]:
+        """Gives up a node and all that rests on it; returns what rests on it."""
+        self._open.discard(node.key)
+        lost, stack = [], list(self._children.get(node.key, []))
         while stack:
             key = stack.pop()
             if key in self._open:
                 self._open.discard(key)
-                lost += 1
+                lost.append(self.graph.by_key[key])
                 stack.extend(self._children.get(key, []))
-        return max(lost, 0)
+        return lost

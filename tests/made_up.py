@@ -58,7 +58,7 @@ class Silent:
     def finished(self, worker, node, result):
         self.finished_nodes.append(node)
 
-    def failed(self, worker, node, reason):
+    def failed(self, worker, node, reason, resting):
         self.failures.append((node, reason))
 
 

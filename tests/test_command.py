@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from fastprune.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, run_command
+from fastprune.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, progress_bar, run_command
 from fastprune.errors import InputError
 
 
@@ -75,3 +76,19 @@ def test_a_reader_who_has_seen_enough_ends_it_in_peace():
         process.stdout.readline()
         process.stdout.close()
         assert (process.stderr.read(), process.wait(60)) == (b"", 0)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_shows_on_a_terminal_for_what_takes_longer(terminal, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    with progress_bar("verify", 3, " nodes", iter("abc")) as bar:
+        assert [(item, time.sleep(0.15)) for item in bar] == [("a", None), ("b", None), ("c", None)]
+    shown = capsys.readouterr().err
+    assert ("verify: " in shown and "/3 " in shown) if terminal else shown == ""
+
+
+def test_what_is_quick_shows_no_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress_bar("import", 100, "B") as bar:
+        bar.update(100)
+    assert capsys.readouterr().err == ""

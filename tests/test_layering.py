@@ -20,7 +20,7 @@ ALLOWED = {
         "fastprune.command",
     },
     "fastprune/errors.py": set(),
-    "fastprune/command.py": {"fastprune.errors"},
+    "fastprune/command.py": {"tqdm", "fastprune.errors"},
     "fastprune/specs.py": {"fastprune.errors"},
     "fastprune/settings.py": {"fastprune.errors", "fastprune.specs"},
     "fastprune/files.py": set(),
@@ -48,7 +48,7 @@ ALLOWED = {
     "fastprune/flat.py": {"torch", "fastprune.kernels"},
     "fastprune/optim.py": {"torch", "fastprune.flat", "fastprune.kernels", "fastprune.masks"},
     "fastprune/store/check.py": {
-        "tqdm", "fastprune.files", "fastprune.specs", "fastprune.store",
+        "fastprune.command", "fastprune.files", "fastprune.specs", "fastprune.store",
     },
     "fastprune/store/read.py": {"fastprune.errors", "fastprune.store"},
     "fastprune/store/list.py": {"fastprune.command", "fastprune.specs", "fastprune.store.read"},
@@ -64,8 +64,8 @@ ALLOWED = {
         "fastprune.store.read",
     },
     "fastprune/store/transfer.py": {
-        "fastprune.errors", "fastprune.files", "fastprune.store.lease", "fastprune.store", "fastprune.store.archive",
-        "fastprune.store.check", "fastprune.store.needs", "fastprune.store.read",
+        "tqdm", "fastprune.command", "fastprune.errors", "fastprune.files", "fastprune.store.lease", "fastprune.store",
+        "fastprune.store.archive", "fastprune.store.check", "fastprune.store.needs", "fastprune.store.read",
     },
     "fastprune/store/archive.py": {"fastprune.errors", "fastprune.store.check", "fastprune.store.needs"},
     "fastprune/store/cli.py": {

@@ -6,13 +6,13 @@ import os
 import re
 import shutil
 import stat
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastprune.command import progress_bar
 from fastprune.files import SUMS, check_sealed, digest, read_sums
 from fastprune.specs import key_of
 from fastprune.store import RunStore
@@ -56,11 +56,12 @@ def check_store(root: Path) -> Checked:
         found.stray.append(path)
     partials = sorted(p for p in (root / "partial").glob("*") if not p.name.startswith("."))
     suspects = []
-    for folder, (count, damaged) in _bar(_look_at(folders), len(folders)):
-        found.node_count += 1
-        found.file_count += count
-        if damaged:
-            suspects.append(folder)
+    with progress_bar("verify", len(folders), " nodes", _look_at(folders)) as bar:
+        for folder, (count, damaged) in bar:
+            found.node_count += 1
+            found.file_count += count
+            if damaged:
+                suspects.append(folder)
     for folder in suspects:  # again: it may have been gaining a file, or have been taken away
         if folder.exists() and (damaged := _look(folder)[1]):
             found.damaged |= {folder / name: why for name, why in damaged.items()}
@@ -108,13 +109,6 @@ def _look_at(folders: list[Path]) -> Iterator[tuple[Path, tuple[int, dict[str, s
 
 def _look(folder: Path) -> tuple[int, dict[str, str]]:
     return check_node(folder, folder.name)
-
-
-def _bar(results: Iterable[Any], total: int) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    bar: Iterable[Any] = tqdm(results, "verify", total, unit=" nodes", file=sys.stderr, mininterval=0.5, leave=False)
-    return bar
 
 
 def check_node(folder: Path, key: str, known: Mapping[str, str] | None = None) -> tuple[int, dict[str, str]]:

@@ -11,16 +11,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from fastprune.command import progress_bar
 from fastprune.errors import InputError
-from fastprune.files import SUMS, flush, read_sums, sums_text, write_atomically
+from fastprune.files import SUMS, flush, read_sums, sums_text, tree_bytes, write_atomically
 from fastprune.store import FORMAT, RunStore, gain
 from fastprune.store.archive import Content, Member, members
 from fastprune.store.check import check_node, line
 from fastprune.store.lease import Leases
 from fastprune.store.needs import Needs, named, read_needs
 from fastprune.store.read import is_published, node_folder, node_folders
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _OURS = {"node.json", "times.csv", SUMS}
 """Files that differ between machines that compute the same."""
@@ -63,8 +67,9 @@ def export(root: Path, target: Path, figures: list[str], *, states: bool = True)
             _add(archive, "store.json", json.dumps({"format": FORMAT}).encode() + b"\n")
             for record in sorted({n.path for n in needs}):
                 _add(archive, f"figures/{record.name}", record.read_bytes())
-            for folder in present:
-                _add_node(archive, folder, states)
+            with progress_bar("export", len(present), " nodes", present) as bar:
+                for folder in bar:
+                    _add_node(archive, folder, states)
 
     write_atomically(target, write)
     flush(target.resolve().parent)
@@ -124,10 +129,11 @@ def import_from(root: Path, source: Path) -> Imported:
     found = members(source)
     _check_source(source, next(found, None))
     store, imported = RunStore(root), Imported()
+    size = tree_bytes(source / "nodes") if source.is_dir() else source.stat().st_size
     try:
-        with Leases(root / "leases") as leases:
+        with Leases(root / "leases") as leases, progress_bar("import", size, "B") as bar:
             importing = _Import(store, leases, source, imported)
-            for key, files in itertools.groupby(found, lambda m: m.key):
+            for key, files in itertools.groupby(_counted(found, bar), lambda m: m.key):
                 if key is None:
                     importing.records(files)
                 else:
@@ -136,6 +142,12 @@ def import_from(root: Path, source: Path) -> Imported:
         done = len(imported.new) + len(imported.gained)
         raise InputError(f"{error}; {done:,} nodes were imported before it") from error
     return imported
+
+
+def _counted(found: Iterator[Member], bar: "tqdm[Any]") -> Iterator[Member]:
+    for member in found:
+        yield member
+        bar.update(member.size)
 
 
 def _check_source(source: Path, first: Member | None) -> None:
