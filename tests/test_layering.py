@@ -60,8 +60,8 @@ ALLOWED = {
         "fastprune.store.read",
     },
     "fastprune/store/gc.py": {
-        "fastprune.errors", "fastprune.files", "fastprune.store.lease", "fastprune.store", "fastprune.store.needs",
-        "fastprune.store.read",
+        "fastprune.errors", "fastprune.files", "fastprune.store.keeper", "fastprune.store.lease",
+        "fastprune.store", "fastprune.store.needs", "fastprune.store.read",
     },
     "fastprune/store/transfer.py": {
         "tqdm", "fastprune.command", "fastprune.errors", "fastprune.files", "fastprune.store.lease", "fastprune.store",

@@ -17,6 +17,7 @@ from pathlib import Path
 from fastprune.errors import InputError
 from fastprune.files import SUMS, read_sums, tree_bytes, write_sums
 from fastprune.store import RunStore
+from fastprune.store.keeper import boot
 from fastprune.store.lease import SECONDS, Leases
 from fastprune.store.needs import Needs, awaited, named, read_needs
 from fastprune.store.read import KEY, Found, holder_note, is_published, lock_file, node_folder, node_folders, read_node
@@ -141,7 +142,7 @@ class _Collection:
     def _seems_alive(self, key: str) -> bool:
         """Without taking the lease, which would change it."""
         holder = holder_note(self.store.root, key)
-        if holder is not None and holder["host"] == socket.gethostname():
+        if holder is not None and (holder["host"], holder["boot"]) == (socket.gethostname(), boot()):
             try:
                 os.kill(holder["pid"], 0)
             except ProcessLookupError:

@@ -8,7 +8,8 @@ A lease is a file <key>.<n>.lock that its holder creates exclusively and touches
 Of several, the highest n counts. Whoever has seen it untouched for SECONDS, by its own clock, takes over with n + 1.
 That needs neither file locks nor an exchange of names, which network file systems lack, and without which filelock does
 not break a lease there; elsewhere it follows a holder of the same machine that is gone at once. Beside it <key>.holder
-says who has it; found by the next holder, it tells of a takeover. Run by path, so it imports nothing of fastprune.
+says who has it, and in which boot of which machine, as machines may share a name: copies of one image do. Found by the
+next holder, it tells of a takeover. Run by path, so it imports nothing of fastprune.
 """
 
 import json
@@ -24,12 +25,21 @@ from typing import Any
 from filelock import SoftFileLease, Timeout
 
 
+def boot() -> str:
+    """Tells machines apart that have the same name, and a machine from itself before it was started again; "" where the
+    system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
 class Keeper:
     """The leases of the process `pid`, by key."""
 
     def __init__(self, folder: Path, seconds: float, pid: int) -> None:
         self.folder, self.seconds = folder, seconds
-        self.me = {"host": socket.gethostname(), "pid": pid}
+        self.me = {"host": socket.gethostname(), "pid": pid, "boot": boot()}
         self.leases: dict[str, tuple[int, SoftFileLease]] = {}
         self.seen: dict[str, tuple[tuple[int, bytes, int], float]] = {}
 
@@ -37,7 +47,8 @@ class Keeper:
         """{"mine": bool, "holder": who has it, or had it and is gone}."""
         before = self._numbers(key)
         number = max(before, default=1)
-        lease = self._acquired(key, number)
+        # filelock would look for the process of a namesake here, and not find it.
+        lease = None if before and self._namesake(self._holder(key)) else self._acquired(key, number)
         if lease is None and self._untouched(key, number):
             number += 1
             lease = self._acquired(key, number)
@@ -70,6 +81,9 @@ class Keeper:
         except Timeout:
             return None
         return lease
+
+    def _namesake(self, holder: dict[str, Any] | None) -> bool:
+        return holder is not None and holder["host"] == self.me["host"] and holder["boot"] != self.me["boot"]
 
     def _untouched(self, key: str, number: int) -> bool:
         """Whether the lock has been the same, whenever we looked, for as long as a lease lasts."""
@@ -113,7 +127,12 @@ class Keeper:
     def _holder(self, key: str) -> dict[str, Any] | None:
         try:
             found = json.loads(self._holder_file(key).read_text())
-            return {"host": str(found["host"]), "pid": int(found["pid"]), "since": float(found["since"])}
+            return {
+                "host": str(found["host"]),
+                "pid": int(found["pid"]),
+                "since": float(found["since"]),
+                "boot": str(found["boot"]),
+            }
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

@@ -16,11 +16,12 @@ SECONDS = 45.0
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that has, or had, a lease. since: Unix time."""
+    """A process that has, or had, a lease. since: Unix time. boot: see keeper.boot."""
 
     host: str
     pid: int
     since: float
+    boot: str
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"

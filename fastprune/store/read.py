@@ -133,9 +133,11 @@ def lock_file(root: Path, key: str) -> Path | None:
 
 
 def holder_note(root: Path, key: str) -> dict[str, Any] | None:
-    """Who has, or had, the lease of a node: {"host", "pid", "since" (Unix time)}; None where that is not known."""
+    """Who has, or had, the lease of a node: {"host", "boot", "pid", "since" (Unix time)}; None where that is not
+    known."""
     try:
         found = read_json(root / "leases" / f"{key}.holder")
-        return {"host": str(found["host"]), "pid": int(found["pid"]), "since": float(found["since"])}
+        host, boot = str(found["host"]), str(found["boot"])
+        return {"host": host, "boot": boot, "pid": int(found["pid"]), "since": float(found["since"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -65,7 +65,7 @@ def littered(tmp_path) -> RunStore:
     (store.path(TRAIN) / "state-7.safetensors").write_text("never listed")
     store.save_partial(TRAIN, "checkpoint", lambda p: p.write_text("of a published run"))
     old(store.log(TRAIN, "out of memory"))
-    (store.root / "leases" / f"{PRUNE.key}.holder").write_text('{"host": "gone", "pid": 1, "since": 1.0}')
+    (store.root / "leases" / f"{PRUNE.key}.holder").write_text('{"host": "gone", "boot": "b", "pid": 1, "since": 1.0}')
     (store.root / "cache" / "0123456789abcdef").mkdir()
     (store.root / "cache" / "0123456789abcdef" / "x.so").write_text("code")
     store.cache().mkdir()
@@ -133,7 +133,9 @@ def test_a_holder_on_another_machine_is_watched_before_it_is_dead(tmp_path):
     lock = store.root / "leases" / f"{TRAIN.key}.1.lock"
     lock.write_text("4194304\nelsewhere\n0123456789abcdef\n")
     os.utime(lock, (time.time() - 1000,) * 2)
-    (store.root / "leases" / f"{TRAIN.key}.holder").write_text('{"host": "elsewhere", "pid": 1, "since": 1.0}')
+    (store.root / "leases" / f"{TRAIN.key}.holder").write_text(
+        '{"host": "elsewhere", "boot": "b", "pid": 1, "since": 1.0}'
+    )
     removed = collect(store, seconds=1.0)
     assert removed.left == []
     assert temporaries(store.root) == []

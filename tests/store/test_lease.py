@@ -1,5 +1,6 @@
 """Leases: one holder each, whatever dies, and a heartbeat that nothing in the holder stalls."""
 
+import json
 import os
 import select
 import signal
@@ -129,6 +130,28 @@ def without_exchange(folder: Path, seconds: float) -> Leases:
     )
     leases._command[2:2] = ["-c", start]
     return leases
+
+
+def test_a_machine_of_the_same_name_is_not_taken_for_this_one(tmp_path):
+    """Copies of one image. Its process is not found here, where filelock looks for it; its heartbeat is."""
+    process, keeper = hold(tmp_path, 2.0)
+    os.kill(keeper, signal.SIGKILL)
+    process.kill()
+    process.communicate()
+    note = tmp_path / "node.holder"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "boot": "another"}))
+    (lock,) = tmp_path.glob("node.*.lock")
+    with Leases(tmp_path, 2.0) as leases:
+        for _ in range(30):
+            os.utime(lock)
+            mine, holder = leases.acquire("node")
+            assert (mine, holder.boot) == (False, "another")
+            time.sleep(0.1)
+        holder, seconds = take(leases, 30.0)
+        assert holder.boot == "another"
+        assert seconds > 1.0
+        assert leases.release("node") is True
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_many_that_take_over_one_does(tmp_path):
