@@ -62,10 +62,15 @@ def parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--executor", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
     run.add_argument(
-        "--ray-address", metavar="ADDRESS", help="of the cluster (default: the one this machine is in, or a new one)"
+        "--ray-address",
+        metavar="ADDRESS",
+        help="HOST:PORT of the cluster; auto: the one this machine is in; local: a new one (default: auto, else local)",
     )
     run.add_argument(
-        "--gpus-per-run", type=_share, metavar="F", help="on Ray: 0.25 runs four at once on each GPU (default 1)"
+        "--gpus-per-run",
+        type=_share,
+        metavar="F",
+        help="on Ray: 0.25 runs four at once on each GPU (default 1; 0: on CPUs)",
     )
     run.add_argument(
         "--checkpoint-seconds", type=_seconds, default=60.0, metavar="S", help="between checkpoints of a run"
@@ -115,8 +120,8 @@ def _positive(text: str) -> int:
 
 def _share(text: str) -> float:
     value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is no share of a GPU, 0 to 1")
+    if value != 0 and not 0.0001 <= value <= 1:  # Ray counts in ten-thousandths
+        raise argparse.ArgumentTypeError(f"{text} is no share of a GPU, 0.0001 to 1 (0: a CPU core)")
     return value
 
 

@@ -21,12 +21,13 @@ from fastprune.work import Report, WorkConfig, Worker
 
 Hear = Callable[[int, str, Any], None]
 """Called with a worker's number and what it said: ("progress", (epochs done, images since the last time)); or as its
-answer ("done", (result, epochs computed)), ("input", line), ("failed", traceback), ("lost", how its process ended)."""
+answer ("done", (result, epochs computed)), ("input", line), ("failed", (cause, traceback)), ("lost", how its process
+ended), ("gone", what became of its machine)."""
 
 REPORT_SECONDS = 0.2
 """Between two reports of a worker's progress."""
 STARTS_LIMIT = 5
-"""So many workers in a row died before they said anything: something is wrong with all of them."""
+"""So many workers died as they started, and none came up between: something is wrong with all of them."""
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 _STORE_IS_UNUSABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
@@ -36,6 +37,9 @@ class Crew(Protocol):
 
     def free(self) -> list[int]:
         """Those that can take a node now."""
+
+    def devices(self) -> list[str]:
+        """By worker what it computes on; "" where that is not known yet."""
 
     def place(self, worker: int) -> str:
         """Where it runs, for a person."""
@@ -60,9 +64,16 @@ def compute(worker: Worker, graph: Graph, node: Runnable, report: Report) -> tup
         if error.errno in _STORE_IS_UNUSABLE:
             where = error.filename or worker.config.store
             return "input", f"{where}: cannot be written ({error.strerror}); make room or choose another --store"
-        return "failed", traceback.format_exc()
-    except Exception:
-        return "failed", traceback.format_exc()
+        return "failed", (cause_of(error), traceback.format_exc())
+    except Exception as error:
+        return "failed", (cause_of(error), traceback.format_exc())
+
+
+def cause_of(error: BaseException) -> str:
+    """An exception in one line: its first that says something. CUDA and compilers add lines of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 class Here:
@@ -74,6 +85,9 @@ class Here:
 
     def free(self) -> list[int]:
         return [0]
+
+    def devices(self) -> list[str]:
+        return [self.worker.config.device]
 
     def place(self, worker: int) -> str:
         return self.worker.config.device
@@ -99,7 +113,8 @@ class Processes:
         self.graph = graph
         self.configs = [replace(config, device=devices[i % len(devices)]) for i in range(count)]
         self.context = mp.get_context("spawn")
-        self.died_unused = 0
+        self.died_at_start = 0
+        self.came_up = [False] * count
         self.processes: list[Any] = [None] * count
         self.pipes: list[Connection] = []
         self.busy = [False] * count
@@ -119,10 +134,13 @@ class Processes:
             self.processes[i].start()
         theirs.close()
         self.pipes[i : i + 1] = [mine]
-        self.busy[i] = False
+        self.busy[i] = self.came_up[i] = False
 
     def free(self) -> list[int]:
         return [i for i, busy in enumerate(self.busy) if not busy]
+
+    def devices(self) -> list[str]:
+        return [config.device for config in self.configs]
 
     def place(self, worker: int) -> str:
         return f"{self.configs[worker].device}, process {self.processes[worker].pid}"
@@ -142,7 +160,9 @@ class Processes:
             except (EOFError, OSError):
                 self._replace(i, hear)
                 continue
-            self.died_unused = 0
+            if kind == "ready":
+                self.came_up[i], self.died_at_start = True, 0
+                continue
             if kind != "progress":
                 self.busy[i] = False
             if kind == "failed":  # what broke may stay broken: a CUDA context does
@@ -153,8 +173,8 @@ class Processes:
     def _replace(self, i: int, hear: Hear) -> None:
         self.processes[i].join()
         code = self.processes[i].exitcode
-        self.died_unused += 1
-        if self.died_unused >= STARTS_LIMIT:
+        self.died_at_start += not self.came_up[i]
+        if self.died_at_start >= STARTS_LIMIT:
             raise InputError(f"workers die as they start (exit code {code}): --workers 1 shows why")
         self._renew(i)
         hear(i, "lost", f"exit code {code}")
@@ -201,6 +221,7 @@ def _worker_main(pipe: Connection, config: WorkConfig, graph: Graph) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     worker = Worker(config)
+    pipe.send(("ready", None))
     while True:
         try:
             key = pipe.recv()

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import fastprune
-from fastprune.crew import STARTS_LIMIT, Hear, compute
+from fastprune.crew import STARTS_LIMIT, Hear, cause_of, compute
 from fastprune.errors import InputError
 from fastprune.graph import Graph
 from fastprune.specs import Runnable
@@ -30,6 +30,7 @@ _REPORT_SECONDS = 1.0
 _SEEN_SECONDS = 60.0
 """How long a worker's machine may take to see a file that the driver's has just written."""
 _ANSWER_SECONDS = 10.0
+_TOUCH_SECONDS = 10.0
 _PASSED_ON = ("OMP_", "MKL_", "NUMBA_", "TRITON_", "TORCHINDUCTOR_", "MPLCONFIGDIR")
 """What of the driver's environment its workers get."""
 
@@ -54,8 +55,8 @@ class _Remote:
     def __init__(self, number: int, reports: Any) -> None:
         self.number, self.reports = number, reports
 
-    def open(self, graph: Graph, config: WorkConfig, token: str, version: str) -> tuple[str, str]:
-        """("ready", where this is), or ("input", what keeps it from working here)."""
+    def open(self, graph: Graph, config: WorkConfig, token: str, version: str) -> tuple[str, Any]:
+        """("ready", (where this is, Ray's name of the machine)), or ("input", what keeps it from working here)."""
         host = socket.gethostname()
         if fastprune.__version__ != version:
             return "input", f"{host} has fastprune {fastprune.__version__}, here it is {version}: install the same"
@@ -64,9 +65,13 @@ class _Remote:
             if not _appears(path):
                 shared = "--store and --data must be on a disk that all machines see at the same path"
                 return "input", f"{host} does not see {path.parent if path.name == token else path}: {shared}"
-        device = "cuda" if ray.get_gpu_ids() else "cpu"
-        self.graph, self.worker = graph, Worker(replace(config, device=device))
-        return "ready", f"{host} {device}{''.join(map(str, ray.get_gpu_ids()[:1]))}"
+        gpus = ray.get_gpu_ids()
+        try:
+            self.graph, self.worker = graph, Worker(replace(config, device="cuda" if gpus else "cpu"))
+        except Exception as error:
+            return "input", f"{host} cannot work: {cause_of(error)}"
+        place = f"{host} {'cuda' if gpus else 'cpu'}{''.join(map(str, gpus[:1]))}"
+        return "ready", (place, ray.get_runtime_context().get_node_id())
 
     def compute(self, key: str) -> tuple[str, Any, int]:
         """The answer of crew.compute, and the training images that it took."""
@@ -95,24 +100,35 @@ def _appears(path: Path) -> bool:
 
 
 class RayCrew:
-    """`workers` actors (None: as many as the cluster has room for), each with `gpus` of a GPU, or on a CPU core if that
-    is 0 or None and the cluster has no GPU. Those that there is no room for join when there is.
+    """`workers` actors (None: as many as the cluster has room for now), but no more than `most`, each with `gpus` of a
+    GPU, or on a CPU core if that is 0 or None and the cluster has no GPU. Those without room join when there is some.
 
     address: as ray.init takes it; None joins the cluster that this machine belongs to, or starts one here.
-    InputError where no cluster can be reached, or it has no room for a single worker. room: how many it had room for.
+    InputError where no cluster can be reached, or it has no room for a single worker. about: which cluster it is, how
+    many workers it has room for, and what each gets, for a person.
     """
 
     def __init__(
-        self, graph: Graph, config: WorkConfig, *, address: str | None, workers: int | None, gpus: float | None
+        self,
+        graph: Graph,
+        config: WorkConfig,
+        *,
+        address: str | None,
+        workers: int | None,
+        gpus: float | None,
+        most: int,
     ) -> None:
         self.graph = graph
         with contextlib.ExitStack() as undo:
             undo.callback(ray.shutdown)
-            _connect(address)
-            gpus, self.room = _room(gpus)
-            if workers is None and self.room == 0:
+            which = _connect(address)
+            gpus, room = _room(gpus)
+            if workers is None and room == 0:
                 raise InputError(f"the Ray cluster has no room for a worker with {gpus:g} GPUs: see --gpus-per-run")
-            self.count = max(1, min(workers or self.room, len(graph.nodes)))
+            self.count = max(1, min(workers or room, most))
+            each = f"each with {gpus:g} of a GPU" if gpus else "each on a CPU core"
+            fewer = f", {room} for now: the cluster has no room for more" if room < self.count else ""
+            self.about = f"{which}, runs at once: up to {self.count}, {each}{fewer}"
             token = f"{secrets.token_hex(8)}.seen"
             self.token = RunStore(config.store).root / "tmp" / token
             undo.callback(self.token.unlink, missing_ok=True)
@@ -129,11 +145,12 @@ class RayCrew:
             self.actor = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": variables})(_Remote)
             self.actors: list[Any] = [None] * self.count
             self.places: list[str | None] = [None] * self.count
+            self.machines: list[str] = [""] * self.count
             self.keys: list[str | None] = [None] * self.count
             self.images = [0] * self.count
             self.waits: dict[Any, int | None] = {}
-            self.died_unused = 0
-            self.asked = 0.0
+            self.died_at_start = 0
+            self.asked = self.touched = 0.0
             for worker in range(self.count):
                 self._start(worker)
             undo.pop_all()
@@ -146,6 +163,9 @@ class RayCrew:
     def free(self) -> list[int]:
         return [i for i in range(self.count) if self.places[i] is not None and self.keys[i] is None]
 
+    def devices(self) -> list[str]:
+        return [place or "" for place in self.places]
+
     def place(self, worker: int) -> str:
         return self.places[worker] or "starting"
 
@@ -154,6 +174,9 @@ class RayCrew:
         self.waits[self.actors[worker].compute.remote(node.key)] = worker
 
     def listen(self, hear: Hear) -> None:
+        if time.monotonic() - self.touched > _TOUCH_SECONDS:
+            self.touched = time.monotonic()
+            self.token.touch()  # for those that start later; gc takes what has not been touched for longer
         if time.monotonic() - self.asked > _REPORT_SECONDS and None not in self.waits.values():
             self.asked = time.monotonic()
             self.waits[self.reports.take.remote()] = None
@@ -173,12 +196,12 @@ class RayCrew:
                 for (number, key), (epoch, images) in answer.items():
                     self._count(number, key, epoch, images, hear)
             elif answer[0] == "ready":
-                self.places[worker] = answer[1]
+                self.places[worker], self.machines[worker] = answer[1]
+                self.died_at_start = 0
             elif self.keys[worker] is None:  # it could not begin
                 raise InputError(answer[1])
             else:
                 kind, value, images = answer
-                self.died_unused = 0
                 self._count(worker, self.keys[worker], 0, images, hear)
                 self.keys[worker] = None
                 if kind == "failed":  # what broke may stay broken: a CUDA context does
@@ -193,14 +216,14 @@ class RayCrew:
             hear(worker, "progress", (epoch, more))
 
     def _replace(self, worker: int, reason: str, hear: Hear) -> None:
-        self.died_unused += 1
-        if self.died_unused >= STARTS_LIMIT:
-            raise InputError(f"Ray's workers die before they finish anything ({reason})")
+        self.died_at_start += self.places[worker] is None
+        if self.died_at_start >= STARTS_LIMIT:
+            raise InputError(f"Ray's workers die as they start ({reason})")
         ray.kill(self.actors[worker])
-        was_busy = self.keys[worker] is not None
+        was_busy, machine = self.keys[worker] is not None, self.machines[worker]
         self._start(worker)
         if was_busy:
-            hear(worker, "lost", reason)
+            hear(worker, "lost" if machine in _alive() else "gone", reason)
 
     def close(self) -> None:
         """May be called again."""
@@ -213,8 +236,14 @@ class RayCrew:
         ray.shutdown()
 
 
-def _connect(address: str | None) -> None:
-    """Ray itself would try for minutes where nobody listens; and it takes SIGTERM for a crash."""
+def _alive() -> set[str]:
+    """The machines of the cluster, by Ray's names."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _connect(address: str | None) -> str:
+    """Which cluster it is, for a person. Ray itself would try for minutes where nobody listens; and it takes SIGTERM
+    for a crash."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
@@ -223,10 +252,17 @@ def _connect(address: str | None) -> None:
             socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:  # a ConnectionError is an OSError
-        raise InputError(f"--ray-address {address}: no Ray cluster there ({_first_line(error)})") from error
+        help = (
+            "start one with ray start --head, or leave --ray-address away"
+            if address == "auto"
+            else ("is its address right, and ~/.ray/auth_token the same as there?")
+        )
+        raise InputError(f"--ray-address {address}: no Ray cluster there ({_first_line(error)}); {help}") from error
     finally:
         if main and handler is not None:
             signal.signal(signal.SIGTERM, handler)
+    machines = len(_alive())
+    return f"Ray cluster at {ray.get_runtime_context().gcs_address} of {machines} machine{'s' if machines > 1 else ''}"
 
 
 def _room(gpus: float | None) -> tuple[float, int]:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fastprune.attempts import Attempts
 from fastprune.crew import Crew, Here, Processes
 from fastprune.errors import InputError
 from fastprune.graph import Graph
@@ -15,10 +16,10 @@ from fastprune.store import RunStore
 from fastprune.store.lease import Holder, Leases
 from fastprune.work import WorkConfig
 
-_LOST_LIMIT = 2
-"""A node whose worker died this often has failed."""
 _SILENT_SECONDS = 600.0
-"""A busy worker that says nothing for so long is mentioned."""
+"""A busy worker that says nothing for so long is mentioned, and again when others are waited for."""
+_WAITING_SECONDS = 30.0
+"""How long nodes of other processes are waited for without a word."""
 
 
 class View(Protocol):
@@ -81,7 +82,10 @@ def execute(
 
 
 def _crew(graph: Graph, config: WorkConfig, devices: list[str], count: int) -> Crew:
-    return Here(graph, config, devices[0]) if count <= 1 else Processes(graph, config, devices, count)
+    """What breaks on a GPU breaks the process that uses it, which is then replaced: it is never this one."""
+    if count <= 1 and devices[0] == "cpu":
+        return Here(graph, config, devices[0])
+    return Processes(graph, config, devices, max(count, 1))
 
 
 @contextmanager
@@ -99,33 +103,52 @@ class _Run:
         self.queue, self.store, self.crew, self.leases = queue, store, crew, leases
         self.view, self.outcome = view, outcome
         self.nodes: dict[int, Runnable] = {}
+        self.devices: dict[int, str] = {}
         self.heard: dict[int, float] = {}
-        self.lost: dict[str, int] = {}
+        self.attempts = Attempts()
+        self.elsewhere: dict[str, Holder | None] = {}
+        self.waiting_since: float | None = None
 
     def run(self) -> None:
         while self.queue.left:
             self._hand_out()
             self.crew.listen(self._hear)
             self._mention_the_silent()
+            self._mention_others()
 
     def _hand_out(self) -> None:
+        devices = self.crew.devices()
         for worker in self.crew.free():
-            while (node := self.queue.next()) is not None:
-                if self._claim(node):
-                    self.nodes[worker], self.heard[worker] = node, time.monotonic()
-                    self.view.started(worker, node, self.crew.place(worker))
-                    self.crew.give(worker, node)
-                    break
-            else:
-                return
+            device = devices[worker]
+            if self.attempts.is_left_out(device, devices):
+                continue
+            if (node := self._next(device, devices)) is not None:
+                self.nodes[worker], self.devices[worker] = node, device
+                self.heard[worker] = time.monotonic()
+                self.view.started(worker, node, self.crew.place(worker))
+                self.crew.give(worker, node)
+
+    def _next(self, device: str, devices: list[str]) -> Runnable | None:
+        """A node for a worker on that device, claimed."""
+        others: list[Runnable] = []
+        while (node := self.queue.next()) is not None:
+            if not self.attempts.suits(node.key, device, devices):
+                others.append(node)
+            elif self._claim(node):
+                break
+        for other in others:
+            self.queue.again(other)
+        return node
 
     def _claim(self, node: Runnable) -> bool:
         """Whether it is ours to compute: nobody else's at present, and not published meanwhile."""
         store = self.store
         mine, holder = self.leases.acquire(node.key)
         if not mine:
+            self.elsewhere[node.key] = holder
             self.queue.busy(node)
             return False
+        self.elsewhere.pop(node.key, None)
         if holder is not None:
             self.outcome.takeovers[node.key] = holder
             self.view.note(f"taken over: {self.queue.graph.label(node)}, from {holder}, which is gone")
@@ -146,27 +169,44 @@ class _Run:
             return
         if kind == "progress":
             epoch, images = value
+            self.attempts.reached(node.key, epoch)
             self.outcome.images += images
             self.view.progress(worker, node, epoch, images)
             return
         del self.nodes[worker]
-        if kind == "lost":
-            self.lost[node.key] = self.lost.get(node.key, 0) + 1
-            if self.lost[node.key] < _LOST_LIMIT:
-                self.view.note(f"again: {self.queue.graph.label(node)}, as its worker died ({value})")
-                self.leases.release(node.key)
-                self.queue.again(node)
-                return
-            kind, value = "failed", f"its worker died {_LOST_LIMIT} times, last with {value}: out of memory?"
+        if kind in ("lost", "gone") and self._again_elsewhere(node, kind, value):
+            return
         still_ours = self.leases.release(node.key)
         if kind == "input":
             raise InputError(value)
         if kind == "done":
+            self.attempts.succeeded(self.devices[worker])
             self._done(worker, node, *value)
-        elif still_ours:
-            self._failed(worker, node, value)
-        else:  # whoever took it over has cleared away what this worker was writing
+        elif not still_ours:  # whoever took it over has cleared away what this worker was writing
             self.queue.busy(node)
+        elif kind == "lost":
+            reason = f"its worker died again, having come no further ({value}){_guess(value)}"
+            self._failed(worker, node, reason, reason)
+        elif self.attempts.failed(node.key, self.devices[worker], devices := self.crew.devices()):
+            cause, _ = value
+            label, device = self.queue.graph.label(node), self.devices[worker]
+            self.view.note(f"again elsewhere: {label}, which failed on {device}: {cause}")
+            if self.attempts.is_left_out(device, devices):
+                self.view.note(f"{device} is left out from here on: what it got failed, time after time")
+            self.queue.again(node)
+        else:
+            self._failed(worker, node, *value)
+
+    def _again_elsewhere(self, node: Runnable, kind: str, reason: str) -> bool:
+        """Whether a node whose worker died is tried again: always, if the whole machine went."""
+        if kind == "lost":
+            self.attempts.died(node.key)
+            if self.attempts.gives_up(node.key):
+                return False
+        self.view.note(f"again: {self.queue.graph.label(node)}, as its worker died ({reason})")
+        self.leases.release(node.key)
+        self.queue.again(node)
+        return True
 
     def _done(self, worker: int, node: Runnable, result: dict[str, Any], epochs: int) -> None:
         self.outcome.done.append(node.key)
@@ -175,9 +215,12 @@ class _Run:
         self.queue.done(node)
         self.view.finished(worker, node, result)
 
-    def _failed(self, worker: int, node: Runnable, said: str) -> None:
-        log = self.store.log(node, said)
-        reason = f"{said.strip().splitlines()[-1]} (log: {log})"
+    def _failed(self, worker: int, node: Runnable, cause: str, text: str) -> None:
+        """text: for the log, all that is known."""
+        try:
+            reason = f"{cause} (log: {self.store.log(node, text)})"
+        except OSError as error:
+            reason = f"{cause} (no log: {error.strerror})"
         self.outcome.failed[node.key] = reason
         resting = self.queue.fail(node)
         self.outcome.not_reached += len(resting)
@@ -189,3 +232,21 @@ class _Run:
                 self.heard[worker] = time.monotonic()
                 label, place = self.queue.graph.label(node), self.crew.place(worker)
                 self.view.note(f"no sign of {label} for {_SILENT_SECONDS / 60:.0f} minutes ({place}): does it hang?")
+
+    def _mention_others(self) -> None:
+        """Says for whom this process waits when there is nothing else for it to do."""
+        now = time.monotonic()
+        busy = [key for key in self.elsewhere if not self.queue.is_settled(key)]
+        if self.nodes or not busy:
+            self.waiting_since = None
+        elif self.waiting_since is None:
+            self.waiting_since = now
+        elif now - self.waiting_since > _WAITING_SECONDS:
+            self.waiting_since = now + _SILENT_SECONDS - _WAITING_SECONDS
+            label, holder = self.queue.graph.label(self.queue.graph.by_key[busy[0]]), self.elsewhere[busy[0]]
+            more = f", and {len(busy) - 1} more" if len(busy) > 1 else ""
+            self.view.note(f"waiting for what others compute: {label} ({holder or 'somebody'}){more}")
+
+
+def _guess(reason: str) -> str:
+    return ": out of memory?" if "code -9" in reason or "memory" in reason.lower() else ""

@@ -79,7 +79,7 @@ def run(request: Request) -> int:
     workers = request.workers or (len(devices) if devices[0] != "cpu" else min(8, len(os.sched_getaffinity(0))))
     figures, images = _prepare(request, devices, workers)
     if not request.ray:
-        print(f"  on {', '.join(dict.fromkeys(devices))}, up to {workers} runs at once", flush=True)
+        print(f"  on {', '.join(dict.fromkeys(devices))}, runs at once: up to {workers}", flush=True)
     for each in figures:
         record_figure(store, each.request.name, each.request.preset, each.graph, request.command)
     graph = together(f.graph for f in figures)
@@ -202,21 +202,20 @@ def _execute(
         checkpoint_seconds=request.checkpoint_seconds,
         checkpoint_epochs=request.checkpoint_epochs,
     )
-    crew = _ray_crew(request, graph, config) if request.ray and todo else None
+    crew = _ray_crew(request, graph, config, len(todo)) if request.ray and todo else None
     with nullcontext() if crew is None else closing(crew):  # whatever comes before it is at work
         if crew is not None:
-            fewer = f", {crew.room} for now: the cluster has no room for more" if crew.room < crew.count else ""
-            print(f"  on Ray, up to {crew.count} runs at once{fewer}", flush=True)
+            print(f"  on {crew.about}", flush=True)
         with Bars(graph, todo, min(workers if crew is None else crew.count, len(todo))) as bars:
             return execute(graph, config, bars, workers=workers, devices=devices, crew=crew)
 
 
-def _ray_crew(request: Request, graph: Graph, config: "WorkConfig") -> "RayCrew":
+def _ray_crew(request: Request, graph: Graph, config: "WorkConfig", most: int) -> "RayCrew":
     if find_spec("ray") is None:
         raise InputError("--executor ray needs Ray, which is not installed: pip install 'fastprune[ray]'")
     from fastprune.crew_ray import RayCrew
 
-    return RayCrew(graph, config, address=request.ray_address, workers=request.workers, gpus=request.gpus)
+    return RayCrew(graph, config, address=request.ray_address, workers=request.workers, gpus=request.gpus, most=most)
 
 
 def _check_writable(out: Path) -> None:

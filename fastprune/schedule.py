@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from fastprune.graph import Graph
 from fastprune.specs import Runnable
 
-_BUSY_SECONDS = 1.0
-"""How long a node that another process computes is left alone before it is looked at again."""
+_BUSY_SECONDS = 1.0, 10.0
+"""How long a node that another process computes is left alone before it is looked at again: at first, and at last."""
 
 
 class Queue:
@@ -23,6 +23,7 @@ class Queue:
         self._children: dict[str, list[str]] = {}
         self._ready: list[tuple[int, int, str]] = []
         self._busy: list[tuple[float, str]] = []
+        self._busy_since: dict[str, float] = {}
         self._order = {n.key: i for i, n in enumerate(graph.nodes)}
         for node in todo:
             missing = {p.key for p in node.parents()} & self._open
@@ -50,8 +51,15 @@ class Queue:
         return self.graph.by_key[heapq.heappop(self._ready)[2]]
 
     def busy(self, node: Runnable) -> None:
-        """Another process computes this node: look again later."""
-        heapq.heappush(self._busy, (time.monotonic() + _BUSY_SECONDS, node.key))
+        """Another process computes this node: look again later, the less often the longer it takes."""
+        now = time.monotonic()
+        shortest, longest = _BUSY_SECONDS
+        waited = now - self._busy_since.setdefault(node.key, now)
+        heapq.heappush(self._busy, (now + min(max(shortest, 0.1 * waited), longest), node.key))
+
+    def is_settled(self, key: str) -> bool:
+        """Whether it is done or failed."""
+        return key not in self._open
 
     def again(self, node: Runnable) -> None:
         self._push(node.key)

@@ -256,7 +256,7 @@ def test_the_longest_chain_goes_first(config):
 
 def test_a_node_that_another_process_computes_is_waited_for(config, monkeypatch):
     run = find_runs(chains(), 0.2)[0]
-    monkeypatch.setattr(schedule, "_BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(schedule, "_BUSY_SECONDS", (0.01, 0.1))
     RunStore(config.store)
     view = Silent()
     with Leases(config.store / "leases") as other, Leases(config.store / "leases") as third:

@@ -1,6 +1,7 @@
 """A Ray cluster of this machine: the same results as one process, whatever happens to its workers."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -52,7 +53,7 @@ def test_a_cluster_gives_the_same_figure_though_processes_of_it_are_killed(small
         os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
-    assert "on Ray, up to 3 runs at once" in out
+    assert re.search(r"on Ray cluster at [\d.]+:\d+ of 1 machine, runs at once: up to 3, each on a CPU core", out)
     assert f"{TRAININGS} trainings run" in out
     assert len(published(tmp_path / "store")) == NODES
     assert results(tmp_path) == results(small_figure)
@@ -101,10 +102,10 @@ def test_an_interrupt_from_a_scheduler_is_no_crash(tmp_path):
     )
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     said = []
-    while "on Ray" not in "".join(said):
+    while "on Ray cluster" not in "".join(said):
         said.append(process.stdout.readline())
         assert said[-1], process.communicate()
-    assert "up to 2 runs at once, 0 for now" in said[-1]
+    assert "up to 2, each with 1 of a GPU, 0 for now" in said[-1]
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130, err
