@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from fastprune.command import DONE, Parser, run_command
+from fastprune.command import DONE, Parser, checked, run_command
 from fastprune.errors import InputError
 from fastprune.figures import EXTRA, FIGURES, PAPER, load
 from fastprune.loaders.choice import LOADERS
@@ -111,32 +111,11 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if value != 0 and not 0.0001 <= value <= 1:  # Ray counts in ten-thousandths
-        raise argparse.ArgumentTypeError(f"{text} is no share of a GPU, 0.0001 to 1 (0: a CPU core)")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no rate above 0")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds")
-    return value
+_positive = checked(int, lambda n: n >= 1, "a whole number of 1 or more")
+_rate = checked(float, lambda x: x > 0, "a rate above 0")
+_seconds = checked(float, lambda x: x >= 0, "a number of seconds")
+# Ray counts in ten-thousandths.
+_share = checked(float, lambda x: x == 0 or 0.0001 <= x <= 1, "a share of a GPU, 0.0001 to 1 (0: a CPU core)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

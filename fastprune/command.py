@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import math
 import os
 import signal
 import sys
@@ -15,6 +16,21 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def checked(convert: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
+    """An argparse type: a finite value that holds, else "... is not WHAT"."""
+
+    def read(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
+        if not (math.isfinite(value) and holds(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    return read
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,14 +84,26 @@ def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush to at the exit
+        _leave_stdout()
         return DONE
     except (InputError, OSError) as error:
-        print(f"{name}: {printable(error)}", file=sys.stderr)
+        about: object = error
+        if isinstance(error, OSError) and error.strerror:
+            about = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        print(f"{name}: {printable(about)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _leave_stdout()
         return BAD_INPUT
     except KeyboardInterrupt as stop:
         print(": ".join(filter(None, [name, "interrupted", *map(printable, stop.args or [then])])), file=sys.stderr)
         return INTERRUPTED
+
+
+def _leave_stdout() -> None:
+    """Nothing is flushed to it any more, at the exit neither."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

@@ -218,7 +218,8 @@ class _Run:
     def _failed(self, worker: int, node: Runnable, cause: str, text: str) -> None:
         """text: for the log, all that is known."""
         try:
-            reason = f"{cause} (log: {self.store.log(node, text)})"
+            log = self.store.log(node, f"{self.queue.graph.label(node)}\n{text}")
+            reason = f"{cause} (log: {log})"
         except OSError as error:
             reason = f"{cause} (no log: {error.strerror})"
         self.outcome.failed[node.key] = reason

@@ -32,7 +32,7 @@ class Bars:
             mininterval=0.2 if live else 10.0,
             dynamic_ncols=live,
             disable=not todo,
-            smoothing=0.05,
+            smoothing=0,
         )
         self.lines = [
             tqdm(total=0, bar_format="  {desc}", dynamic_ncols=True, position=i + 1, leave=False)
@@ -48,6 +48,8 @@ class Bars:
 
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None:
         seen = self.images[node.key] = self.images.get(node.key, 0) + images
+        if images and not self.total.n:
+            self.total.unpause()  # the time that workers take to start tells nothing of the rate
         self.total.update(images)
         if isinstance(node, Train) and epoch:
             rate = seen / max(time.monotonic() - self.began[node.key], 1e-9)

@@ -88,7 +88,8 @@ def run(request: Request) -> int:
     for each in figures:
         _report(each, store, todo, outcome, devices, time.monotonic() - began)
     cached = Cost.of(n for n in graph.nodes if n.key not in todo)
-    others = f", {len(outcome.found)} steps were another process's" if outcome.found else ""
+    found = Cost.of(graph.by_key[key] for key in outcome.found).trainings
+    others = f", {found} were another process's" if outcome.found else ""
     print(f"\n{len(outcome.epochs)} trainings run, {cached.trainings} were in the store{others}", flush=True)
     if outcome.failed:
         for key, reason in outcome.failed.items():

@@ -16,9 +16,10 @@ from fastprune.latency import latency
 from fastprune.masks import Mask
 from fastprune.models import build
 from fastprune.pruning import magnitude_scores, prune, prune_to_ratios, random_scores
-from fastprune.specs import SCORES, Filters, Prune, Ratios, StateRef, n_to_prune
+from fastprune.specs import SCORES, Filters, Init, Prune, Ratios, StateRef, n_to_prune
 from fastprune.store import RunStore, write_csv
 from fastprune.tensors import read_tensors
+from fastprune.train import Trainer
 
 _LATENCY_BATCH = 64
 _HUGE = 1e30
@@ -46,6 +47,21 @@ def read_state(store: RunStore, ref: StateRef, *, momentum: bool = False) -> dic
     return state
 
 
+def _foreign(store: RunStore, ref: StateRef | Init, why: str) -> Exception:
+    path = None if isinstance(ref, Init) else store.state(ref)
+    return ValueError(why) if path is None else store.damaged(path, why)
+
+
+def load_start(store: RunStore, trainer: Trainer, ref: StateRef, *, momentum: bool) -> None:
+    """Puts the trainer where a published run was. InputError where that is another network's."""
+    try:
+        trainer.load_state(read_state(store, ref, momentum=momentum), momentum=momentum)
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise _foreign(store, ref, str(error)) from error
+
+
 def choose_weights(store: RunStore, node: Prune, state: dict[str, Tensor]) -> Chosen:
     """The mask of a prune step; `state` is that of its source."""
     if node.prior is not None:
@@ -59,7 +75,11 @@ def choose_weights(store: RunStore, node: Prune, state: dict[str, Tensor]) -> Ch
     if node.score == "random":
         scores = random_scores(mask, node.seed, node.round)
     else:
-        scores = magnitude_scores(_model_state(state), mask)
+        weights = _model_state(state)
+        for s in mask.segments:
+            if s.name not in weights or tuple(weights[s.name].shape) != s.shape:
+                raise _foreign(store, node.source, f"no {s.name} of shape {s.shape} in it")
+        scores = magnitude_scores(weights, mask)
     if isinstance(node.allocation, Ratios):
         new = prune_to_ratios(scores, mask, read_mask(store, node.allocation.mask).layerwise_ratios())
         if mask.kept - new.kept != n_to_prune(mask.kept, node.fraction):
@@ -128,9 +148,7 @@ def smaller(store: RunStore, node: Filters, state: dict[str, Tensor], image_size
         selection = structured.Selection.from_dict(json.loads(path.read_text()))
         return structured.remove(_with_weights(node, state), selection, image_size)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: damaged or missing ({error}); delete the folder {path.parent} to make it again"
-        ) from error
+        raise store.damaged(path, error) from error
 
 
 def _with_weights(node: Filters, state: dict[str, Tensor]) -> nn.Module:

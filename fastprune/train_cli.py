@@ -4,12 +4,11 @@ Imports nothing heavy before it must. A flag of the reference that is not suppor
 """
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastprune.command import DONE, FAILED, Parser, run_command
+from fastprune.command import DONE, FAILED, Parser, checked, run_command
 from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS
 from fastprune.specs import OptimizerSpec, ScheduleSpec
@@ -118,25 +117,12 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _checked(convert: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        if not (math.isfinite(value) and holds(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not {what}")
-        return value
-
-    return read
-
-
-_count = _checked(int, lambda n: n >= 1, "a whole number of 1 or more")
-_whole = _checked(int, lambda n: 0 <= n < 1 << 31, "a whole number of 0 or more")
-_number = _checked(float, lambda x: x >= 0, "a number of 0 or more")
-_positive = _checked(float, lambda x: x > 0, "a number above 0")
-_fraction = _checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
-_sparsity = _checked(float, lambda x: 0 <= x < 1, "a fraction: 0 or more, and less than 1")
+_count = checked(int, lambda n: n >= 1, "a whole number of 1 or more")
+_whole = checked(int, lambda n: 0 <= n < 1 << 31, "a whole number of 0 or more")
+_number = checked(float, lambda x: x >= 0, "a number of 0 or more")
+_positive = checked(float, lambda x: x > 0, "a number above 0")
+_fraction = checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+_sparsity = checked(float, lambda x: 0 <= x < 1, "a fraction: 0 or more, and less than 1")
 
 
 def request_of(args: argparse.Namespace) -> TrainRequest:

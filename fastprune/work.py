@@ -19,7 +19,7 @@ from fastprune.loaders import DataSource, Subset, open_data
 from fastprune.loaders.manifest import Manifest
 from fastprune.models import build, initial_model
 from fastprune.provenance import environment
-from fastprune.selection import choose_filters, choose_weights, read_mask, read_state, smaller
+from fastprune.selection import choose_filters, choose_weights, load_start, read_mask, read_state, smaller
 from fastprune.specs import DataSpec, Filters, Init, ModelSpec, Prune, Rewind, Runnable, Train
 from fastprune.step import EpochMetrics
 from fastprune.store import Products, RunStore, trace_name, write_csv
@@ -207,7 +207,7 @@ class Worker:
         if isinstance(start, Init):
             trainer.load_state(self._initial_state(start), momentum=False)
         else:
-            trainer.load_state(read_state(self.store, start.state, momentum=start.momentum), momentum=start.momentum)
+            load_start(self.store, trainer, start.state, momentum=start.momentum)
 
     def _resume(self, trainer: Trainer, node: Train, products: Products) -> _Progress | None:
         """What a checkpoint holds. One that has passed something which is wanted only now does not help."""

@@ -33,7 +33,7 @@ def put(store: RunStore, node: Runnable, states: tuple[int, ...] = (), *, salt: 
     files: dict[str, Any] = {}
     if isinstance(node, Train):
         result: dict[str, Any] = {"epochs": node.stop, "diverged": False, "accuracy": 0.5, "loss": 1.5}
-        files["metrics.csv"] = lambda p: write_csv(p, [{"epoch": 1, "loss": 0.5 + salt}, {"epoch": 2, "loss": 0.25}])
+        files["metrics.csv"] = lambda p: write_csv(p, [{"epoch": i, "val_accuracy": 0.5 + salt} for i in (1, 2)])
         files["times.csv"] = lambda p: write_csv(p, [{"epoch": 1, "seconds": 1.5 * len(by)}])
         files["ratios-0.2.csv"] = lambda p: write_csv(p, [{"epoch": 0, "conv1": 0.1}])
         for epoch in states:
@@ -45,7 +45,8 @@ def put(store: RunStore, node: Runnable, states: tuple[int, ...] = (), *, salt: 
         files["mask.safetensors"] = lambda p: write_tensors(p, {"conv1": torch.arange(5, dtype=torch.uint8)}, [salt])
         files["layers.csv"] = lambda p: write_csv(p, [{"layer": "conv1", "weights": 10, "kept": 8}])
     else:
-        result = {"fraction": node.fraction, "removed_fraction": 0.5}
+        result = {"fraction": node.fraction, "removed_fraction": 0.5, "spared": [], "parameters": 9, "flops": 90}
+        result |= {"latency_ms": 1.0 + len(by), "latency_whole_ms": 2.0}
         files["filters.json"] = lambda p: p.write_text(f'{{"kept": {{"conv1": [0, {salt}]}}}}\n')
         files["layers.csv"] = lambda p: write_csv(p, [{"layer": "conv1", "filters": 10, "kept": 8}])
     store.publish(node, result, provenance, files)

@@ -31,7 +31,7 @@ def raising(error: BaseException):
     [
         (InputError("a is b:\n  c"), BAD_INPUT, "x.py: a is b: c"),
         (InputError("file \x1b[2Jname"), BAD_INPUT, "x.py: file ?[2Jname"),
-        (PermissionError(13, "Permission denied", "/f"), BAD_INPUT, "x.py: [Errno 13] Permission denied: '/f'"),
+        (PermissionError(13, "Permission denied", "/f"), BAD_INPUT, "x.py: /f: Permission denied"),
         (KeyboardInterrupt(), INTERRUPTED, "x.py: interrupted: go on"),
         (KeyboardInterrupt("other"), INTERRUPTED, "x.py: interrupted: other"),
     ],

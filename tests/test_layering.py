@@ -26,7 +26,8 @@ ALLOWED = {
     "fastprune/files.py": set(),
     "fastprune/store/keeper.py": {"filelock"},
     "fastprune/store/lease.py": {"fastprune.errors"},
-    "fastprune/store/run_store.py": {"fastprune.errors", "fastprune.files", "fastprune.specs"},
+    "fastprune/store/about.py": set(),
+    "fastprune/store/run_store.py": {"fastprune.errors", "fastprune.files", "fastprune.specs", "fastprune.store.about"},
     "fastprune/graph.py": {"fastprune.specs", "fastprune.store"},
     "fastprune/schedule.py": {"fastprune.specs", "fastprune.graph"},
     "fastprune/simulation.py": {"fastprune.specs", "fastprune.graph", "fastprune.schedule"},
@@ -50,7 +51,7 @@ ALLOWED = {
     "fastprune/store/check.py": {
         "fastprune.command", "fastprune.files", "fastprune.specs", "fastprune.store",
     },
-    "fastprune/store/read.py": {"fastprune.errors", "fastprune.store"},
+    "fastprune/store/read.py": {"fastprune.errors", "fastprune.files", "fastprune.store"},
     "fastprune/store/list.py": {"fastprune.command", "fastprune.specs", "fastprune.store.read"},
     "fastprune/store/show.py": {
         "fastprune.command", "fastprune.errors", "fastprune.files", "fastprune.store.list", "fastprune.store.read",

@@ -4,12 +4,14 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from fastprune.cli import main
+from fastprune.crew import STARTS_LIMIT
 from tests.small_figure import NODES, TINY, TRAININGS, command, folders, products, published, results
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -112,3 +114,44 @@ def test_an_interrupt_from_a_scheduler_is_no_crash(tmp_path):
     assert "SIGTERM" not in err
     assert err.splitlines()[-1] == "reproduce.py: interrupted: the same command continues"
     assert [p for name in ("tmp", "leases") for p in (tmp_path / "store" / name).iterdir()] == []
+
+
+LOSE = """
+import subprocess, sys, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from tests.small_figure import command, published
+
+root, count = Path(sys.argv[1]), int(sys.argv[2])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+other = cluster.add_node(num_cpus=count)
+cluster.wait_for_nodes()
+flags = ["--executor", "ray", "--ray-address", cluster.address, "--workers", str(count + 1)]
+run = subprocess.Popen(command(root, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+try:
+    while len(published(root / "store")) < 3 and run.poll() is None:
+        time.sleep(0.05)
+    for token in (root / "store" / "tmp").glob("*.seen"):
+        token.unlink()  # as gc would, where a worker starts much later than the run
+    cluster.remove_node(other, allow_graceful=False)
+    out, err = run.communicate(timeout=400)
+    print(out)
+    print(err, file=sys.stderr)
+finally:
+    if run.poll() is None:
+        run.kill()
+    cluster.shutdown()
+sys.exit(run.returncode)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_machine_that_goes_with_many_workers_ends_nothing(small_figure, tmp_path):
+    arguments = [sys.executable, "-c", LOSE, str(tmp_path), str(STARTS_LIMIT)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=590, check=False)
+    assert done.returncode == 0, done
+    assert "of 2 machines, runs at once: up to 6, each on a CPU core" in done.stdout
+    assert "as its worker died" in done.stderr
+    assert results(tmp_path) == results(small_figure)
+    assert products(tmp_path / "store") == products(small_figure / "store")

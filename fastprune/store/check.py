@@ -16,8 +16,9 @@ from fastprune.command import progress_bar
 from fastprune.files import SUMS, check_sealed, digest, read_sums
 from fastprune.specs import key_of
 from fastprune.store import RunStore
+from fastprune.store.about import check_about
 from fastprune.store.lease import Leases
-from fastprune.store.read import KEY, check_about, node_folder, read_json
+from fastprune.store.read import KEY, lock_file, node_folder, read_json
 
 _NUMBER = "[0-9]{1,9}"
 FILE_NAME = re.compile(
@@ -63,7 +64,10 @@ def check_store(root: Path) -> Checked:
             if damaged:
                 suspects.append(folder)
     for folder in suspects:  # again: it may have been gaining a file, or have been taken away
-        if folder.exists() and (damaged := _look(folder)[1]):
+        damaged = _look(folder)[1] if folder.exists() else {}
+        if lock_file(root, folder.name) is not None:  # what is not listed yet may be soon
+            damaged = {name: why for name, why in damaged.items() if why != UNLISTED}
+        if damaged:
             found.damaged |= {folder / name: why for name, why in damaged.items()}
             found.nodes.add(folder.name)
     for path in partials:
@@ -97,7 +101,7 @@ def _entries(folder: Path) -> "list[os.DirEntry[str]]":
 
 def _look_at(folders: list[Path]) -> Iterator[tuple[Path, tuple[int, dict[str, str]]]]:
     """Large files are hashed in threads, which go on without Python's lock; small ones would only wait for it."""
-    large = [f for f in folders if any(e.stat(follow_symlinks=False).st_size > _LARGE for e in _entries(f))]
+    large = [f for f in folders if any(_bytes(entry) > _LARGE for entry in _entries(f))]
     for folder in folders if not large else sorted({*folders} - {*large}):
         yield folder, _look(folder)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -105,6 +109,13 @@ def _look_at(folders: list[Path]) -> Iterator[tuple[Path, tuple[int, dict[str, s
             yield from zip(large, pool.map(_look, large), strict=True)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _bytes(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:  # a temporary one
+        return 0
 
 
 def _look(folder: Path) -> tuple[int, dict[str, str]]:
@@ -181,12 +192,24 @@ def check_content(path: Path) -> None:
     elif path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as text:
             rows = csv.reader(text, strict=True)
-            width = len(next(rows, []))
+            head, epochs = next(rows, []), []
             for row in rows:
-                if len(row) != width:
-                    raise ValueError(f"line {rows.line_num} has {len(row)} fields, the first has {width}")
+                if len(row) != len(head):
+                    raise ValueError(f"line {rows.line_num} has {len(row)} fields, the first has {len(head)}")
                 if path.name != "layers.csv":
-                    list(map(float, row))
+                    numbers = list(map(float, row))
+                    epochs.append(numbers[0])
+            if path.name != "layers.csv":
+                _check_epochs(path.name, head, epochs)
+
+
+def _check_epochs(name: str, head: list[str], epochs: list[float]) -> None:
+    """Of a table with a row for each epoch."""
+    wanted = {"epoch", "val_accuracy"} if name == "metrics.csv" else {"epoch"}
+    if head[:1] != ["epoch"] or not wanted <= set(head):
+        raise ValueError(f"it has the columns {', '.join(head)[:80]}")
+    if not epochs or epochs != [epochs[0] + i for i in range(len(epochs))]:
+        raise ValueError("its epochs are not one after another")
 
 
 def _partial(path: Path) -> str | None:

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     c = command("export", "write the nodes to one tar file")
     c.add_argument("file", type=Path, metavar="FILE")
-    c.add_argument("--figure", nargs="+", default=[], metavar="NAME", help="only what these figures need")
+    c.add_argument("--figure", action="append", default=[], metavar="NAME", help="only what it needs (may be repeated)")
     c.add_argument("--no-states", action="store_true", help="without weights and momentum")
     c = command("import", "take over the nodes of a tar file, or of another store's folder; ours win")
     c.add_argument("source", type=Path, metavar="FILE|FOLDER")
@@ -84,8 +84,9 @@ def _ls(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from fastprune.store.show import show
 
-    _print(*show(args.store, args.key))
-    return OK
+    said, whole = show(args.store, args.key)
+    _print(*said)
+    return OK if whole else DAMAGED
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -136,7 +137,7 @@ def _import(args: argparse.Namespace) -> int:
     conflicts = len({line.split()[0] for line in done.conflicts})
     counts = f"{len(done.new):,} new, {len(done.same):,} the same, {len(done.gained):,} gained files"
     left = f", {len(done.busy):,} left out" if done.busy else ""
-    _print(f"{counts}, {conflicts:,} in conflict{left}; {done.figures:,} records of figures")
+    _print(f"{counts}, {conflicts:,} in conflict{left}; records of figures: {done.figures:,}")
     return DAMAGED if done.conflicts or done.busy else OK
 
 

@@ -18,7 +18,7 @@ from fastprune.errors import InputError
 from fastprune.files import SUMS, read_sums, tree_bytes, write_sums
 from fastprune.store import RunStore
 from fastprune.store.keeper import boot
-from fastprune.store.lease import SECONDS, Leases
+from fastprune.store.lease import SECONDS, Leases, NoSpaceError
 from fastprune.store.needs import Needs, awaited, named, read_needs
 from fastprune.store.read import KEY, Found, holder_note, is_published, lock_file, node_folder, node_folders, read_node
 
@@ -99,8 +99,11 @@ class _Collection:
             if states:
                 self.work[folder.name].append(self._states(folder))
         for path in (root / "leases").iterdir():
-            if KEY.fullmatch(path.name[:32]):
-                self.work[path.name[:32]].append(lambda: None)  # taking its lease and giving it back is all
+            key = path.name.removeprefix(".")[:32]
+            if path.name.startswith("."):  # what a keeper was writing that died
+                self._file(path, key)
+            elif KEY.fullmatch(key):
+                self.work[key].append(lambda: None)  # taking its lease and giving it back is all
         for path in sorted((root / "logs").glob("*.log")):
             if self._older(path, node_folder(root, path.stem) / "node.json"):
                 self._file(path, path.stem)
@@ -131,7 +134,10 @@ class _Collection:
         if self.dry_run:
             mine = not self._seems_alive(key)
         else:
-            mine = leases.acquire(key)[0]
+            try:
+                mine = leases.acquire(key)[0]
+            except NoSpaceError:  # then nobody else can take it either, until something is removed
+                mine = lock_file(self.store.root, key) is None
         if mine:
             for remove in work:
                 remove()

@@ -63,8 +63,14 @@ class Keeper:
             self._lock(key, dead).unlink(missing_ok=True)
         # Renamed over that of another user, which could not be written to.
         aside = self.folder / f".{key}.{os.getpid()}.{self.me['host']}"
-        aside.write_text(json.dumps({**self.me, "since": time.time()}) + "\n")
-        os.replace(aside, self._holder_file(key))
+        try:
+            aside.write_text(json.dumps({**self.me, "since": time.time()}) + "\n")
+            os.replace(aside, self._holder_file(key))
+        except OSError:
+            lease.release()
+            raise
+        finally:
+            aside.unlink(missing_ok=True)
         self.seen.pop(key, None)
         self.leases[key] = number, lease
         return {"mine": True, "holder": was}

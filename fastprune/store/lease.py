@@ -1,6 +1,7 @@
 """Who computes which node: one holder a lease, among all processes and machines that share the store."""
 
 import contextlib
+import errno
 import json
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from fastprune.errors import InputError
 
 SECONDS = 45.0
 """A holder that has not been heard of for so long is taken to be dead. Equal for all that share a store."""
+
+
+class NoSpaceError(InputError):
+    """The disk is full: nobody can take a lease."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Leases:
     def acquire(self, key: str) -> tuple[bool, Holder | None]:
         """(whether the lease is now ours, who holds it; or, where it is ours, who died with it). Does not wait.
 
-        InputError where the folder cannot be written.
+        InputError where the folder cannot be written, NoSpaceError where the disk is full.
         """
         answer = self._ask("acquire", key)
         if answer["mine"]:
@@ -95,7 +100,10 @@ class Leases:
         if answer is None:
             raise RuntimeError("the process that keeps leases ends as it starts")
         if "error" in answer:
-            raise InputError(f"{answer['file'] or key}: no lease ({answer['error']}); choose another --store")
+            said = f"{answer['file'] or key}: no lease ({answer['error']})"
+            if answer["errno"] in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpaceError(f"{said}; make room, with scripts/store.py gc or otherwise")
+            raise InputError(f"{said}; choose another --store")
         return answer
 
     def _answer(self, do: str, key: str) -> dict[str, Any] | None:

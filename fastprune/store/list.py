@@ -203,8 +203,16 @@ def going_on(root: Path) -> list[str]:
             said.append(f"unfinished {path.name[:8]}: checkpoint of {size(found.st_size)}, {_since(found.st_mtime)}")
     for path in sorted((root / "logs").glob("*.log")):
         later = ", published since" if is_published(root, path.stem) else ""
-        said.append(f"failed {path.stem[:8]}: {path}{later}")
+        said.append(f"failed {path.stem[:8]}: {_first_line(path)}: {path}{later}")
     return said
+
+
+def _first_line(path: Path) -> str:
+    try:
+        with path.open(errors="replace") as file:
+            return file.readline(200).strip()
+    except OSError as error:
+        return error.strerror or ""
 
 
 def size(count: float) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
+from fastprune.files import tree_bytes
 from fastprune.store import check_format
+from fastprune.store.about import check_about
 
 KEY = re.compile("[0-9a-f]{32}")
 
@@ -85,26 +87,12 @@ def read_node(folder: Path) -> Found | Damaged:
     try:
         about = read_json(folder / "node.json")
         check_about(about, folder.name)
-        with os.scandir(folder) as entries:
-            size = sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+        size = tree_bytes(folder)
     except FileNotFoundError as error:
         return Damaged(folder.name, folder, f"{Path(error.filename).name} is missing")
     except (OSError, ValueError) as error:
         return Damaged(folder.name, folder, f"node.json: {' '.join(str(error).split())}")
     return Found(folder.name, folder, about, size)
-
-
-def check_about(about: Any, key: str) -> None:
-    """ValueError unless it is what a node.json holds, for the node `key`."""
-    if not isinstance(about, dict):
-        raise ValueError("it describes no node")
-    if not isinstance(about.get("kind"), str) or not isinstance(about.get("semantics"), int):
-        raise ValueError("kind or semantics are missing")
-    for name in ("spec", "result", "provenance"):
-        if not isinstance(about.get(name), dict):
-            raise ValueError(f"{name} is missing")
-    if about.get("key") != key:
-        raise ValueError(f"it is of the node {str(about.get('key'))[:40]!r}")
 
 
 def read_all(root: Path) -> Iterator[Found | Damaged]:

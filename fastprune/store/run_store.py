@@ -32,6 +32,7 @@ from typing import Any
 from fastprune.errors import InputError
 from fastprune.files import SUMS, digest, flush, read_sums, write_atomically, write_sums
 from fastprune.specs import SEMANTICS, Filters, Node, Prune, StateRef, Trace, Train
+from fastprune.store.about import check_about
 
 FORMAT = 2
 FOLDERS = ("nodes", "partial", "figures", "leases", "tmp", "logs", "data", "cache")
@@ -99,7 +100,7 @@ class RunStore:
         try:
             return read_sums(self.path(node))
         except (OSError, ValueError) as error:
-            raise self._damaged(self.path(node) / SUMS, error) from error
+            raise self.damaged(self.path(node) / SUMS, error) from error
 
     def file(self, node: Node, name: str) -> Path:
         """A file of a published node, found to be as it was written; InputError if it is not."""
@@ -108,9 +109,9 @@ class RunStore:
             if digest(path) != self.files(node)[name]:
                 raise ValueError("its checksum is not that in SHA256SUMS")
         except KeyError:
-            raise self._damaged(path, f"not in {SUMS}") from None
+            raise self.damaged(path, f"not in {SUMS}") from None
         except (OSError, ValueError) as error:
-            raise self._damaged(path, error) from error
+            raise self.damaged(path, error) from error
         return path
 
     def await_node(self, node: Node, seconds: float = _APPEAR_SECONDS) -> None:
@@ -151,21 +152,24 @@ class RunStore:
                 rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f, strict=True)]
             return {int(row.pop("epoch")): row for row in rows}
         except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-            raise self._damaged(path, error) from error
+            raise self.damaged(path, error) from error
 
     def node(self, node: Node) -> dict[str, Any]:
         """node.json of a published node. InputError if it is damaged."""
         path = self.file(node, "node.json")
         try:
             found = json.loads(path.read_text())
-            if not isinstance(found, dict) or not {"result", "provenance"} <= found.keys():
-                raise ValueError("fields are missing")
+            check_about(found, node.key)
         except (OSError, ValueError) as error:
-            raise self._damaged(path, error) from error
-        return found
+            raise self.damaged(path, error) from error
+        return dict(found)
 
-    def _damaged(self, path: Path, why: Any) -> InputError:
-        return InputError(f"{path}: damaged or missing ({why}); delete the folder {path.parent} to make it again")
+    def damaged(self, path: Path, why: Any) -> InputError:
+        """What to raise for a file of a node that is not what it should be."""
+        return InputError(
+            f"{path}: damaged or missing ({why}); delete the folder {path.parent} to make it again "
+            "(scripts/store.py verify --delete does so with all that is damaged)"
+        )
 
     def mask(self, node: Prune) -> Path:
         """The mask of a published prune step, checked."""
@@ -268,19 +272,25 @@ class RunStore:
     def log(self, node: Node, text: str) -> Path:
         """Keeps what a failed node said; returns the file."""
         path = self.root / "logs" / f"{node.key}.log"
-        path.write_text(text)
+        write_atomically(path, lambda p: p.write_text(text))  # over that of another user, too
         return path
 
 
 def gain(folder: Path, sums: dict[str, str], files: dict[str, Callable[[Path], Any]]) -> list[str]:
     """Adds to a published node, whose checksums are `sums`, those files that it lacks; returns their names."""
-    missing = {name: write for name, write in files.items() if name not in sums}
-    for name, write in missing.items():
-        write_atomically(folder / name, write)
-    if missing:
+    digests: dict[str, str] = {}
+    for name, write in files.items():
+        if name not in sums:
+
+            def written(path: Path, name: str = name, write: Callable[[Path], Any] = write) -> None:
+                write(path)
+                digests[name] = digest(path)  # before anybody sees it, so that it is listed as soon as possible
+
+            write_atomically(folder / name, written)
+    if digests:
         # Read again: whoever was taken for dead may have added something meanwhile.
-        write_sums(folder, read_sums(folder) | {name: digest(folder / name) for name in missing})
-    return sorted(missing)
+        write_sums(folder, read_sums(folder) | digests)
+    return sorted(digests)
 
 
 def trace_name(fraction: float) -> str:

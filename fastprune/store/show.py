@@ -9,8 +9,8 @@ from typing import Any
 from fastprune.command import printable
 from fastprune.errors import InputError
 from fastprune.files import SUMS, digest, read_sums
-from fastprune.store.list import date, size
-from fastprune.store.read import Damaged, Found, is_published, node_folder, node_folders, read_node, rests_on
+from fastprune.store.list import date, going_on, size
+from fastprune.store.read import KEY, Damaged, Found, is_published, node_folder, node_folders, read_node, rests_on
 
 
 def find(root: Path, prefix: str) -> Path:
@@ -23,18 +23,41 @@ def find(root: Path, prefix: str) -> Path:
     return found[0]
 
 
-def show(root: Path, prefix: str) -> list[str]:
-    """Lines: everything that is known of a node. InputError for one that is not there or cannot be read."""
+def show(root: Path, prefix: str) -> tuple[list[str], bool]:
+    """(lines: everything that is known of a node, or of what there is of one that is not published; whether all that is
+    whole). InputError for one that is not there."""
+    if (unpublished := _unpublished(root, prefix)) is not None:
+        return unpublished, True
     node = read_node(find(root, prefix))
     if isinstance(node, Damaged):
-        raise InputError(f"{node.folder}: {node.why}; delete this folder to make it again")
+        return [f"{node.folder}: {node.why}; delete this folder to make it again", "", "files", *_files(node)[0]], False
     said = [f"{node.kind} {node.key}", str(node.folder), ""]
     for part in ("spec", "result", "provenance"):
         said += [part, *_tree(node.about[part]), ""]
     at = node.provenance.get("at")
     if isinstance(at, int | float):
         said[-1:] = [f"  made on {date(at)}", ""]
-    return [*said, "files", *_files(node.folder), "", *_neighbours(root, node)]
+    files, whole = _files(node)
+    return [*said, "files", *files, "", *_neighbours(root, node)], whole
+
+
+def _unpublished(root: Path, prefix: str) -> list[str] | None:
+    """What a node has left that failed or is not finished: leases, checkpoints, its log."""
+    prefix = prefix.lower()
+    if any(folder.name.startswith(prefix) for folder in node_folders(root)):
+        return None
+    names = [name for folder in ("leases", "partial", "logs") for name in os.listdir(root / folder)]
+    keys = {name[:32] for name in names if KEY.fullmatch(name[:32]) and name.startswith(prefix)}
+    if len(keys) != 1:
+        return None
+    key = keys.pop()
+    said = [f"{key}: not published", *(line for line in going_on(root) if line.split()[1].startswith(key[:8]))]
+    for path in sorted((root / "partial").glob(f"{key}.*")):
+        said.append(f"  {path}")
+    log = root / "logs" / f"{key}.log"
+    if log.exists():
+        said += ["", *(f"  {printable(line)}" for line in log.read_text(errors="replace").splitlines())]
+    return said
 
 
 def _tree(content: dict[str, Any], indent: str = "  ") -> Iterator[str]:
@@ -46,18 +69,24 @@ def _tree(content: dict[str, Any], indent: str = "  ") -> Iterator[str]:
             yield indent + printable(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
-def _files(folder: Path) -> Iterator[str]:
+def _files(node: Found | Damaged) -> tuple[list[str], bool]:
+    """(a line each, whether all are as they were written)."""
+    said, whole = [], True
     try:
-        sums = read_sums(folder)
+        sums = read_sums(node.folder)
     except (OSError, ValueError) as error:
-        sums = {}
-        yield f"  {SUMS}: {' '.join(str(error).split())}"
-    for name in sorted({*sums, *os.listdir(folder)} - {SUMS}):
+        sums, whole = {}, False
+        said.append(f"  {SUMS}: {error.strerror if isinstance(error, OSError) else error}")
+    for name in sorted({*sums, *os.listdir(node.folder)} - {SUMS}):
+        path = node.folder / name
         try:
-            state = f"not in {SUMS}" if name not in sums else "ok" if digest(folder / name) == sums[name] else "DAMAGED"
-            yield f"  {name}  {size((folder / name).stat().st_size)}  {state}"
+            state = f"not in {SUMS}" if name not in sums else "ok" if digest(path) == sums[name] else "DAMAGED"
+            said.append(f"  {name}  {size(path.stat().st_size)}  {state}")
         except OSError as error:
-            yield f"  {name}  {error.strerror}"
+            state = "missing"
+            said.append(f"  {name}  {error.strerror}")
+        whole &= state == "ok"
+    return said, whole
 
 
 def _neighbours(root: Path, node: Found) -> Iterator[str]:

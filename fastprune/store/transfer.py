@@ -21,13 +21,13 @@ from fastprune.store.archive import Content, Member, members
 from fastprune.store.check import check_node, line
 from fastprune.store.lease import Leases
 from fastprune.store.needs import Needs, named, read_needs
-from fastprune.store.read import is_published, node_folder, node_folders
+from fastprune.store.read import is_published, node_folder, node_folders, read_json
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 _OURS = {"node.json", "times.csv", SUMS}
-"""Files that differ between machines that compute the same."""
+"""Files that differ between machines that compute the same. Of node.json the result does not."""
 
 
 class DamagedError(Exception):
@@ -61,6 +61,8 @@ def export(root: Path, target: Path, figures: list[str], *, states: bool = True)
         keys = [folder.name for folder in present]
     if target.is_dir():
         raise InputError(f"{target} is a folder: name a file")
+    if not target.resolve().parent.is_dir():
+        raise InputError(f"{target}: there is no folder {target.parent}")
 
     def write(path: Path) -> None:
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
@@ -122,7 +124,7 @@ class _Hashing:
 def import_from(root: Path, source: Path) -> Imported:
     """Takes over nodes from a tar that export wrote, or from another store's folder.
 
-    InputError for a source that is not in order: nodes before the one concerned stay, and it says how many.
+    InputError for a source that is not in order, or a disk that is full: nodes before that stay, and it says how many.
     """
     if source.exists() and root.exists() and source.samefile(root):
         raise InputError(f"{source} is this very store")
@@ -138,9 +140,12 @@ def import_from(root: Path, source: Path) -> Imported:
                     importing.records(files)
                 else:
                     importing.node(key, files)
-    except InputError as error:
+    except (InputError, OSError) as error:
         done = len(imported.new) + len(imported.gained)
-        raise InputError(f"{error}; {done:,} nodes were imported before it") from error
+        what = str(error)
+        if isinstance(error, OSError):
+            what = f"{error.filename or root}: {error.strerror or error}"
+        raise InputError(f"{what}; {done:,} nodes were imported before it") from error
     return imported
 
 
@@ -231,6 +236,8 @@ class _Import:
             return
         theirs = self._assemble(key, files, folder, ours)
         differ = [name for name in sorted(theirs.keys() & ours.keys() - _OURS) if theirs[name] != ours[name]]
+        if not differ and _result(folder) != _result(final):
+            differ = ["node.json"]
         self.imported.conflicts += [f"{key} {name}: differs; ours is kept" for name in differ]
         missing = theirs.keys() - ours.keys() - _OURS
         if differ:
@@ -240,6 +247,12 @@ class _Import:
             self.imported.gained.append(key)
         else:
             self.imported.same.append(key)
+
+
+def _result(folder: Path) -> Any:
+    """What came out, without what was timed."""
+    result: dict[str, Any] = read_json(folder / "node.json")["result"]
+    return {name: value for name, value in result.items() if not name.startswith("latency")}
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -87,7 +87,7 @@ def test_layers_that_died_are_counted_and_missing_runs_are_left_out(tmp_path):
     assert collect("A6", points, store) == []
     first, second = points
     store.publish(first.node, {"epochs": 2, "diverged": False, "accuracy": 0.5}, {}, {})
-    mask = {"density": 0.5, "layerwise_ratios": {"a": 1.0, "b": 0.25, "c": 1.0}}
+    mask = {"round": 1, "total": 8, "kept": 4, "density": 0.5, "layerwise_ratios": {"a": 1.0, "b": 0.25, "c": 1.0}}
     store.publish(second.node.mask, mask, {}, {})
     store.publish(second.node, {"epochs": 1, "diverged": True, "accuracy": None}, {}, {})
     rows = collect("A6", points, store)

@@ -58,14 +58,14 @@ def test_ls_calls_a_data_set_by_its_name_where_a_figure_says_it(store, capsys):
 
 def test_ls_tells_what_is_going_on(store, capsys):
     store.save_partial(TRAIN, "checkpoint", lambda p: p.write_bytes(bytes(5000)))
-    log = store.log(FIND[1], "out of memory")
+    log = store.log(FIND[1], "lr 0.2, seed 0, round 1\nTraceback\nout of memory")
     with Leases(store.root / "leases") as leases:
         leases.acquire(TRAIN.key)
         lines = run(capsys, "ls", "--store", store.root)[1].splitlines()[-3:]
     key = TRAIN.key[:8]
     assert lines[0].startswith(f"lease {key}: process {os.getpid()} on ")
     assert lines[1].startswith(f"unfinished {key}: checkpoint of 5.0 kB, since 20")
-    assert lines[2] == f"failed {FIND[1].key[:8]}: {log}, published since"
+    assert lines[2] == f"failed {FIND[1].key[:8]}: lr 0.2, seed 0, round 1: {log}, published since"
 
 
 def test_ls_as_records(store, capsys):
@@ -142,8 +142,9 @@ def test_show(store, capsys):
     (store.path(PRUNE) / "layers.csv").write_text("")
     (store.path(PRUNE) / "mask.safetensors").unlink()
     (store.path(PRUNE) / "x").write_text("")
-    out = run(capsys, "show", PRUNE.key, "--store", store.root)[1]
+    code, out, _ = run(capsys, "show", PRUNE.key, "--store", store.root)
     lines = out.splitlines()
+    assert code == 1
     assert lines[lines.index("rests on") + 1] == f"  {TRAIN.key} train"
     assert {f"  {EVAL[1].key} train", f"  {MASKS[1].key} prune"} <= {*lines[lines.index("what rests on it") :]}
     assert {"  layers.csv  0 B  DAMAGED", "  mask.safetensors  No such file or directory"} <= {*lines}
@@ -162,7 +163,21 @@ def test_a_key_that_none_or_several_have(store, capsys):
 def test_show_of_a_damaged_node(store, content, capsys):
     (store.path(PRUNE) / "node.json").write_text(content)
     code, out, err = run(capsys, "show", PRUNE.key, "--store", store.root)
-    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert (code, err) == (1, "")
+    assert out.splitlines()[0].endswith("delete this folder to make it again")
+    assert "  node.json  " in out
+
+
+def test_show_of_what_is_not_published(tmp_path, capsys):
+    store = RunStore(tmp_path)
+    store.save_partial(TRAIN, "checkpoint", lambda p: p.write_bytes(bytes(5000)))
+    store.log(TRAIN, "lr 0.2, seed 0\nTraceback\n\x1b[31mout of memory")
+    code, out, err = run(capsys, "show", TRAIN.key[:6], "--store", store.root)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"{TRAIN.key}: not published"
+    assert f"  {store.partial_path(TRAIN, 'checkpoint')}" in lines
+    assert lines[-3:] == ["  lr 0.2, seed 0", "  Traceback", "  ?[31mout of memory"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """gc: what is worthless goes, what somebody works on or still needs stays."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from fastprune.specs import Rewind, StateRef, Trace
 from fastprune.store import RunStore
 from fastprune.store.cli import main
 from fastprune.store.gc import collect
-from fastprune.store.lease import Leases
+from fastprune.store.lease import Leases, NoSpaceError
 from fastprune.store.needs import read_needs, record_figure
 from fastprune.tensors import write_tensors
 from tests.made_up_store import EVAL, FILTERS, FIND, GRAPH, MASKS, PRUNE, TRAIN, put, put_all, temporaries, tree
@@ -216,7 +217,10 @@ def test_states_that_only_finished_nodes_have_read(tmp_path, capsys):
 def test_the_last_state_of_a_run_that_diverged_is_the_one_that_is_read(tmp_path):
     store = RunStore(tmp_path)
     store.publish(
-        TRAIN, {"epochs": 5}, {}, {"metrics.csv": lambda p: p.write_text("epoch\n"), "state-5.safetensors": junk}
+        TRAIN,
+        {"epochs": 5, "diverged": True, "accuracy": None},
+        {},
+        {"metrics.csv": lambda p: p.write_text("epoch\n"), "state-5.safetensors": junk},
     )
     record(store)
     assert gc(store, "--states") == 0
@@ -246,3 +250,31 @@ def test_what_is_recorded(tmp_path):
     assert found["data"] == {"f" * 64: "tiny-imagenet"}
     assert record(store, GRAPH, "variants") != path
     assert sorted(p.name[0] for p in (tmp_path / "figures").iterdir()) == ["v", "v"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_it_makes_room_on_a_full_disk(tmp_path, capsys):
+    """Where not even a lease can be taken."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("no tmpfs here")
+    try:
+        store = RunStore(tmp_path / "store")
+        (store.aside(TRAIN.key) / "state-1.safetensors").write_bytes(bytes(300_000))
+        filler = store.root / "figures" / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        with Leases(store.root / "leases") as leases, pytest.raises(NoSpaceError, match=r"scripts/store\.py gc"):
+            leases.acquire(PRUNE.key)
+        assert gc(store) == 0
+        assert "(300 kB)" in capsys.readouterr().out
+        assert [*(store.root / "tmp").iterdir(), *(store.root / "leases").iterdir()] == []
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_what_a_keeper_was_writing_that_died_goes(tmp_path):
+    store = RunStore(tmp_path)
+    (store.root / "leases" / f".{TRAIN.key}.123.vm").write_text("half")
+    assert gc(store) == 0
+    assert list((store.root / "leases").iterdir()) == []

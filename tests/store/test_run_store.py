@@ -24,9 +24,14 @@ CHAINS = Chains(preset(a2.PROTOCOL, "paper").override(rounds=2), DATA, 0)
 TRAIN, PRUNE = find_runs(CHAINS, 0.2)[0], masks(CHAINS, 0.2)[0]
 
 
+RESULT = {"epochs": 110, "diverged": False, "accuracy": 0.5}
+MASK = {"round": 1, "total": 10, "kept": 8, "density": 0.8, "layerwise_ratios": {}}
+
+
 def publish(store: RunStore, node=TRAIN, text: str = "one", states: tuple[int, ...] = ()) -> None:
     files = {f"state-{e}.safetensors": lambda p: p.write_text(text) for e in states}
-    store.publish(node, {"epochs": 110}, {"by": text}, {"metrics.csv": lambda p: p.write_text(text), **files})
+    result = RESULT if node is TRAIN else MASK
+    store.publish(node, result, {"by": text}, {"metrics.csv": lambda p: p.write_text(text), **files})
 
 
 def leftovers(store: RunStore) -> list[Path]:
@@ -72,7 +77,7 @@ def test_a_published_node_gains_states_that_are_asked_for_later(tmp_path):
 
 def test_a_run_that_diverged_stands_with_its_last_state(tmp_path):
     store = RunStore(tmp_path)
-    store.publish(TRAIN, {"epochs": 3}, {}, {"state-3.safetensors": lambda p: p.write_text("x")})
+    store.publish(TRAIN, RESULT | {"epochs": 3}, {}, {"state-3.safetensors": lambda p: p.write_text("x")})
     assert store.state(TRAIN.final)
     assert not store.state(StateRef(TRAIN, 2))
 

@@ -86,7 +86,7 @@ def test_a_store_comes_over_whole_and_only_once(theirs, ours, tmp_path, through,
         assert export(theirs, source) == 0
         assert f"{len(GRAPH.nodes)} nodes in {source}" in capsys.readouterr().out
     assert take(ours, source) == 0
-    counts = f"{len(GRAPH.nodes)} new, 0 the same, 0 gained files, 0 in conflict; 1 records of figures\n"
+    counts = f"{len(GRAPH.nodes)} new, 0 the same, 0 gained files, 0 in conflict; records of figures: 1\n"
     assert capsys.readouterr().out == counts
     assert tree(ours) == tree(theirs)
     assert os.listdir(ours / "figures") == os.listdir(theirs / "figures")
@@ -380,7 +380,7 @@ def test_sources_that_are_none(theirs, ours, tmp_path, capsys):
     assert take(theirs, theirs) == 2
     assert "this very store" in one_line(capsys)
     assert export(theirs, tmp_path / "none" / "a.tar") == 2
-    assert "No such file" in one_line(capsys)
+    assert f"there is no folder {tmp_path / 'none'}" in one_line(capsys)
 
 
 @pytest.mark.parametrize("what", ["link", "pipe", "link to a folder", "unknown", "unlisted"])
@@ -407,3 +407,79 @@ def test_what_is_gained_is_listed(theirs, tmp_path):
     put(RunStore(theirs), EVAL[0], (7,))
     assert take(store.root, theirs) == 0
     assert "state-7.safetensors" in read_sums(store.path(EVAL[0]))
+
+
+def describe(store: Path, node, **result) -> None:
+    """Changes what a node says came out, sums included."""
+    folder = RunStore(store).path(node)
+    about = json.loads((folder / "node.json").read_text())
+    about["result"] |= result
+    (folder / "node.json").write_text(json.dumps(about))
+    sums = read_sums(folder)
+    (folder / "SHA256SUMS").write_text(
+        sums_text(sums | {"node.json": hashlib.sha256((folder / "node.json").read_bytes()).hexdigest()})
+    )
+
+
+def test_another_result_is_a_conflict_though_all_files_agree(theirs, tmp_path, capsys):
+    other = put_all(tmp_path / "other").root
+    describe(other, TRAIN, accuracy=0.999)
+    before = tree(theirs)
+    assert take(theirs, other) == 1
+    assert f"conflict: {TRAIN.key} node.json: differs; ours is kept" in capsys.readouterr().out
+    assert tree(theirs) == before
+
+
+def test_what_was_timed_is_no_result(tmp_path, capsys):
+    """The latency of a network without some filters differs from machine to machine."""
+    for name in ("here", "elsewhere"):
+        put(RunStore(tmp_path / name), FILTERS, by=name)
+    assert take(tmp_path / "here", tmp_path / "elsewhere") == 0
+    assert "1 the same" in capsys.readouterr().out
+
+
+NONSENSE = [(TRAIN, {"accuracy": "x"}), (TRAIN, {"epochs": True}), (PRUNE, {"density": None}), (PRUNE, {"kept": "8"})]
+
+
+@pytest.mark.parametrize(("node", "result"), NONSENSE)
+def test_a_result_that_no_figure_could_read_is_refused(theirs, ours, node, result, capsys):
+    describe(theirs, node, **result)
+    assert take(ours, theirs) == 2
+    assert f"{node.key}/node.json: its result's {next(iter(result))} is " in one_line(capsys)
+    assert not verified(theirs)
+    assert "DAMAGED" in ls(theirs, capsys)
+
+
+def ls(store: Path, capsys) -> str:
+    capsys.readouterr()
+    assert main(["ls", "--store", str(store)]) == 1
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text", ["", "epoch\n1\n", "epoch,val_accuracy\n1,0.5\n3,0.5\n", "val_accuracy,epoch\n0.5,1\n"]
+)
+def test_metrics_that_no_figure_could_read_are_refused(theirs, ours, text, capsys):
+    folder = RunStore(theirs).path(TRAIN)
+    (folder / "metrics.csv").write_text(text)
+    sums = read_sums(folder) | {"metrics.csv": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / "SHA256SUMS").write_text(sums_text(sums))
+    assert take(ours, theirs) == 2
+    assert f"{TRAIN.key}/metrics.csv: it" in one_line(capsys)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_a_full_disk_says_how_far_it_came(theirs, tmp_path, capsys):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", small], check=False).returncode:
+        pytest.skip("no tmpfs here")
+    try:
+        assert take(small / "store", theirs) == 2
+        said = one_line(capsys)
+        assert "No space left on device; " in said
+        assert "nodes were imported before it" in said
+        assert verified(small / "store")
+        assert temporaries(small / "store") == []
+    finally:
+        subprocess.run(["umount", small], check=True)
