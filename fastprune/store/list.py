@@ -80,6 +80,7 @@ class Listing:
             "round": round,
             "density": density,
             "filters_removed": removed,
+            "mask_of": self._source(spec["mask"]),
             "epochs": result["epochs"],
             "diverged": bool(result["diverged"]),
             "accuracy": _number(result["accuracy"]),
@@ -97,6 +98,20 @@ class Listing:
         except (KeyError, TypeError, ValueError, OverflowError):
             return None, None, None
 
+    def _source(self, key: str | None) -> str | None:
+        """What the mask of a prune step was found with, as far as that is there to tell."""
+        if key is None or (prune := self.by_key.get(key)) is None or prune.kind != "prune":
+            return None
+        spec = prune.spec
+        if spec["score"] != "magnitude" or not isinstance(spec["source"], dict):
+            return str(spec["score"])
+        run = self.by_key.get(spec["source"]["node"])
+        if run is None:
+            return None
+        epoch = spec["source"]["epoch"]
+        early = "" if epoch == run.spec["stop"] else f" after epoch {epoch}"
+        return f"lr {float(run.spec['schedule']['lr']):g}{early}"
+
     def _prune(self, node: Found) -> dict[str, Any]:
         spec, result = node.spec, node.result
         allocation = spec["allocation"]
@@ -106,6 +121,7 @@ class Listing:
             "allocation": allocation if isinstance(allocation, str) else f"as {allocation['mask'][:8]}",
             "fraction": float(spec["fraction"]),
             "seed": spec["seed"],
+            "mask_of": self._source(node.key),
             "density": float(result["density"]),
         }
 
@@ -162,12 +178,16 @@ def _row(r: dict[str, Any]) -> tuple[str, ...]:
         if r["filters_removed"] is not None:
             mask = f"{r['filters_removed']:.0%} of filters removed"
         what = f"{r['network']}, {r['data']} ({r['classes']} classes), lr {r['lr']:g}, seed {r['seed']}, "
-        what += f"epochs {r['begin']}-{r['stop']}, {mask}"
+        found = "" if r["mask_of"] is None else f" by {r['mask_of']}"
+        what += f"epochs {r['begin']}-{r['stop']}, {mask}{found}"
         result = "diverged" if r["diverged"] else "" if r["accuracy"] is None else f"{100 * r['accuracy']:.2f} %"
         if r["density"] is not None:
             result += f", density {r['density']:.3g}"
     elif r["kind"] == "prune":
-        what = f"round {r['round']}, {r['score']}, {r['allocation']}, fraction {r['fraction']:g}"
+        found = "" if r["mask_of"] in (None, r["score"]) else f" of {r['mask_of']}"
+        what = (
+            f"round {r['round']}, {r['score']}{found}, {r['allocation']}, fraction {r['fraction']:g}, seed {r['seed']}"
+        )
         result = f"density {r['density']:.3g}"
     else:
         what = f"{r['fraction']:.0%} of filters"

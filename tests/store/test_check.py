@@ -251,3 +251,18 @@ def test_what_somebody_works_on_is_not_deleted(store, capsys):
     assert verify(store.root, "--delete") == 1
     assert not store.path(TRAIN).exists()
     assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_a_node_that_gains_files_meanwhile_is_not_called_damaged(tmp_path, capsys):
+    """Its new file is there before it is in the list of checksums, and its temporary one comes and goes."""
+    store = RunStore(tmp_path)
+    put(store, TRAIN, (3,))
+    extra = store.path(TRAIN) / "state-9.safetensors"
+    shutil.copyfile(next(store.path(TRAIN).glob("state-*")), extra)
+    (store.path(TRAIN) / ".state-9.safetensors.abcd").write_text("half")
+    with Leases(store.root / "leases") as leases:
+        leases.acquire(TRAIN.key)
+        assert verify(store.root) == 0
+        assert main(["ls", "--store", str(store.root)]) == 0
+    assert verify(store.root) == 1  # nobody works on it
+    assert f"{extra}: not in SHA256SUMS; delete {extra}" in capsys.readouterr().out

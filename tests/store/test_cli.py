@@ -43,8 +43,8 @@ def test_ls(store, capsys):
     assert train.startswith(f"{TRAIN.key[:8]} train resnet18")
     assert "data ffffffff (200 classes), lr 0.2, seed 0, epochs 0-110, round 0 50.00 %, density 1" in train
     assert "90 s, 45,300 images/s cpu " in train
-    assert "round 1 50.00 %, density 0.8" in rows[EVAL[1].key[:8]]
-    assert "prune round 1, magnitude, global, fraction 0.2 density 0.8 90 s" in rows[PRUNE.key[:8]]
+    assert "round 1 by lr 0.2 50.00 %, density 0.8" in rows[EVAL[1].key[:8]]
+    assert "prune round 1, magnitude of lr 0.2, global, fraction 0.2, seed 0 density 0.8 90 s" in rows[PRUNE.key[:8]]
     assert "filters 50% of filters 50% removed" in rows[FILTERS.key[:8]]
     trainings = len(GRAPH.trainings)
     assert lines[-1].startswith(f"{trainings} trainings, {len(MASKS)} prunes, 1 filter selections; ")
@@ -77,7 +77,7 @@ def test_ls_as_records(store, capsys):
     assert first.pop("bytes") == sum(p.stat().st_size for p in store.path(PRUNE).iterdir())
     assert first == {
         **{"key": PRUNE.key, "kind": "prune", "round": 1, "score": "magnitude", "allocation": "global"},
-        **{"fraction": 0.2, "seed": 0, "density": 0.8},
+        **{"fraction": 0.2, "seed": 0, "density": 0.8, "mask_of": "lr 0.2"},
         **{"seconds": 90.0, "images_per_second": 45300.0, "device": "cpu", "at": 1.7e9},
     }
 
