@@ -128,7 +128,8 @@ def _report(
     request = figure.request
     rows = collect(request.name, figure.points, store)
     drawing = figure.drawing(store)
-    summary = _summary(figure, rows, drawing, _cost(figure.graph, todo, outcome, seconds), devices)
+    cost = _cost(figure.graph, todo, outcome, seconds)
+    summary = _summary(figure, rows, drawing, cost, devices, store)
     write_all(request.out, rows, drawing, summary)
     print()
     print(terminal_summary(summary, request.out))
@@ -152,7 +153,7 @@ def _cost(graph: Graph, todo: set[str], outcome: "Outcome", seconds: float) -> d
 
 
 def _summary(
-    figure: _Figure, rows: list[Row], drawing: Drawing, cost: dict[str, Any], devices: list[str]
+    figure: _Figure, rows: list[Row], drawing: Drawing, cost: dict[str, Any], devices: list[str], store: RunStore
 ) -> dict[str, Any]:
     from fastprune.provenance import environment
 
@@ -168,9 +169,16 @@ def _summary(
         settings=asdict(request.settings),
         data=asdict(figure.data),
         cost=cost,
-        environment=environment(figure.loader, devices),
+        environment=environment(figure.loader, devices) | _computed_on(figure, store),
         real_command=command if figure.smoke else None,
     )
+
+
+def _computed_on(figure: _Figure, store: RunStore) -> dict[str, Any]:
+    """Which devices its networks were trained on, here or elsewhere."""
+    there = [store.node(n)["provenance"] for n in figure.graph.trainings if store.has(n)]
+    names = sorted({str(made["device"]) for made in there if "device" in made})
+    return {"device": ", ".join(names)} if names else {}
 
 
 def _devices(asked: str | None) -> list[str]:

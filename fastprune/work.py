@@ -59,11 +59,15 @@ class WorkConfig:
 
 @dataclass
 class _Progress:
-    """What a run has behind it: the metrics of its epochs and, by fraction, the LPR at each epoch."""
+    """What a run has behind it: the metrics of its epochs and, by fraction, the LPR at each epoch.
+
+    parts: the processes that computed it before this one: {"from", "to": epochs, and where that was}.
+    """
 
     begin: int
     history: list[EpochMetrics] = field(default_factory=list)
     traces: dict[float, list[dict[str, float]]] = field(default_factory=dict)
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def epoch(self) -> int:
@@ -73,15 +77,21 @@ class _Progress:
         for fraction, rows in self.traces.items():
             rows.append({"epoch": self.epoch, **trainer.would_prune(fraction).layerwise_ratios()})
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, where: dict[str, Any]) -> dict[str, Any]:
+        """For a checkpoint that is written here."""
         traces = [[fraction, rows] for fraction, rows in self.traces.items()]
-        return {"history": [m.as_dict() for m in self.history], "traces": traces}
+        return {"history": [m.as_dict() for m in self.history], "traces": traces, "parts": self.parts_with(where)}
+
+    def parts_with(self, where: dict[str, Any]) -> list[dict[str, Any]]:
+        begin = self.parts[-1]["to"] if self.parts else self.begin
+        return [*self.parts, {"from": begin, "to": self.epoch, **where}]
 
     @classmethod
     def of(cls, begin: int, facts: Any) -> "_Progress":
         """ValueError, TypeError or KeyError for what is no progress."""
         traces = {float(fraction): list(rows) for fraction, rows in facts["traces"]}
-        return cls(begin, [EpochMetrics(**m) for m in facts["history"]], traces)
+        parts = [{**part, "to": int(part["to"])} for part in facts["parts"]]
+        return cls(begin, [EpochMetrics(**m) for m in facts["history"]], traces, parts)
 
 
 class Worker:
@@ -144,7 +154,7 @@ class Worker:
                 self.store.save_partial(node, f"{what}-{metrics.epoch}", _writer(trainer, what))
             often = self.config.checkpoint_epochs
             if time.monotonic() - saved_at >= self.config.checkpoint_seconds or (often and metrics.epoch % often == 0):
-                facts = progress.facts()
+                facts = progress.facts(self._environment(node))
                 self.store.save_partial(node, "checkpoint", lambda p: write_tensors(p, trainer.state(), facts))
                 saved_at = time.monotonic()
 
@@ -184,9 +194,10 @@ class Worker:
         }
         rate = sum(m.images_per_second for m in history) / len(history)
         seconds = sum(m.seconds for m in history)
-        source = self._sources.get(node.data.fingerprint)  # not opened where a checkpoint held the whole run
-        loader = None if source is None else source.loader
-        self.store.publish(node, result, self._provenance(loader, seconds, rate), files)
+        made = self._provenance(self._loader(node), seconds, rate)
+        if progress.parts:
+            made["parts"] = progress.parts_with(self._environment(node))
+        self.store.publish(node, result, made, files)
         self.store.drop_partial(node)
         return result
 
@@ -267,6 +278,14 @@ class Worker:
         subset = Subset(data.classes, data.train_per_class, data.val_per_class)
         how = {"batch_size": batch_size, "subset": subset, "dtype": dtype}
         return source.train(seed=node.seed, **how), source.val(**how)
+
+    def _loader(self, node: Train) -> str | None:
+        """None where a checkpoint held the whole run, so that no data was opened."""
+        source = self._sources.get(node.data.fingerprint)
+        return None if source is None else source.loader
+
+    def _environment(self, node: Train) -> dict[str, Any]:
+        return environment(self._loader(node), [self.config.device])
 
     def _provenance(self, loader: str | None, seconds: float, rate: float | None) -> dict[str, Any]:
         where = environment(loader, [self.config.device])

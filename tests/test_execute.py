@@ -111,6 +111,13 @@ def test_interrupted_anywhere_it_ends_the_same(config, monkeypatch, after, tmp_p
     execute(graph, config, view)
     assert not done_before & {n.key for n in view.finished_nodes}
     assert contents(RunStore(config.store)) == contents(RunStore(whole.store))
+    for node in (n for n in graph.nodes if n.kind == "train"):
+        made = RunStore(config.store).node(node)["provenance"]
+        parts = made.get("parts", [{"from": 0, "to": node.stop}])
+        assert [0, *(part["to"] for part in parts)] == [*(part["from"] for part in parts), node.stop]
+        assert all(part["code"] == made["code"] for part in made.get("parts", []))
+        if after == 7 and node is graph.nodes[0]:  # killed in its second epoch
+            assert [(part["from"], part["to"]) for part in made["parts"]] == [(0, 1), (1, 3)]
 
 
 def test_a_resumed_run_trains_only_the_epochs_it_lacks(config, monkeypatch):
