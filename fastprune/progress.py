@@ -11,6 +11,8 @@ from fastprune.specs import Runnable, Train
 
 _LINES = 24
 """Workers that have a line of their own."""
+_FIRST_SECONDS = 0.2
+"""What the first images that are reported took, about."""
 
 
 class Bars:
@@ -49,7 +51,8 @@ class Bars:
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None:
         seen = self.images[node.key] = self.images.get(node.key, 0) + images
         if images and not self.total.n:
-            self.total.unpause()  # the time that workers take to start tells nothing of the rate
+            # How long workers take to start tells nothing of the rate.
+            self.total.start_t = time.time() - _FIRST_SECONDS
         self.total.update(images)
         if isinstance(node, Train) and epoch:
             rate = seen / max(time.monotonic() - self.began[node.key], 1e-9)

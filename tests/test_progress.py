@@ -57,3 +57,13 @@ def test_what_diverged_or_was_computed_elsewhere_is_not_waited_for(graph, capsys
         bars.finished(None, second, {"diverged": False})
         assert (bars.total.n, bars.total.total) == (7, 7)
     assert f"diverged: {graph.label(first)}, in epoch 1" in capsys.readouterr().err
+
+
+def test_the_rate_counts_from_the_first_image(graph, capsys, monkeypatch):
+    with Bars(graph, graph.nodes, 1) as bars:
+        node = graph.nodes[0]
+        bars.total.start_t -= 1000.0  # so long the workers took to start
+        bars.started(0, node, "cpu")
+        bars.progress(0, node, 0, 0)
+        bars.progress(0, node, 0, 8)
+        assert 0.1 < bars.total.format_dict["elapsed"] < 100.0

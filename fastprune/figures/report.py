@@ -130,7 +130,7 @@ def terminal_summary(summary: Mapping[str, Any], folder: Path | None = None) -> 
     blocks.append(_cost(summary["cost"], summary["environment"]))
     if folder is not None:
         blocks.append(f"Files   {folder}/: figure.png, figure.pdf, results.csv, summary.json")
-    if summary["real_command"]:
+    if summary["real_command"] and not summary["cost"].get("failed"):
         blocks.append(f"{_MACHINERY}\n  {summary['real_command']}")
     return "\n\n".join(block for block in blocks if block)
 
