@@ -69,14 +69,17 @@ def progress_bar(what: str, total: int, unit: str, items: Iterable[Any] | None =
 
 def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
     """Calls `work` and returns its exit code; else 2 for InputError and OSError, which are one line on stderr, 0 where
-    the reader of stdout has seen enough, 130 for SIGINT and SIGTERM, where a line says what the KeyboardInterrupt says
+    the reader of stdout has seen enough, 130 for SIGINT, SIGTERM and SIGHUP, where a line says what the KeyboardInterrupt says
     about what comes then, or `then`.
 
-    From a main thread SIGTERM, which schedulers send before they kill, interrupts from then on. What stdout's encoding
+    From a main thread SIGTERM, which schedulers send before they kill, and SIGHUP, which a terminal sends that is
+    closed, interrupt from then on. What stdout's encoding
     lacks is printed as `?`.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+            signal.signal(signal.SIGHUP, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:

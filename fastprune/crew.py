@@ -28,7 +28,7 @@ REPORT_SECONDS = 0.2
 """Between two reports of a worker's progress."""
 STARTS_LIMIT = 5
 """So many workers died as they started, and none came up between: something is wrong with all of them."""
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STORE_IS_UNUSABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
 

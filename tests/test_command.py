@@ -14,9 +14,10 @@ from fastprune.errors import InputError
 
 @pytest.fixture(autouse=True)
 def _handlers_stay():
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def raising(error: BaseException):
@@ -52,9 +53,16 @@ def test_bad_usage_is_bad_input(capsys):
     assert capsys.readouterr().err == "x.py: unrecognized arguments: --no (see --help)\n"
 
 
-def test_what_schedulers_send_before_they_kill_interrupts(capsys):
-    assert run_command("x.py", lambda: os.kill(os.getpid(), signal.SIGTERM) or 0) == INTERRUPTED
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_schedulers_and_closed_terminals_send_interrupts(number, capsys):
+    signal.signal(number, signal.SIG_DFL)
+    assert run_command("x.py", lambda: os.kill(os.getpid(), number) or 0) == INTERRUPTED
     assert capsys.readouterr().err == "x.py: interrupted\n"
+
+
+def test_under_nohup_a_closed_terminal_is_nothing():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run_command("x.py", lambda: os.kill(os.getpid(), signal.SIGHUP) or 0) == DONE
 
 
 def child(code: str, **environment: str) -> subprocess.Popen[bytes]:
