@@ -69,8 +69,8 @@ def progress_bar(what: str, total: int, unit: str, items: Iterable[Any] | None =
 
 def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
     """Calls `work` and returns its exit code; else 2 for InputError and OSError, which are one line on stderr, 0 where
-    the reader of stdout has seen enough, 130 for SIGINT, SIGTERM and SIGHUP, where a line says what the KeyboardInterrupt says
-    about what comes then, or `then`.
+    the reader of stdout has seen enough, 130 for SIGINT, SIGTERM and SIGHUP, where a line says what the
+    KeyboardInterrupt says about what comes then, or `then`.
 
     From a main thread SIGTERM, which schedulers send before they kill, and SIGHUP, which a terminal sends that is
     closed, interrupt from then on. What stdout's encoding
