@@ -9,7 +9,7 @@ _FAILURES_LIMIT = 3
 
 
 class Attempts:
-    """Counts of one execution. Nodes by key, devices by name."""
+    """Counts of one execution. Nodes by key, devices by name; devices: those of all workers, "" where not known yet."""
 
     def __init__(self) -> None:
         self._reached: dict[str, int] = {}
@@ -53,4 +53,4 @@ class Attempts:
         return self._in_a_row.get(device, 0) >= _FAILURES_LIMIT and self._others_work(device, devices)
 
     def _others_work(self, device: str, devices: Collection[str]) -> bool:
-        return any(d != device and self._in_a_row.get(d, 0) < _FAILURES_LIMIT for d in devices)
+        return any(d not in (device, "") and self._in_a_row.get(d, 0) < _FAILURES_LIMIT for d in devices)

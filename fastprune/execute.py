@@ -188,9 +188,8 @@ class _Run:
             reason = f"its worker died again, having come no further ({value}){_guess(value)}"
             self._failed(worker, node, reason, reason)
         elif self.attempts.failed(node.key, self.devices[worker], devices := self.crew.devices()):
-            cause, _ = value
             label, device = self.queue.graph.label(node), self.devices[worker]
-            self.view.note(f"again elsewhere: {label}, which failed on {device}: {cause}")
+            self.view.note(f"again elsewhere: {label}, which failed on {device}: {self._logged(node, *value)}")
             if self.attempts.is_left_out(device, devices):
                 self.view.note(f"{device} is left out from here on: what it got failed, time after time")
             self.queue.again(node)
@@ -216,16 +215,18 @@ class _Run:
         self.view.finished(worker, node, result)
 
     def _failed(self, worker: int, node: Runnable, cause: str, text: str) -> None:
-        """text: for the log, all that is known."""
-        try:
-            log = self.store.log(node, f"{self.queue.graph.label(node)}\n{text}")
-            reason = f"{cause} (log: {log})"
-        except OSError as error:
-            reason = f"{cause} (no log: {error.strerror})"
-        self.outcome.failed[node.key] = reason
+        reason = self.outcome.failed[node.key] = self._logged(node, cause, text)
         resting = self.queue.fail(node)
         self.outcome.not_reached += len(resting)
         self.view.failed(worker, node, reason, resting)
+
+    def _logged(self, node: Runnable, cause: str, text: str) -> str:
+        """The cause, and where all that is known was written down."""
+        try:
+            log = self.store.log(node, f"{self.queue.graph.label(node)}\n{text}")
+            return f"{cause} (log: {log})"
+        except OSError as error:
+            return f"{cause} (no log: {error.strerror})"
 
     def _mention_the_silent(self) -> None:
         for worker, node in self.nodes.items():

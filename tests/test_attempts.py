@@ -220,6 +220,7 @@ def test_counts_are_of_each_node_and_device():
     assert attempts.suits("x", "b", devices)
     assert attempts.suits("y", "a", devices)
     assert attempts.suits("x", "a", ["a"])
+    assert attempts.suits("x", "a", ["a", ""])  # the other one is still starting
     attempts.succeeded("a")
     for key in "yz":
         assert attempts.failed(key, "a", devices)
