@@ -246,23 +246,36 @@ def _connect(address: str | None) -> str:
     for a crash."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    where, how = _expected_at(address)
+    host, _, port = where.removeprefix("ray://").rpartition(":")
     try:
         if port.isdecimal():
             socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:  # a ConnectionError is an OSError
-        help = (
-            "start one with ray start --head, or leave --ray-address away"
-            if address == "auto"
-            else ("is its address right, and ~/.ray/auth_token the same as there?")
-        )
-        raise InputError(f"--ray-address {address}: no Ray cluster there ({_first_line(error)}); {help}") from error
+        mend = "start one with ray start --head, or use --ray-address local"
+        if where:
+            mend = "is that right, and ~/.ray/auth_token the same as there? --ray-address local starts one here"
+        raise InputError(f"{how}: no Ray cluster there ({_first_line(error)}); {mend}") from error
     finally:
         if main and handler is not None:
             signal.signal(signal.SIGTERM, handler)
     machines = len(_alive())
     return f"Ray cluster at {ray.get_runtime_context().gcs_address} of {machines} machine{'s' if machines > 1 else ''}"
+
+
+def _expected_at(address: str | None) -> tuple[str, str]:
+    """(where Ray will look for a cluster, "" where it looks around; who says so)."""
+    if address not in (None, "auto"):
+        return ("" if address == "local" else str(address)), f"--ray-address {address}"
+    if found := os.environ.get("RAY_ADDRESS", ""):
+        return found, f"RAY_ADDRESS {found}"
+    noted = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    try:
+        found = noted.read_text().strip()
+    except OSError:
+        return "", f"--ray-address {address or 'auto'}"
+    return found, f"{found}, which {noted} names"
 
 
 def _room(gpus: float | None) -> tuple[float, int]:

@@ -155,3 +155,24 @@ def test_a_machine_that_goes_with_many_workers_ends_nothing(small_figure, tmp_pa
     assert "as its worker died" in done.stderr
     assert results(tmp_path) == results(small_figure)
     assert products(tmp_path / "store") == products(small_figure / "store")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["RAY_ADDRESS", "ray_current_cluster"])
+def test_a_cluster_that_was_there_once_is_one_line(tmp_path, through):
+    """Ray itself would look for it for minutes."""
+    environment = {**os.environ, "RAY_TMPDIR": str(tmp_path)}
+    if through == "RAY_ADDRESS":
+        environment["RAY_ADDRESS"] = "127.0.0.1:1"
+    else:
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / through).write_text("127.0.0.1:1")
+    began = time.monotonic()
+    arguments = command(tmp_path, "--executor", "ray")
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert time.monotonic() - began < 100.0
+    assert done.returncode == 2, done
+    (said,) = (line for line in done.stderr.splitlines() if line.startswith("reproduce.py:"))
+    assert through in said
+    assert "127.0.0.1:1" in said
+    assert "--ray-address local" in said
