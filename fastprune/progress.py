@@ -51,8 +51,9 @@ class Bars:
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None:
         seen = self.images[node.key] = self.images.get(node.key, 0) + images
         if images and not self.total.n:
-            # How long workers take to start tells nothing of the rate.
-            self.total.start_t = time.time() - _FIRST_SECONDS
+            # How long workers take to start tells nothing of the rate. A bar that has not been printed since its start
+            # ends without a line's end.
+            self.total.start_t = self.total.last_print_t = time.time() - _FIRST_SECONDS
         self.total.update(images)
         if isinstance(node, Train) and epoch:
             rate = seen / max(time.monotonic() - self.began[node.key], 1e-9)

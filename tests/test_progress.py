@@ -67,3 +67,4 @@ def test_the_rate_counts_from_the_first_image(graph, capsys, monkeypatch):
         bars.progress(0, node, 0, 0)
         bars.progress(0, node, 0, 8)
         assert 0.1 < bars.total.format_dict["elapsed"] < 100.0
+    assert capsys.readouterr().err.endswith("\n")  # what is said next has a line of its own
