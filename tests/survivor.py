@@ -59,7 +59,7 @@ def published(root: Path) -> dict[str, tuple[int, int]]:
 
 
 class Counting(Silent):
-    """Says in a pipe when it has heard of progress `at` times."""
+    """When it has heard of progress `at` times, it says so in a pipe or, where there is none, kills the process."""
 
     def __init__(self, pipe: Any, at: int) -> None:
         super().__init__()
@@ -68,23 +68,24 @@ class Counting(Silent):
     def progress(self, *about: Any) -> None:
         self.heard += 1
         if self.heard == self.at:
-            self.pipe.send("now")
+            _die() if self.pipe is None else self.pipe.send("now")
 
 
-def start(root: Path, *, die_at: str | None = None, pipe: Any = None, say_at: int = 0) -> BaseProcess:
-    """The run, begun or continued. die_at: one of POINTS, where it kills itself. pipe: gets "now" at the `say_at`-th
-    report of progress (they are as many as training steps), and in the end (keys computed, number of reports)."""
-    process = CONTEXT.Process(target=_run, args=(root, die_at, pipe, say_at))
+def start(root: Path, *, die_at: str | None = None, pipe: Any = None, report: int = 0) -> BaseProcess:
+    """The run, begun or continued. die_at: one of POINTS, where it kills itself. report: by its number, a report of
+    progress (they are as many as training steps) at which it says "now" in the pipe or, without a pipe, kills itself.
+    pipe: gets (keys computed, number of reports) in the end."""
+    process = CONTEXT.Process(target=_run, args=(root, die_at, pipe, report))
     process.start()
     return process
 
 
-def _run(root: Path, die_at: str | None, pipe: Any, say_at: int) -> None:
+def _run(root: Path, die_at: str | None, pipe: Any, report: int) -> None:
     torch.set_num_threads(1)
     work.open_data = lambda *args, **kwargs: Images(batches=16)
     if die_at is not None:
         POINTS[die_at]()
-    view = Counting(pipe, say_at)
+    view = Counting(pipe, report)
     outcome = execute(graph(), config(root), view)
     assert outcome.failed == {}
     if pipe is not None:

@@ -16,16 +16,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """The store of a run that nobody disturbed, its reports of progress, and how long it took."""
+    """The store of a run that nobody disturbed, and the number of its reports of progress."""
     root = tmp_path_factory.mktemp("whole")
     mine, theirs = survivor.CONTEXT.Pipe()
-    began = time.monotonic()
     process = survivor.start(root, pipe=theirs)
     theirs.close()  # a child that dies unheard is the end of the pipe
     _, reports = mine.recv()
     process.join()
     assert process.exitcode == 0
-    return root, reports, time.monotonic() - began
+    return root, reports
 
 
 def continued(root, whole) -> None:
@@ -50,9 +49,9 @@ def continued(root, whole) -> None:
 @pytest.mark.parametrize("moment", range(1, MOMENTS + 1))
 def test_killed_at_any_moment_it_ends_the_same(whole, tmp_path, moment):
     """Moments by the work that is done: seconds are not the same twice."""
-    root, reports, _ = whole
+    root, reports = whole
     mine, theirs = survivor.CONTEXT.Pipe()
-    process = survivor.start(tmp_path, pipe=theirs, say_at=reports * moment // (MOMENTS + 1))
+    process = survivor.start(tmp_path, pipe=theirs, report=reports * moment // (MOMENTS + 1))
     theirs.close()
     assert mine.recv() == "now"
     time.sleep(0.007 * (moment % 5))  # anywhere in a step, or in what follows it
@@ -72,15 +71,13 @@ def test_killed_at_a_chosen_point_it_ends_the_same(whole, tmp_path, point):
 
 def test_killed_again_and_again_it_ends_the_same(whole, tmp_path):
     """At a new place each time: it gets on, however short its lives are."""
-    deaths = 0
-    for _ in range(100):
-        process = survivor.start(tmp_path)
-        process.join(0.25 * whole[2])
-        if process.exitcode is not None:
-            break
-        process.kill()
+    root, reports = whole
+    for deaths in range(100):
+        process = survivor.start(tmp_path, report=reports // 8 + 7 * deaths)
         process.join()
-        deaths += 1
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
     assert process.exitcode == 0
     assert deaths >= 3
-    continued(tmp_path, whole[0])
+    continued(tmp_path, root)
