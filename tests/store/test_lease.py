@@ -28,7 +28,10 @@ print(leases.acquire("node")[0], leases._process.pid, flush=True)
 def hold(folder: Path, seconds: float, then: str = "time.sleep(100)") -> tuple[subprocess.Popen, int]:
     """A process that holds the lease on "node", and the process that keeps it alive."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD.format(then=then), str(folder), str(seconds)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD.format(then=then), str(folder), str(seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     mine, keeper = process.stdout.readline().split()
@@ -176,12 +179,12 @@ def test_of_many_that_take_over_one_does(tmp_path):
 
 def test_a_long_step_that_locks_the_interpreter_does_not_cost_the_lease(tmp_path):
     """PyDLL keeps Python's global lock: no thread of the holder runs for eight times the lease."""
-    process, _ = hold(tmp_path, 1.0, "ctypes.PyDLL(None).usleep(8_000_000); print(leases.release('node'), flush=True)")
-    with Leases(tmp_path, 1.0) as other:
+    then = "ctypes.PyDLL(None).usleep(12_000_000); print('awake', flush=True); input(); print(leases.release('node'))"
+    process, _ = hold(tmp_path, 1.5, then)
+    with Leases(tmp_path, 1.5) as other:
         while not select.select([process.stdout], [], [], 0.1)[0]:
             assert other.acquire("node")[0] is False
-        assert process.stdout.readline().strip() == "True"
-    process.communicate(timeout=60)
+        assert process.communicate("\n", timeout=60)[0].split() == ["awake", "True"]
 
 
 def test_one_that_was_taken_for_dead_learns_it(tmp_path):
