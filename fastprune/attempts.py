@@ -21,17 +21,14 @@ class Attempts:
     def reached(self, key: str, epoch: int) -> None:
         self._reached[key] = max(self._reached.get(key, 0), epoch)
 
-    def died(self, key: str) -> int:
-        """The node's worker died; how often that happened by now without any epoch between. Preempted again and again,
-        a run gets done all the same; one that needs too much memory does not."""
+    def died(self, key: str) -> bool:
+        """Whether a node whose worker died is tried again. Preempted again and again, a run gets done all the same; one
+        that needs too much memory does not."""
         reached = self._reached.get(key, 0)
         further = reached > self._reached_before.get(key, 0)
         self._reached_before[key] = reached
         self._deaths[key] = 1 if further else self._deaths.get(key, 0) + 1
-        return self._deaths[key]
-
-    def gives_up(self, key: str) -> bool:
-        return self._deaths.get(key, 0) >= _DEATHS_LIMIT
+        return self._deaths[key] < _DEATHS_LIMIT
 
     def succeeded(self, device: str) -> None:
         self._in_a_row[device] = 0

@@ -73,8 +73,7 @@ def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
     KeyboardInterrupt says about what comes then, or `then`.
 
     From a main thread SIGTERM, which schedulers send before they kill, and SIGHUP, which a terminal sends that is
-    closed, interrupt from then on. What stdout's encoding
-    lacks is printed as `?`.
+    closed, interrupt from then on. What stdout's encoding lacks is printed as `?`.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)

@@ -174,7 +174,10 @@ class _Run:
             self.view.progress(worker, node, epoch, images)
             return
         del self.nodes[worker]
-        if kind in ("lost", "gone") and self._again_elsewhere(node, kind, value):
+        if kind == "gone" or (kind == "lost" and self.attempts.died(node.key)):  # the whole machine, or the worker
+            self.view.note(f"again: {self.queue.graph.label(node)}, as its worker died ({value})")
+            self.leases.release(node.key)
+            self.queue.again(node)
             return
         still_ours = self.leases.release(node.key)
         if kind == "input":
@@ -195,17 +198,6 @@ class _Run:
             self.queue.again(node)
         else:
             self._failed(worker, node, *value)
-
-    def _again_elsewhere(self, node: Runnable, kind: str, reason: str) -> bool:
-        """Whether a node whose worker died is tried again: always, if the whole machine went."""
-        if kind == "lost":
-            self.attempts.died(node.key)
-            if self.attempts.gives_up(node.key):
-                return False
-        self.view.note(f"again: {self.queue.graph.label(node)}, as its worker died ({reason})")
-        self.leases.release(node.key)
-        self.queue.again(node)
-        return True
 
     def _done(self, worker: int, node: Runnable, result: dict[str, Any], epochs: int) -> None:
         self.outcome.done.append(node.key)
@@ -238,8 +230,8 @@ class _Run:
     def _mention_others(self) -> None:
         """Says for whom this process waits when there is nothing else for it to do."""
         now = time.monotonic()
-        busy = [key for key in self.elsewhere if not self.queue.is_settled(key)]
-        if self.nodes or not busy:
+        busy = [] if self.nodes else [key for key in self.elsewhere if not self.queue.is_settled(key)]
+        if not busy:
             self.waiting_since = None
         elif self.waiting_since is None:
             self.waiting_since = now

@@ -125,7 +125,8 @@ class Worker:
         else:
             manifest = self.config.images[node.source.node.data.fingerprint].manifest
             result, files = choose_filters(self.store, node, manifest.height, self.config.device)
-        self.store.publish(node, result, self._provenance(None, time.perf_counter() - began, None), files)
+        made = {**environment(None, [self.config.device]), **_cost(time.perf_counter() - began, None)}
+        self.store.publish(node, result, made, files)
         return result, 0
 
     def _train(self, node: Train, products: Products, report: Report) -> tuple[dict[str, Any], int]:
@@ -194,9 +195,10 @@ class Worker:
         }
         rate = sum(m.images_per_second for m in history) / len(history)
         seconds = sum(m.seconds for m in history)
-        made = self._provenance(self._loader(node), seconds, rate)
+        where = self._environment(node)
+        made = {**where, **_cost(seconds, rate)}
         if progress.parts:
-            made["parts"] = progress.parts_with(self._environment(node))
+            made["parts"] = progress.parts_with(where)
         self.store.publish(node, result, made, files)
         self.store.drop_partial(node)
         return result
@@ -287,9 +289,9 @@ class Worker:
     def _environment(self, node: Train) -> dict[str, Any]:
         return environment(self._loader(node), [self.config.device])
 
-    def _provenance(self, loader: str | None, seconds: float, rate: float | None) -> dict[str, Any]:
-        where = environment(loader, [self.config.device])
-        return {**where, "wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
+
+def _cost(seconds: float, rate: float | None) -> dict[str, Any]:
+    return {"wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
 
 
 def _asked(products: Products, epoch: int) -> list[str]:
