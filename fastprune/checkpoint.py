@@ -13,7 +13,6 @@ Of the reference script's checkpoints, model, optimizer and epoch are read; of p
 """
 
 import argparse
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.files import flush
+from fastprune.files import flush, write_atomically
 from fastprune.masks import Mask, plain_state_dict
 from fastprune.specs import OptimizerSpec
 from fastprune.train import Trainer
@@ -97,14 +96,8 @@ def fitting_mask(tensors: Mapping[str, Tensor], trainer: Trainer, path: Path) ->
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes `path` aside, flushes it to disk and renames it: whoever finds it finds it whole."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        write(aside)
-        flush(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Writes `path` atomically, and waits until the disk has its name, too."""
+    write_atomically(path, write, path.with_name(f".{path.name}.part"))
     flush(path.parent)
 
 

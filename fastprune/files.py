@@ -23,9 +23,13 @@ _BITS = {
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Creates or replaces `path`: written aside by `write`, flushed to disk, renamed."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # unique also among machines that share the disk
+def write_atomically(path: Path, write: Callable[[Path], Any], aside: Path | None = None) -> None:
+    """Creates or replaces `path`: written aside by `write`, flushed to disk, renamed.
+
+    aside: where a single writer writes it, so that the next one writes over what a killed one left.
+    """
+    if aside is None:
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # unique also among machines that share the disk
     try:
         write(aside)
         flush(aside)

@@ -33,7 +33,7 @@ ALLOWED = {
     "fastprune/simulation.py": {"fastprune.specs", "fastprune.graph", "fastprune.schedule"},
     "fastprune/sizes.py": {"fastprune.specs", "fastprune.graph"},
     "fastprune/figures/plan.py": {"fastprune.errors", "fastprune.specs", "fastprune.settings"},
-    "fastprune/figures/results.py": {"fastprune.errors"},
+    "fastprune/figures/results.py": {"fastprune.errors", "fastprune.files"},
     "fastprune/figures/axes.py": {"fastprune.errors", "fastprune.figures.results"},
     "fastprune/figures/claims.py": {"scipy", "fastprune.figures.results"},
     "fastprune/figures/claims_accuracy.py": {"fastprune.figures.claims", "fastprune.figures.results"},

@@ -6,8 +6,6 @@ The file is written in a fixed order with exact floats, so a run that was interr
 import csv
 import io
 import math
-import os
-import secrets
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
@@ -16,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from fastprune.errors import InputError
+from fastprune.files import flush, write_atomically
 
 
 @dataclass(frozen=True)
@@ -165,23 +164,10 @@ def write_atomic(path: Path, content: bytes) -> None:
 
     Raises InputError, one line, when the folder is read-only, full or no folder.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # other machines may write it too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_atomically(path, lambda p: p.write_bytes(content))
+        flush(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write {path}: {reason}; choose another folder or free some space") from error
