@@ -17,6 +17,12 @@ from tests.small_figure import NODES, TINY, TRAININGS, command, folders, product
 pytest.importorskip("ray", reason="Ray is not installed")
 
 
+@pytest.fixture(autouse=True)
+def as_important_as_other_tests(monkeypatch):
+    """Ray's workers are nicer than whatever else runs: on a busy machine they get next to nothing."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+
+
 def actors(parent: int, name: str) -> dict[int, str]:
     """By process id, what Ray's actors of this name below `parent` say they are doing."""
     found = {}
