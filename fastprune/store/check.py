@@ -192,24 +192,21 @@ def check_content(path: Path) -> None:
     elif path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as text:
             rows = csv.reader(text, strict=True)
-            head, epochs = next(rows, []), []
+            head, epochs, of_epochs = next(rows, []), [], path.name != "layers.csv"
+            if of_epochs and (head[:1] != ["epoch"] or (path.name == "metrics.csv" and "val_accuracy" not in head)):
+                raise ValueError(f"it has the columns {', '.join(head)[:80]}")
             for row in rows:
                 if len(row) != len(head):
                     raise ValueError(f"line {rows.line_num} has {len(row)} fields, the first has {len(head)}")
-                if path.name != "layers.csv":
+                if of_epochs:
                     numbers = list(map(float, row))
                     epochs.append(numbers[0])
-            if path.name != "layers.csv":
-                _check_epochs(path.name, head, epochs)
+            if of_epochs and not _follow(epochs):
+                raise ValueError("its epochs are not one after another")
 
 
-def _check_epochs(name: str, head: list[str], epochs: list[float]) -> None:
-    """Of a table with a row for each epoch."""
-    wanted = {"epoch", "val_accuracy"} if name == "metrics.csv" else {"epoch"}
-    if head[:1] != ["epoch"] or not wanted <= set(head):
-        raise ValueError(f"it has the columns {', '.join(head)[:80]}")
-    if not epochs or epochs != [epochs[0] + i for i in range(len(epochs))]:
-        raise ValueError("its epochs are not one after another")
+def _follow(epochs: list[float]) -> bool:
+    return bool(epochs) and epochs[0].is_integer() and epochs == [epochs[0] + i for i in range(len(epochs))]
 
 
 def _partial(path: Path) -> str | None:

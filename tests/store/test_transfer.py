@@ -457,7 +457,11 @@ def ls(store: Path, capsys) -> str:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "epoch\n1\n", "epoch,val_accuracy\n1,0.5\n3,0.5\n", "val_accuracy,epoch\n0.5,1\n"]
+    "text",
+    [
+        *("", "\n\n", "epoch\n1\n", "epoch,val_accuracy\n1,0.5\n3,0.5\n", "val_accuracy,epoch\n0.5,1\n"),
+        *(f"epoch,val_accuracy\n{epoch},0.5\n" for epoch in ("inf", "9" * 400, "nan", "1.5")),
+    ],
 )
 def test_metrics_that_no_figure_could_read_are_refused(theirs, ours, text, capsys):
     folder = RunStore(theirs).path(TRAIN)
