@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.files import flush, write_atomically
+from fastprune.files import write_atomically
 from fastprune.masks import Mask, plain_state_dict
 from fastprune.specs import OptimizerSpec
 from fastprune.train import Trainer
@@ -96,9 +96,8 @@ def fitting_mask(tensors: Mapping[str, Tensor], trainer: Trainer, path: Path) ->
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes `path` atomically, and waits until the disk has its name, too."""
+    """Writes `path` atomically, as its only writer."""
     write_atomically(path, write, path.with_name(f".{path.name}.part"))
-    flush(path.parent)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any], aside: Path | None = None) -> None:
-    """Creates or replaces `path`: written aside by `write`, flushed to disk, renamed.
+    """Creates or replaces `path`: written aside by `write`, flushed to disk, renamed; then its name is flushed, too.
 
     aside: where a single writer writes it, so that the next one writes over what a killed one left.
     """
@@ -36,6 +36,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], aside: Path | Non
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+    flush(path.parent)
 
 
 def flush(path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from fastprune.errors import InputError
-from fastprune.files import flush, write_atomically
+from fastprune.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,6 @@ def write_atomic(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda p: p.write_bytes(content))
-        flush(path.parent)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot write {path}: {reason}; choose another folder or free some space") from error

@@ -74,7 +74,6 @@ def export(root: Path, target: Path, figures: list[str], *, states: bool = True)
                     _add_node(archive, folder, states)
 
     write_atomically(target, write)
-    flush(target.resolve().parent)
     return len(present), len(keys)
 
 
