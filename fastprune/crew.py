@@ -60,12 +60,10 @@ def compute(worker: Worker, graph: Graph, node: Runnable, report: Report) -> tup
         return "done", worker.run(node, graph.products(node), report)
     except InputError as error:
         return "input", str(error)
-    except OSError as error:
-        if error.errno in _STORE_IS_UNUSABLE:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _STORE_IS_UNUSABLE:
             where = error.filename or worker.config.store
             return "input", f"{where}: cannot be written ({error.strerror}); make room or choose another --store"
-        return "failed", (cause_of(error), traceback.format_exc())
-    except Exception as error:
         return "failed", (cause_of(error), traceback.format_exc())
 
 

@@ -54,11 +54,10 @@ def _foreign(store: RunStore, ref: StateRef | Init, why: str) -> Exception:
 
 def load_start(store: RunStore, trainer: Trainer, ref: StateRef, *, momentum: bool) -> None:
     """Puts the trainer where a published run was. InputError where that is another network's."""
+    state = read_state(store, ref, momentum=momentum)
     try:
-        trainer.load_state(read_state(store, ref, momentum=momentum), momentum=momentum)
+        trainer.load_state(state, momentum=momentum)
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise _foreign(store, ref, str(error)) from error
 
 

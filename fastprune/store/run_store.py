@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,18 +280,17 @@ class RunStore:
 def gain(folder: Path, sums: dict[str, str], files: dict[str, Callable[[Path], Any]]) -> list[str]:
     """Adds to a published node, whose checksums are `sums`, those files that it lacks; returns their names."""
     digests: dict[str, str] = {}
-    for name, write in files.items():
-        if name not in sums:
 
-            def written(path: Path, name: str = name, write: Callable[[Path], Any] = write) -> None:
-                write(path)
-                digests[name] = digest(path)  # before anybody sees it, so that it is listed as soon as possible
+    def written(name: str, path: Path) -> None:
+        files[name](path)
+        digests[name] = digest(path)  # before anybody sees it, so that it is listed as soon as possible
 
-            write_atomically(folder / name, written)
+    for name in sorted(files.keys() - sums.keys()):
+        write_atomically(folder / name, partial(written, name))
     if digests:
         # Read again: whoever was taken for dead may have added something meanwhile.
         write_sums(folder, read_sums(folder) | digests)
-    return sorted(digests)
+    return list(digests)
 
 
 def trace_name(fraction: float) -> str:

@@ -13,22 +13,17 @@ from fastprune.store.list import date, going_on, size
 from fastprune.store.read import KEY, Damaged, Found, is_published, node_folder, node_folders, read_node, rests_on
 
 
-def find(root: Path, prefix: str) -> Path:
-    """The folder of the one node whose key begins so. InputError for none or several."""
+def show(root: Path, prefix: str) -> tuple[list[str], bool]:
+    """(lines: everything that is known of a node, or of what there is of one that is not published; whether all that is
+    whole). prefix: what its key, and no other, begins with; InputError for none or several."""
     found = [folder for folder in node_folders(root) if folder.name.startswith(prefix.lower())]
+    if not found and (unpublished := _unpublished(root, prefix.lower())) is not None:
+        return unpublished, True
     if len(found) != 1:
         several = f": {', '.join(f.name[:12] for f in found[:4])}{', ...' if len(found) > 4 else ''}" if found else ""
         count = f"{len(found):,} nodes have" if found else "no node has"
         raise InputError(f"{count} a key that begins with {prefix!r}{several}; see ls")
-    return found[0]
-
-
-def show(root: Path, prefix: str) -> tuple[list[str], bool]:
-    """(lines: everything that is known of a node, or of what there is of one that is not published; whether all that is
-    whole). InputError for one that is not there."""
-    if (unpublished := _unpublished(root, prefix)) is not None:
-        return unpublished, True
-    node = read_node(find(root, prefix))
+    node = read_node(found[0])
     if isinstance(node, Damaged):
         return [f"{node.folder}: {node.why}; delete this folder to make it again", "", "files", *_files(node)[0]], False
     said = [f"{node.kind} {node.key}", str(node.folder), ""]
@@ -43,9 +38,6 @@ def show(root: Path, prefix: str) -> tuple[list[str], bool]:
 
 def _unpublished(root: Path, prefix: str) -> list[str] | None:
     """What a node has left that failed or is not finished: leases, checkpoints, its log."""
-    prefix = prefix.lower()
-    if any(folder.name.startswith(prefix) for folder in node_folders(root)):
-        return None
     names = [name for folder in ("leases", "partial", "logs") for name in os.listdir(root / folder)]
     keys = {name[:32] for name in names if KEY.fullmatch(name[:32]) and name.startswith(prefix)}
     if len(keys) != 1:
