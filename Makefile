@@ -46,6 +46,7 @@ lint: setup
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	$(python) -m mypy
+	.venv/bin/lint-imports
 
 # One version of each package for every Python that is supported, so that results do not differ by it.
 constraints: setup

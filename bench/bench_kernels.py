@@ -15,7 +15,6 @@ import torch
 import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
 
-from fastprune.flat import FlatParams
 from fastprune.kernels import (
     Segment,
     keep_top,
@@ -26,8 +25,9 @@ from fastprune.kernels import (
     segment_counts,
     unpack_bits,
 )
-from fastprune.models import build
 from fastprune.specs import ModelSpec
+from fastprune.training.flat import FlatParams
+from fastprune.training.models import build
 
 NETWORKS = ("resnet18", "resnet50")
 SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}

@@ -23,11 +23,12 @@ from torchvision import datasets, transforms
 
 from bench.plain import Plain
 from fastprune.loaders import locate, open_data
-from fastprune.masks import Mask
-from fastprune.models import initial_model
-from fastprune.pruning import prune, random_scores
+from fastprune.pruning.allocation import prune
+from fastprune.pruning.criteria import random_scores
+from fastprune.pruning.masks import Mask
 from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
-from fastprune.train import Trainer
+from fastprune.training.models import initial_model
+from fastprune.training.trainer import Trainer
 
 BATCH, SIZE, SPARSITY, TURNS = 32, 64, 0.8, 7
 INIT = Init(ModelSpec("resnet18", 200), 0)

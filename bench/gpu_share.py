@@ -6,17 +6,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprune.crew import Processes
-from fastprune.execute import execute
 from fastprune.figures import load
-from fastprune.figures.plan import Chains
-from fastprune.graph import Graph
+from fastprune.figures.reproduce import data_spec
 from fastprune.loaders import locate
 from fastprune.loaders.synthetic import SyntheticData
-from fastprune.request import data_spec
-from fastprune.settings import Settings, preset
 from fastprune.specs import Runnable
-from fastprune.work import Images, WorkConfig
+from fastprune.study.chains import Chains
+from fastprune.study.compute import Images, WorkConfig
+from fastprune.study.graph import Graph
+from fastprune.study.run import execute
+from fastprune.study.settings import Settings, preset
+from fastprune.study.workers import Processes
 
 if TYPE_CHECKING:
     from bench.gpu_suite import Suite

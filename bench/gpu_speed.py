@@ -21,11 +21,12 @@ from torch.profiler import ProfilerActivity, profile
 from bench.plain import DeviceBatches, Plain
 from fastprune.loaders import DataSource, SyntheticData
 from fastprune.loaders.memory_reader import MemoryReader
-from fastprune.masks import Mask
-from fastprune.models import build
-from fastprune.pruning import prune, random_scores
+from fastprune.pruning.allocation import prune
+from fastprune.pruning.criteria import random_scores
+from fastprune.pruning.masks import Mask
 from fastprune.specs import ModelSpec, OptimizerSpec, ScheduleSpec
-from fastprune.train import Trainer
+from fastprune.training.models import build
+from fastprune.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from bench.gpu_suite import Suite

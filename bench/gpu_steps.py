@@ -18,16 +18,15 @@ from bench.gpu_speed import Around, resident
 from bench.gpu_tools import FLOATS, NAN, Check, bits, mask_of, require
 from bench.plain import LOW
 from fastprune.figures import load
-from fastprune.flat import layout, prunable
+from fastprune.figures.reproduce import FigureRequest, Request, run
 from fastprune.loaders import Batches
-from fastprune.masks import Mask, MaskedConv2d, attach
-from fastprune.models import build, initial_model
-from fastprune.pruning import prune, random_scores
-from fastprune.reproduce import run
-from fastprune.request import FigureRequest, Request
-from fastprune.settings import preset
+from fastprune.pruning.allocation import prune
+from fastprune.pruning.criteria import random_scores
+from fastprune.pruning.masks import Mask, MaskedConv2d, attach, layout, prunable
 from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
-from fastprune.train import Trainer
+from fastprune.study.settings import preset
+from fastprune.training.models import build, initial_model
+from fastprune.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from bench.gpu_suite import Suite

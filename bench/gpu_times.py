@@ -16,7 +16,6 @@ import torch.nn.utils.prune as torch_prune
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from fastprune.flat import layout, prunable
 from fastprune.kernels import (
     Segment,
     crop_flip_normalize,
@@ -31,8 +30,9 @@ from fastprune.kernels import (
     unpack_bits,
 )
 from fastprune.loaders import augment
-from fastprune.models import build
+from fastprune.pruning.masks import layout, prunable
 from fastprune.specs import ModelSpec
+from fastprune.training.models import build
 
 if TYPE_CHECKING:
     from bench.gpu_suite import Suite

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastprune.flat import layout, prunable
 from fastprune.kernels import (
     Segment,
 )
-from fastprune.models import build
+from fastprune.pruning.masks import layout, prunable
 from fastprune.specs import ModelSpec
+from fastprune.training.models import build
 
 if TYPE_CHECKING:
     from bench.gpu_suite import Suite

@@ -35,13 +35,13 @@ if not __package__:  # run as a file: `bench` then is importable from the folder
 
 from fastprune.errors import InputError
 from fastprune.figures import a2
-from fastprune.figures.plan import Chains, Source
-from fastprune.graph import Graph
+from fastprune.figures.reproduce import data_spec
 from fastprune.loaders import SyntheticData, locate
-from fastprune.request import data_spec
-from fastprune.settings import Settings, preset
 from fastprune.specs import DataSpec, Filters, Rewind, Runnable
-from fastprune.work import Images, WorkConfig, Worker
+from fastprune.study.chains import Chains, Source
+from fastprune.study.compute import Images, WorkConfig, Worker
+from fastprune.study.graph import Graph
+from fastprune.study.settings import Settings, preset
 
 LOADERS = ("ffcv", "torchvision", "resident", "synthetic")
 LIMIT = 0.05

@@ -24,9 +24,9 @@ from torchvision import datasets, transforms
 from fastprune.errors import InputError
 from fastprune.loaders import Subset, locate, open_data
 from fastprune.loaders.manifest import Manifest
-from fastprune.models import initial_model
 from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
-from fastprune.train import Trainer
+from fastprune.training.models import initial_model
+from fastprune.training.trainer import Trainer
 
 PLAIN = "plain PyTorch"
 

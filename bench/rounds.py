@@ -35,17 +35,17 @@ from torch import Tensor
 from bench import plain
 from bench.rounds_picture import PARTS, draw
 from fastprune.errors import InputError
+from fastprune.files import write_tensors
 from fastprune.loaders import SyntheticData, locate, open_data
 from fastprune.loaders.manifest import Manifest, Subset
 from fastprune.loaders.places import Data
 from fastprune.loaders.samples import ArraySamples, Samples, folder_samples
 from fastprune.loaders.source import select
-from fastprune.masks import Mask
-from fastprune.models import build, initial_model
+from fastprune.pruning.masks import Mask
 from fastprune.specs import DataSpec, Init, ModelSpec, OptimizerSpec, Prune, ScheduleSpec, Train
 from fastprune.store import RunStore, write_csv
-from fastprune.tensors import write_tensors
-from fastprune.train import Trainer
+from fastprune.training.models import build, initial_model
+from fastprune.training.trainer import Trainer
 
 OURS, THEIRS = "fastprune", "plain PyTorch"
 COMPILED = ("steps", "evaluation", "loading", "pruning")

@@ -11,16 +11,16 @@ __version__ = "0.1.0"
 
 _HOME = {
     "InputError": "fastprune.errors",
-    "FlatParams": "fastprune.flat",
-    "Mask": "fastprune.masks",
-    "MaskedConv2d": "fastprune.masks",
-    "attach": "fastprune.masks",
-    "masks_of": "fastprune.masks",
-    "plain_state_dict": "fastprune.masks",
-    "MaskedSGD": "fastprune.optim",
-    "keep_pruned": "fastprune.optim",
-    "prune": "fastprune.pruning",
-    "Trainer": "fastprune.train",
+    "FlatParams": "fastprune.training.flat",
+    "Mask": "fastprune.pruning.masks",
+    "MaskedConv2d": "fastprune.pruning.masks",
+    "attach": "fastprune.pruning.masks",
+    "masks_of": "fastprune.pruning.masks",
+    "plain_state_dict": "fastprune.pruning.masks",
+    "MaskedSGD": "fastprune.training.optim",
+    "keep_pruned": "fastprune.training.optim",
+    "prune": "fastprune.pruning.allocation",
+    "Trainer": "fastprune.training.trainer",
     "RunStore": "fastprune.store",
 }
 __all__ = ["__version__", *_HOME]

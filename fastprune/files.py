@@ -1,7 +1,10 @@
-"""Files that appear whole or not at all, and the checksums of a folder, as `sha256sum` writes and checks them."""
+"""Files that appear complete or not at all; checksums of a folder, as `sha256sum` writes and checks them; safetensors
+files with a checksum within. Imports no torch before a tensor is read or written.
+"""
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
@@ -9,17 +12,27 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+from fastprune.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUMS = "SHA256SUMS"
+
 SEAL = "fastprune"
 """The metadata entry of a safetensors file that holds its checksum and facts."""
+
 UNSET = "0" * 64
+
 _HEADER_LIMIT = 100_000_000  # that of safetensors
+
 _BITS = {
     **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8},
     **{f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)},
 }
+
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]*)")
 
 
@@ -134,3 +147,32 @@ def _check_layout(tensors: dict[str, Any], length: int) -> None:
         end = stop
     if end != length:
         raise ValueError("its tensors do not end with the file")
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", facts: Any = None) -> None:
+    """Writes contiguous CPU tensors, and in the file's metadata, as JSON, `facts` and the SHA-256 of the file with 64
+    zeros in that place.
+
+    Python writes the bytes, so that a full disk is an OSError; one metadata entry, because safetensors orders several
+    at random.
+    """
+    from safetensors.torch import save  # here: torch takes seconds to import
+
+    content = save(dict(tensors), {SEAL: json.dumps({"sha256": UNSET, "facts": facts})})
+    at = content.index(UNSET.encode())
+    path.write_bytes(content[:at] + hashlib.sha256(content).hexdigest().encode() + content[at + len(UNSET) :])
+
+
+def read_tensors(path: Path) -> "tuple[dict[str, Tensor], Any]":
+    """(tensors, facts) of what write_tensors wrote. InputError for anything else, and where a bit has changed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+        facts = check_sealed(io.BytesIO(content))
+        return load(content), facts
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{path}: a safetensors file, but none of fastprune's") from None
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: missing, damaged or foreign ({error})") from error

@@ -303,6 +303,15 @@ class Filters(Node):
 Runnable = Train | Prune | Filters
 
 
+def states_read(node: Runnable) -> list[tuple[StateRef, bool]]:
+    """The states that computing a node reads, and whether with momentum."""
+    if isinstance(node, Train):
+        return [(node.start.state, node.start.momentum)] if isinstance(node.start, Rewind) else []
+    if isinstance(node, Filters):
+        return [(node.source, False)]
+    return [(node.source, False)] if isinstance(node.source, StateRef) else []
+
+
 def n_to_prune(remaining: int, fraction: float) -> int:
     """round(fraction x remaining), the number that one round prunes; halves go to the even number, as Python rounds."""
     return round(fraction * remaining)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without an install
 
-from fastprune.loaders.prepare_cli import main
+from fastprune.cli.prepare_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,7 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 
 if __name__ == "__main__":
     try:
-        from fastprune.train_cli import main
+        from fastprune.cli.train import main
 
         sys.exit(main())
     except KeyboardInterrupt:  # before main could say so

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from fastprune.cli import main
+from fastprune.cli.reproduce import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [

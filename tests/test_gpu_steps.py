@@ -5,8 +5,8 @@ import torch
 
 from bench import gpu_speed, gpu_steps
 from bench.gpu_suite import Suite
-from fastprune import optim
-from fastprune.train import Trainer
+from fastprune.training import optim
+from fastprune.training.trainer import Trainer
 
 
 class Stale(Trainer):

@@ -57,7 +57,7 @@ def test_interpreted_kernels_pass_the_checks(tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_that_share_a_device_are_timed_together(tmp_path):
+def test_runs_that_share_a_device_are_timed_merge_graphs(tmp_path):
     result = suite(tmp_path, "--only", "share", TRITON_INTERPRET="0")
     assert not result["errors"]
     assert [name.rpartition(", ")[2] for name in result["timings"]] == ["1 at once", "2 at once", "4 at once"]

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
-from fastprune.figures.claims import Claim
-from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.plan import Chains, Point, Source, evaluation_panel, grid
-from fastprune.settings import Settings
+from fastprune.figures.claims import Claim, Comparison
+from fastprune.figures.points import Point, evaluation_panel, grid
 from fastprune.specs import DataSpec
+from fastprune.study.chains import Chains, Source
+from fastprune.study.settings import Settings
 
 PROTOCOL = replace(
     resnet50.PROTOCOL,

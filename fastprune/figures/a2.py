@@ -3,11 +3,11 @@
 from typing import Any
 
 from fastprune.figures.axes import Panel
-from fastprune.figures.claims import Claim
-from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.plan import Point, Source, grid
-from fastprune.settings import Settings
+from fastprune.figures.claims import Claim, Comparison
+from fastprune.figures.points import Point, grid
 from fastprune.specs import DataSpec
+from fastprune.study.chains import Source
+from fastprune.study.settings import Settings
 
 PROTOCOL = Settings(
     model="resnet18",

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
-from fastprune.figures.claims import Claim
-from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.plan import Point, Source, grid
-from fastprune.settings import Settings
+from fastprune.figures.claims import Claim, Comparison
+from fastprune.figures.points import Point, grid
 from fastprune.specs import DataSpec
+from fastprune.study.chains import Source
+from fastprune.study.settings import Settings
 
 PROTOCOL = replace(resnet50.PROTOCOL, allocation="local", lr_find=(0.1, 0.2, 0.5), lr_eval=(0.2, 0.5))
 PRESETS = resnet50.PRESETS

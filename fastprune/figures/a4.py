@@ -7,11 +7,10 @@ from dataclasses import replace
 
 from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
-from fastprune.figures.claims import Claim
-from fastprune.figures.claims_ratios import FirstAgainstOthers, Hardly, MoreMovement
-from fastprune.figures.plan import TracePoint, dense_traces
-from fastprune.settings import Settings
+from fastprune.figures.claims import Claim, FirstAgainstOthers, Hardly, MoreMovement
+from fastprune.figures.points import TracePoint, dense_traces
 from fastprune.specs import DataSpec
+from fastprune.study.settings import Settings
 
 PROTOCOL = replace(resnet50.PROTOCOL, lr_find=(0.5, 0.05))
 PRESETS = resnet50.PRESETS

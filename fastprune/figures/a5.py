@@ -8,11 +8,10 @@ from itertools import pairwise
 
 from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
-from fastprune.figures.claims import Claim
-from fastprune.figures.claims_ratios import Flattens, SmallerStart
-from fastprune.figures.plan import TracePoint, dense_traces
-from fastprune.settings import Settings
+from fastprune.figures.claims import Claim, Flattens, SmallerStart
+from fastprune.figures.points import TracePoint, dense_traces
 from fastprune.specs import DataSpec
+from fastprune.study.settings import Settings
 
 PROTOCOL = replace(resnet50.PROTOCOL, lr_find=(0.05, 0.1, 0.2, 0.5))
 PRESETS = resnet50.PRESETS

@@ -8,11 +8,11 @@ from dataclasses import replace
 from fastprune.errors import InputError
 from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
-from fastprune.figures.claims import Claim, Kind
-from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.plan import Chains, Point, Source, evaluation_panel, find_panel
-from fastprune.settings import Settings
+from fastprune.figures.claims import Claim, Comparison, Kind
+from fastprune.figures.points import Point, evaluation_panel, find_panel
 from fastprune.specs import DataSpec
+from fastprune.study.chains import Chains, Source
+from fastprune.study.settings import Settings
 
 PROTOCOL = replace(resnet50.PROTOCOL, lr_find=(0.05, 0.2), lr_eval=(0.5,), prune_epochs=(20, 50, 70, 110))
 PRESETS = resnet50.PRESETS

@@ -13,7 +13,7 @@ that only shows the machinery are always undecided; the effect is reported all t
 What is compared: accuracies in claims_accuracy.py, layerwise ratios in claims_ratios.py.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from statistics import fmean, stdev
@@ -22,10 +22,13 @@ from typing import Any, Literal, Protocol
 from fastprune.figures.results import Row
 
 SIMILAR_POINTS = 1.0
+
 MIN_SEEDS = 3
 
 Outcome = Literal["holds", "fails", "undecided"]
+
 Kind = Literal["better", "similar", "not worse"]
+
 SIGNS: dict[str, str] = {"better": ">", "similar": "~", "not worse": ">="}
 
 
@@ -210,3 +213,302 @@ def _decide(kind: Kind, interval: tuple[float, float] | None) -> tuple[Outcome, 
     if low > SIMILAR_POINTS or high < -SIMILAR_POINTS:
         return "fails", f"the interval lies outside {bound}"
     return "undecided", f"the interval crosses {bound}"
+
+
+CHANCE_MARGIN = 0.01  # accuracy, as a fraction
+
+# Counts are rounded to whole weights: a density may miss 0.8**round by a little, far less than the step to the next.
+SLACK = 0.01
+
+STEP = 0.8
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Accuracy of series `left` against `right`, over a range of densities or of rounds.
+
+    `densities` and `rounds` are (low, high), ends included; give one of them. Low density 0: wherever the run ends.
+    At round 0 all series of an eval panel are one and the same dense network: a comparison of masks leaves it out.
+    """
+
+    panel: str
+    kind: Kind
+    left: str
+    right: str
+    densities: tuple[float, float] | None = None
+    rounds: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
+        if self.left == self.right:
+            raise ValueError(f"a comparison of {self.left!r} with itself")
+        if (self.densities is None) == (self.rounds is None):
+            raise ValueError("a comparison needs either densities or rounds")
+        if self.densities is not None and not 0 <= self.densities[0] <= self.densities[1] <= 1:
+            raise ValueError(f"densities {self.densities} are not (low, high) within [0, 1]")
+        if self.rounds is not None and not 0 <= self.rounds[0] <= self.rounds[1]:
+            raise ValueError(f"rounds {self.rounds} are not (low, high) from 0")
+
+    @property
+    def text(self) -> str:
+        return f"{self.panel:<5}{self.left} {SIGNS[self.kind]} {self.right}"
+
+    @property
+    def unit(self) -> str:
+        return "accuracy points"
+
+    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+        left, right = (points_of(rows, self.panel, name) for name in (self.left, self.right))
+        for name, points in ((self.left, left), (self.right, right)):
+            if not points:
+                return Measured(why_not=f"no results of {name} in panel {self.panel}")
+        common = self._common_rounds(left, right)
+        chosen = [number for number, density in sorted(common.items()) if self._in_range(number, density)]
+        if not chosen:
+            return Measured(why_not="the run has no round in the stated range")
+        everyone = sorted({seed for seed, _ in left} | {seed for seed, _ in right})
+        seeds = [seed for seed in everyone if all((seed, n) in left and (seed, n) in right for n in chosen)]
+        if not seeds:
+            return Measured(why_not="no seed has all rounds of both series")
+        used = [points[seed, number] for points in (left, right) for seed in seeds for number in chosen]
+
+        def accuracy(points: dict[tuple[int, int], Row], seed: int, number: int) -> float:
+            y = points[seed, number].y
+            return chance if y is None else y
+
+        def at_chance(points: dict[tuple[int, int], Row], number: int) -> bool:
+            return fmean(accuracy(points, seed, number) for seed in seeds) <= chance + CHANCE_MARGIN
+
+        dropped = tuple(number for number in chosen if at_chance(left, number) and at_chance(right, number))
+        kept = tuple(number for number in chosen if number not in dropped)
+        differences = {
+            seed: 100 * fmean(accuracy(left, seed, number) - accuracy(right, seed, number) for number in kept)
+            for seed in (seeds if kept else [])
+        }
+        return Measured(
+            differences,
+            kept,
+            dropped,
+            diverged=sum(row.diverged for row in used),
+            dead=sum(row.dead > 0 for row in used),
+            left_out=tuple(seed for seed in everyone if seed not in seeds),
+            whole=self._covered(common),
+            why_not="" if kept else "every round in the stated range is at chance level",
+        )
+
+    def _common_rounds(self, left: dict[tuple[int, int], Row], right: dict[tuple[int, int], Row]) -> dict[int, float]:
+        """Density of each round that both series have. ValueError where their densities differ."""
+        common: dict[int, list[float]] = {}
+        for number in {number for _, number in left} & {number for _, number in right}:
+            common[number] = [points[key].x for points in (left, right) for key in points if key[1] == number]
+            if self.densities is not None and max(common[number]) > (1 + SLACK) * min(common[number]):
+                raise ValueError(f"round {number} has densities from {min(common[number])} to {max(common[number])}")
+        return {number: fmean(densities) for number, densities in common.items()}
+
+    def _in_range(self, number: int, density: float) -> bool:
+        if self.rounds is not None:
+            return self.rounds[0] <= number <= self.rounds[1]
+        assert self.densities is not None
+        low, high = self.densities
+        return low * (1 - SLACK) <= density <= high * (1 + SLACK)
+
+    def _covered(self, common: dict[int, float]) -> bool:
+        """Whether the run reaches the sparse end of the stated range, to less than one 20 % step."""
+        if self.rounds is not None:
+            return max(common) >= self.rounds[1]
+        assert self.densities is not None
+        low = self.densities[0]
+        return low == 0 or min(common.values()) * STEP <= low * (1 + SLACK)
+
+
+def points_of(rows: Iterable[Row], panel: str, series: str) -> dict[tuple[int, int], Row]:
+    """The rows of a series by (seed, round). ValueError for two results at one place."""
+    points: dict[tuple[int, int], Row] = {}
+    for row in rows:
+        if (row.panel, row.series) == (panel, series):
+            if (row.seed, row.round) in points:
+                raise ValueError(f"two results for panel {panel}, series {series}, seed {row.seed}, round {row.round}")
+            points[row.seed, row.round] = row
+    return points
+
+
+HARDLY_POINTS = 5.0
+"""What a layer's ratio may move and still be said to move hardly."""
+
+Curves = dict[str, dict[int, float]]
+"""By series the value at each epoch, of one seed."""
+
+
+@dataclass(frozen=True)
+class _OfRatios:
+    """What no figure chooses; a field all the same, so that summary.json tells it."""
+
+    kind: Kind = field(default="better", init=False)
+    unit: str = field(default="ratio points", init=False)
+
+
+@dataclass(frozen=True)
+class MoreMovement(_OfRatios):
+    """In `panel` the layers but `first` move more, on average, than in panel `than`."""
+
+    panel: str
+    than: str
+    first: str
+
+    def __post_init__(self) -> None:
+        if self.panel == self.than:
+            raise ValueError(f"a comparison of panel {self.panel!r} with itself")
+
+    @property
+    def text(self) -> str:
+        return f"{self.panel:<5}others move more than in {self.than}"
+
+    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+        return _measure(
+            rows,
+            {self.panel: (self.first,), self.than: (self.first,)},
+            lambda of: _others(of[self.panel], self.first) - _others(of[self.than], self.first),
+            every=True,
+        )
+
+
+@dataclass(frozen=True)
+class Hardly(_OfRatios):
+    """In `panel` the layers but `first` move less, on average, than HARDLY_POINTS."""
+
+    panel: str
+    first: str
+    bound: float = field(default=HARDLY_POINTS, init=False)
+
+    @property
+    def text(self) -> str:
+        return f"{self.panel:<5}others move < {self.bound:g}"
+
+    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+        def difference(of: dict[str, Curves]) -> float:
+            return self.bound / 100 - _others(of[self.panel], self.first)
+
+        return _measure(rows, {self.panel: (self.first,)}, difference, every=True)
+
+
+@dataclass(frozen=True)
+class FirstAgainstOthers(_OfRatios):
+    """In `panel` the layer `first` moves more than the others do on average."""
+
+    panel: str
+    first: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.panel:<5}{self.first} moves more than others"
+
+    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+        def difference(of: dict[str, Curves]) -> float:
+            return _movement(of[self.panel][self.first]) - _others(of[self.panel], self.first)
+
+        return _measure(rows, {self.panel: (self.first,)}, difference, every=True)
+
+
+@dataclass(frozen=True)
+class SmallerStart(_OfRatios):
+    """The distance of series `left` is smaller than that of `right` at the first epoch there is."""
+
+    panel: str
+    left: str
+    right: str
+
+    def __post_init__(self) -> None:
+        if self.left == self.right:
+            raise ValueError(f"a comparison of {self.left!r} with itself")
+
+    @property
+    def text(self) -> str:
+        return f"{self.panel:<5}{self.left} starts below {self.right}"
+
+    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+        def difference(of: dict[str, Curves]) -> float:
+            left, right = of[self.panel][self.left], of[self.panel][self.right]
+            return right[min(right)] - left[min(left)]
+
+        return _measure(rows, {self.panel: (self.left, self.right)}, difference)
+
+
+@dataclass(frozen=True)
+class Flattens(_OfRatios):
+    """The distance of `series` falls faster, on average, from the first epoch to `at` than from there to the last.
+
+    Undecided where `at` is not strictly between the two.
+    """
+
+    panel: str
+    series: str
+    at: int
+    unit: str = field(default="ratio points an epoch", init=False)
+
+    @property
+    def text(self) -> str:
+        return f"{self.panel:<5}{self.series} flattens at {self.at}"
+
+    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+        epochs = {row.round for row in rows if (row.panel, row.series) == (self.panel, self.series)}
+        if epochs and not min(epochs) < self.at < max(epochs):
+            return Measured(why_not=f"epoch {self.at} is not within the run")
+        if epochs and self.at not in epochs:
+            return Measured(why_not=f"no results of {self.series} at epoch {self.at}")
+
+        def difference(of: dict[str, Curves]) -> float:
+            curve = of[self.panel][self.series]
+            first, last = min(curve), max(curve)
+            before = (curve[first] - curve[self.at]) / (self.at - first)
+            return before - (curve[self.at] - curve[last]) / (last - self.at)
+
+        return _measure(rows, {self.panel: (self.series,)}, difference)
+
+
+def _measure(
+    rows: Sequence[Row],
+    needed: Mapping[str, Sequence[str]],
+    difference: Callable[[dict[str, Curves]], float],
+    *,
+    every: bool = False,
+) -> Measured:
+    """Applies `difference`, a fraction, to each seed's curves by panel. needed: by panel the series that must be there.
+    Of a panel only those are read, unless `every` one is; then there must be others."""
+    used = [r for r in rows if r.panel in needed and (every or r.series in needed[r.panel])]
+    names = {panel: {row.series for row in used if row.panel == panel} for panel in needed}
+    for panel, series in needed.items():
+        for name in series:
+            if name not in names[panel]:
+                return Measured(why_not=f"no results of {name} in panel {panel}")
+        if every and names[panel] == set(series):
+            return Measured(why_not=f"no layer but {', '.join(series)} in panel {panel}")
+    curves: dict[int, dict[str, Curves]] = {}
+    for row in used:
+        curve = curves.setdefault(row.seed, {}).setdefault(row.panel, {}).setdefault(row.series, {})
+        if row.round in curve:
+            place = f"panel {row.panel}, series {row.series}, seed {row.seed}, epoch {row.round}"
+            raise ValueError(f"two results for {place}")
+        if row.y is not None:
+            curve[row.round] = row.y
+    epochs = {row.round for row in used}
+    whole = [
+        seed
+        for seed, panels in sorted(curves.items())
+        if all(panels.get(p, {}).get(name, {}).keys() == epochs for p in needed for name in names[p])
+    ]
+    return Measured(
+        {seed: 100 * difference(curves[seed]) for seed in whole},
+        rounds=tuple(sorted(epochs)) if whole else (),
+        diverged=len({(row.seed, row.lr_find) for row in used if row.diverged}),
+        dead=len({(row.seed, row.lr_find) for row in used if row.dead}),
+        left_out=tuple(sorted(curves.keys() - set(whole))),
+        why_not="" if whole else "no seed has all epochs: runs diverged or are missing",
+    )
+
+
+def _movement(curve: Mapping[int, float]) -> float:
+    return max(curve.values()) - min(curve.values())
+
+
+def _others(curves: Curves, first: str) -> float:
+    return fmean(_movement(curve) for name, curve in curves.items() if name != first)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastprune.settings import Settings
+from fastprune.study.settings import Settings
 
 PROTOCOL = Settings(
     model="resnet50",

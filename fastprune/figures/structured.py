@@ -9,11 +9,11 @@ from typing import Any
 from fastprune.errors import InputError
 from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
-from fastprune.figures.claims import Claim
-from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.plan import Chains, Point
-from fastprune.settings import Settings
+from fastprune.figures.claims import Claim, Comparison
+from fastprune.figures.points import Point
 from fastprune.specs import DataSpec, Filters, Rewind
+from fastprune.study.chains import Chains
+from fastprune.study.settings import Settings
 
 PROTOCOL = Settings(
     model="resnet50",

@@ -5,12 +5,12 @@ from dataclasses import replace
 from fastprune.errors import InputError
 from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
-from fastprune.figures.claims import Claim
-from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.plan import Chains, Point, Source, evaluation_panel, find_panel
-from fastprune.figures.tables import count_of
-from fastprune.settings import Settings, check
+from fastprune.figures.claims import Claim, Comparison
+from fastprune.figures.points import Point, evaluation_panel, find_panel
+from fastprune.figures.report import count_of
 from fastprune.specs import DataSpec
+from fastprune.study.chains import Chains, Source
+from fastprune.study.settings import Settings, check
 
 PROTOCOL = replace(resnet50.PROTOCOL, lr_find=(0.05, 0.2, 0.5), lr_eval=(0.5,))
 PRESETS = resnet50.PRESETS

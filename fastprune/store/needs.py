@@ -5,15 +5,14 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.files import write_atomically
-from fastprune.graph import Graph, states_read
-from fastprune.specs import Train
+from fastprune.specs import Runnable, Trace, Train, states_read
 from fastprune.store import RunStore, trace_name
 from fastprune.store.read import KEY, is_published, read_json
 
@@ -21,26 +20,30 @@ RECORD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}[.]json")
 _WHAT = {"weights": "state", "momentum": "momentum"}
 
 
-def record_figure(store: RunStore, figure: str, preset: str, graph: Graph, command: str) -> Path:
-    """Writes down what the figure needs; returns the file. To be called before its nodes are computed.
+def record_figure(
+    store: RunStore, figure: str, preset: str, nodes: Sequence[Runnable], traces: Sequence[Trace], command: str
+) -> Path:
+    """Writes down what the figure needs: the nodes of its graph and the traces it shows; returns the file.
 
-    "nodes": the keys of its graph. "reads": by the key of a run what others read of it: by epoch the keys of those that
+    To be called before its nodes are computed.
+
+    "nodes": their keys. "reads": by the key of a run what others read of it: by epoch the keys of those that
     read its "weights" or "momentum", and the fractions of its "traces". "data": what data sets are called.
     """
     reads: dict[str, dict[str, Any]] = defaultdict(dict)
-    for node in graph.nodes:
+    for node in nodes:
         for source, momentum in states_read(node):
             for what in ("weights", "momentum") if momentum else ("weights",):
                 reads[source.node.key].setdefault(what, {}).setdefault(str(source.epoch), []).append(node.key)
-    for trace in graph.traces:
+    for trace in traces:
         reads[trace.node.key].setdefault("traces", []).append(trace.fraction)
-    keys = sorted(n.key for n in graph.nodes)
+    keys = sorted(n.key for n in nodes)
     described = {
         "figure": figure,
         "preset": preset,
         "command": command,
         "at": time.time(),
-        "data": {n.data.fingerprint: n.data.name for n in graph.nodes if isinstance(n, Train)},
+        "data": {n.data.fingerprint: n.data.name for n in nodes if isinstance(n, Train)},
         "nodes": keys,
         "reads": reads,
     }

@@ -11,7 +11,7 @@ from typing import Any
 from fastprune.errors import InputError
 from fastprune.files import tree_bytes
 from fastprune.store import check_format
-from fastprune.store.about import check_about
+from fastprune.store.run_store import check_about
 
 KEY = re.compile("[0-9a-f]{32}")
 

@@ -1,20 +1,4 @@
-"""The run store: one folder per node, published whole or not at all, never changed afterwards.
-
-    store.json                          the store's format
-    nodes/<kk>/<key>/node.json          what the node is, what it gave, where and how it was computed
-                     metrics.csv        a training run: one line an epoch; times.csv, how long each took
-                     mask.safetensors   a prune step: one bit a weight, and layers.csv, its LPR
-                     filters.json       which filters stay, and layers.csv, how many of each conv
-                     state-<epoch>.safetensors     weights and batch-norm statistics, where an edge asks for them
-                     momentum-<epoch>.safetensors  likewise
-                     ratios-<fraction>.csv         the LPR at each epoch, were the run pruned there
-                     SHA256SUMS         of all these, for `sha256sum -c`; what is not in it does not count
-    partial/<key>.*.safetensors         checkpoint of an interrupted run, and states it has passed
-    figures/<figure>-<id>.json          which nodes a figure needs, by each call that asked for it
-    leases/ tmp/ logs/ data/ cache/     housekeeping
-
-Standard library only: tensors are written by callables that the caller hands in.
-"""
+"""What a node.json holds."""
 
 import csv
 import hashlib
@@ -33,10 +17,45 @@ from typing import Any
 from fastprune.errors import InputError
 from fastprune.files import SUMS, digest, flush, read_sums, write_atomically, write_sums
 from fastprune.specs import SEMANTICS, Filters, Node, Prune, StateRef, Trace, Train
-from fastprune.store.about import check_about
+
+_NUMBER = (int, float)
+
+_RESULTS: dict[str, dict[str, tuple[type, ...]]] = {
+    "train": {"epochs": (int,), "diverged": (bool,), "accuracy": (*_NUMBER, type(None))},
+    "prune": {"round": (int,), "total": (int,), "kept": (int,), "density": _NUMBER, "layerwise_ratios": (dict,)},
+    "filters": {
+        "removed_fraction": _NUMBER,
+        "parameters": _NUMBER,
+        "flops": _NUMBER,
+        "latency_ms": _NUMBER,
+        "latency_whole_ms": _NUMBER,
+        "spared": (list,),
+    },
+}
+"""By kind of node what its result has at least."""
+
+
+def check_about(about: Any, key: str) -> None:
+    """ValueError unless it is what a node.json holds, for the node `key`."""
+    if not isinstance(about, dict):
+        raise ValueError("it describes no node")
+    if not isinstance(about.get("kind"), str) or not isinstance(about.get("semantics"), int):
+        raise ValueError("kind or semantics are missing")
+    for name in ("spec", "result", "provenance"):
+        if not isinstance(about.get(name), dict):
+            raise ValueError(f"{name} is missing")
+    if about.get("key") != key:
+        raise ValueError(f"it is of the node {str(about.get('key'))[:40]!r}")
+    for name, types in _RESULTS.get(about["kind"], {}).items():
+        value = about["result"].get(name, "missing")
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise ValueError(f"its result's {name} is {str(value)[:40]}")
+
 
 FORMAT = 2
+
 FOLDERS = ("nodes", "partial", "figures", "leases", "tmp", "logs", "data", "cache")
+
 _APPEAR_SECONDS = 60.0
 """How long another machine may go on not seeing a new folder: what NFS remembers of a name that was not there."""
 

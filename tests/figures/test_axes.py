@@ -9,11 +9,11 @@ from dataclasses import asdict, replace
 import pytest
 
 from fastprune.errors import InputError
-from fastprune.figures import FIGURES, draw, load
+from fastprune.figures import FIGURES, load
+from fastprune.figures import drawing as draw
 from fastprune.figures.axes import Drawing, Panel, check_rows, shown_x
-from fastprune.figures.report import redraw, summarize, terminal_summary, write_all
+from fastprune.figures.report import panel_table, redraw, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
-from fastprune.figures.tables import panel_table
 
 ROW = Row("A2", "a", "0.05", 0, 1, 0.8, 0.47, 0.05, 0.5, False, 0, "abc")
 STAGES = ((1, 3), (2, 4), (3, 6), (4, 3))
@@ -39,7 +39,7 @@ def drawing_of(name: str) -> Drawing:
     )
 
 
-def made_up(name: str, seeds: int = 3, rounds: int = 30) -> list[Row]:
+def fake_rows(name: str, seeds: int = 3, rounds: int = 30) -> list[Row]:
     """Rows for each panel of a figure, as a run would leave them."""
     drawing, noise, rows = drawing_of(name), random.Random(name), []
     for letter, panel in drawing.panels.items():
@@ -78,7 +78,7 @@ def test_nothing_is_clipped_or_overlaps_in_any_figure(name, rounds, tmp_path, se
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
-    rows = made_up(name, 2, rounds)
+    rows = fake_rows(name, 2, rounds)
     rows = [replace(r, dead=1) if r.round == rounds else r for r in rows]
     rows = [replace(r, y=None, diverged=True) if r.round == 1 and r.seed == 0 else r for r in rows]
     drawing = drawing_of(name)
@@ -101,7 +101,7 @@ def test_nothing_is_clipped_or_overlaps_in_any_figure(name, rounds, tmp_path, se
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_is_drawn_again_from_its_files(name, tmp_path):
-    rows, drawing = made_up(name, 2, 3), drawing_of(name)
+    rows, drawing = fake_rows(name, 2, 3), drawing_of(name)
     summary = summarize(rows, drawing, [], figure=name, preset="p", settings={}, data={}, cost={}, environment={})
     write_all(tmp_path, rows, drawing, summary)
     before = [(tmp_path / f"figure.{kind}").read_bytes() for kind in ("png", "pdf")]
@@ -117,7 +117,7 @@ def test_a_figure_is_drawn_again_from_its_files(name, tmp_path):
 
 
 def test_layers_are_coloured_from_dark_to_light_and_the_first_stands_out(tmp_path, seen):
-    draw.draw(made_up("A4", 2), drawing_of("A4"), tmp_path)
+    draw.draw(fake_rows("A4", 2), drawing_of("A4"), tmp_path)
     panel = seen[-1].axes[0]
     lines = [line for line in panel.lines if len(line.get_xdata()) == 111]
     assert len(lines) == len(LAYERS) == 53
@@ -129,7 +129,7 @@ def test_layers_are_coloured_from_dark_to_light_and_the_first_stands_out(tmp_pat
 
 
 def test_a_ratio_of_one_is_within_the_axis(tmp_path, seen):
-    rows = [replace(r, y=1.0, dead=1) if r.series == "conv1" and r.round == 110 else r for r in made_up("A4", 1)]
+    rows = [replace(r, y=1.0, dead=1) if r.series == "conv1" and r.round == 110 else r for r in fake_rows("A4", 1)]
     draw.draw(rows, drawing_of("A4"), tmp_path)
     panel = seen[-1].axes[0]
     assert panel.get_ylim()[1] > 100
@@ -139,7 +139,7 @@ def test_a_ratio_of_one_is_within_the_axis(tmp_path, seen):
 
 
 def test_marks_of_layers_and_over_epochs_stand_apart(tmp_path, seen):
-    rows = made_up("A4", 2)
+    rows = fake_rows("A4", 2)
     rows = [replace(r, y=1.0, dead=1) if r.series == "layer4.0.conv2" and r.round > 80 else r for r in rows]
     rows = [replace(r, y=None, diverged=True, dead=0) if r.seed == 0 and r.round > 50 else r for r in rows]
     draw.draw(rows, drawing_of("A4"), tmp_path)
@@ -155,7 +155,7 @@ def test_marks_of_layers_and_over_epochs_stand_apart(tmp_path, seen):
 
 
 def test_decays_are_marked(tmp_path, seen):
-    draw.draw(made_up("A5", 2), drawing_of("A5"), tmp_path)
+    draw.draw(fake_rows("A5", 2), drawing_of("A5"), tmp_path)
     panel = seen[-1].axes[0]
     vertical = [line.get_xdata()[0] for line in panel.lines if len(set(line.get_xdata())) == 1]
     assert sorted(v for v in vertical if v > 0) == [70.0, 85.0, 100.0]
@@ -164,7 +164,7 @@ def test_decays_are_marked(tmp_path, seen):
 
 
 def test_each_panel_of_structured_names_its_axis(tmp_path, seen):
-    draw.draw(made_up("structured", 2, 9), drawing_of("structured"), tmp_path)
+    draw.draw(fake_rows("structured", 2, 9), drawing_of("structured"), tmp_path)
     assert [ax.get_xlabel() for ax in seen[-1].axes] == [
         "Filters removed (%)",
         "Parameters (millions)",
@@ -208,7 +208,7 @@ def test_a_value_that_cannot_stand_on_its_axis_is_one_line(panel, change):
 
 
 def test_cells_do_not_touch():
-    drawing, rows = drawing_of("structured"), made_up("structured", 3, 9)
+    drawing, rows = drawing_of("structured"), fake_rows("structured", 3, 9)
     summary = summarize(
         rows, drawing, [], figure="structured", preset="p", settings={}, data={}, cost={}, environment={}
     )
@@ -227,7 +227,7 @@ def test_panels_that_make_no_sense():
 
 def test_the_table_of_layers_has_the_first_the_others_and_the_restless():
     drawing = drawing_of("A4")
-    rows = [r for r in made_up("A4", 2) if r.panel == "a"]
+    rows = [r for r in fake_rows("A4", 2) if r.panel == "a"]
     rows = [replace(r, y=1.0 - r.round / 110) if r.series == "layer2.1.conv2" else r for r in rows]
     summary = summarize(rows, drawing, [], figure="A4", preset="p", settings={}, data={}, cost={}, environment={})
     table = panel_table("a", summary["panels"]["a"], summary["drawing"])

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.figures.claims import Claim, judge, t_interval
-from fastprune.figures.claims_accuracy import Comparison
+from fastprune.figures.claims import Claim, Comparison, judge, t_interval
 from fastprune.figures.results import Row
 
 CHANCE = 0.005

@@ -7,15 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.figures.claims import Claim, judge
-from fastprune.figures.claims_accuracy import Comparison
-from fastprune.figures.claims_ratios import (
+from fastprune.figures.claims import (
     HARDLY_POINTS,
+    Claim,
+    Comparison,
     FirstAgainstOthers,
     Flattens,
     Hardly,
     MoreMovement,
     SmallerStart,
+    judge,
 )
 from fastprune.figures.results import Row
 

@@ -6,11 +6,12 @@ from torch import nn
 
 from fastprune.figures import load
 from fastprune.figures.collect import collect
-from fastprune.figures.plan import Chains, Source, TracePoint, find_panel
-from fastprune.settings import preset
+from fastprune.figures.points import TracePoint, find_panel
 from fastprune.specs import DataSpec, Trace
 from fastprune.store import RunStore, trace_name, write_csv
-from fastprune.train import Trainer
+from fastprune.study.chains import Chains, Source
+from fastprune.study.settings import preset
+from fastprune.training.trainer import Trainer
 
 DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
 SETTINGS = preset(load("A4").PROTOCOL, "smoke").override(seeds=1, epochs=2, fraction=0.5, rounds=2)

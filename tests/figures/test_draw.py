@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from fastprune.errors import InputError
-from fastprune.figures import draw
+from fastprune.figures import drawing as draw
 from fastprune.figures.axes import Drawing, Panel
+from fastprune.figures.drawing import style_of
 from fastprune.figures.results import Row
-from fastprune.figures.style import style_of
 
 DRAWING = Drawing(
     title="A small network on made-up data",

@@ -1,7 +1,5 @@
 """The graphs behind the figures: how many trainings, which are shared, what each point stands for."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +7,13 @@ import pytest
 
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, PAPER, load
-from fastprune.figures.plan import Chains, Point, Source, TracePoint
-from fastprune.graph import Cost, Graph
-from fastprune.planning import points_and_graph, together
-from fastprune.request import FigureRequest, planned_data
-from fastprune.settings import PRESETS, preset
-from fastprune.sizes import NetworkSize, bytes_on_disk
+from fastprune.figures.points import Point, TracePoint, build_graph
+from fastprune.figures.reproduce import FigureRequest, planned_data
 from fastprune.specs import DataSpec, Filters, ModelSpec, Prune, Ratios, Rewind, Train
+from fastprune.study.chains import Chains, Source
+from fastprune.study.graph import Cost, Graph, merge_graphs
+from fastprune.study.plan import NetworkSize, bytes_on_disk
+from fastprune.study.settings import PRESETS, preset
 
 TINY = DataSpec("tiny-imagenet-200", "t" * 64, 200, None, None, 100_000, 10_000)
 PLACES = DataSpec("miniplaces", "m" * 64, 100, None, None, 100_000, 10_000)
@@ -25,7 +23,7 @@ def planned(name: str, preset_name: str = "paper", **changes):
     module = load(name)
     settings = preset(module.PROTOCOL, preset_name, module.PRESETS).override(**changes)
     data = PLACES if settings.dataset == "miniplaces" else TINY
-    return points_and_graph(FigureRequest(name, preset_name, settings, None, Path(name)), data)
+    return build_graph(FigureRequest(name, preset_name, settings, None, Path(name)), data)
 
 
 # By hand, of 30 rounds. A1: 3 dense; find runs 3 x 29; evaluated at another rate 6 x 30, at their own once more each
@@ -48,13 +46,13 @@ def test_trainings_of_the_paper(name):
 
 def test_figures_share_what_is_the_same():
     graphs = {name: planned(name)[1] for name in PAPER}
-    whole = Cost.of(together(graphs.values()).nodes).trainings
+    whole = Cost.of(merge_graphs(graphs.values()).nodes).trainings
     # A4 and A5 train nothing that A3 and A6 do not: 0.1, 0.2, 0.5 and 0.05, 0.2 are theirs; A3 and A6 share 0.2.
     assert whole == 5 * (273 + 302 + 212 + 474 - 1)
 
 
 def test_a4_and_a5_read_the_runs_of_a3_and_a6():
-    graph = together(planned(name)[1] for name in ("A3", "A6"))
+    graph = merge_graphs(planned(name)[1] for name in ("A3", "A6"))
     for name in ("A4", "A5"):
         for point in planned(name)[0]:
             assert isinstance(point, TracePoint)
@@ -144,8 +142,8 @@ def test_a_chain_by_ratios_needs_its_donor_first():
 def test_sizes_are_those_of_the_networks(model):
     import torch
 
-    from fastprune.flat import prunable
-    from fastprune.models import build
+    from fastprune.pruning.masks import prunable
+    from fastprune.training.models import build
 
     with torch.device("meta"):
         network = build(model)
@@ -170,16 +168,6 @@ def test_settings_that_a_figure_has_not():
         load("A6").points(replace(load("A6").PROTOCOL, lr_eval=(0.1, 0.2)), TINY)
     with pytest.raises(InputError, match="choose one of"):
         load("A7")
-
-
-def test_planning_everything_imports_no_torch():
-    code = (
-        "import sys; from fastprune.cli import main; code = main(['--fig', 'all', '--preset', 'paper', '--plan',"
-        " '--store', 'nowhere']); sys.exit(code or 'torch' in sys.modules or 'matplotlib' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "Together: A1, A2" in done.stdout
 
 
 def test_a_plan_counts_the_images_of_the_folder_without_reading_them(tmp_path):

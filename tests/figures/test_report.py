@@ -9,8 +9,7 @@ import pytest
 
 from fastprune.errors import InputError
 from fastprune.figures.axes import Drawing, Panel
-from fastprune.figures.claims import Claim, judge
-from fastprune.figures.claims_accuracy import Comparison
+from fastprune.figures.claims import Claim, Comparison, judge
 from fastprune.figures.report import redraw, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row, read_csv
 
@@ -33,7 +32,7 @@ CLAIMS = [
 ]
 
 
-def made_up(seeds=3, rounds=30, diverged=()):
+def fake_rows(seeds=3, rounds=30, diverged=()):
     """Dense: 50, 51, 52 % for seeds 0, 1, 2 in every series."""
     noise = random.Random(0)
     rows = []
@@ -64,7 +63,7 @@ def summary_of(rows, preset="paper", **changes):
 
 
 def test_everything_is_left_and_drawn_again_the_same(tmp_path):
-    rows = made_up(diverged={("a", "0.8", 0, 30)})
+    rows = fake_rows(diverged={("a", "0.8", 0, 30)})
     summary = summary_of(rows)
     paths = write_all(tmp_path, rows, DRAWING, summary)
     assert sorted(path.name for path in paths) == ["figure.pdf", "figure.png", "results.csv", "summary.json"]
@@ -83,7 +82,7 @@ def test_everything_is_left_and_drawn_again_the_same(tmp_path):
 
 
 def test_summary_is_plain_and_says_what_was_found(tmp_path):
-    rows = made_up()
+    rows = fake_rows()
     write_all(tmp_path, rows, DRAWING, summary_of(rows))
     text = (tmp_path / "summary.json").read_text()
     summary = json.loads(text)
@@ -103,15 +102,15 @@ def test_summary_is_plain_and_says_what_was_found(tmp_path):
 
 
 def test_numbers_that_are_not_finite_become_null_and_odd_things_are_refused():
-    summary = summary_of(made_up(), cost={"images_per_s": math.inf, "wall_s": math.nan})
+    summary = summary_of(fake_rows(), cost={"images_per_s": math.inf, "wall_s": math.nan})
     assert summary["cost"] == {"images_per_s": None, "wall_s": None}
     assert "Cost" not in terminal_summary(summary)
     with pytest.raises(TypeError, match="no place"):
-        summary_of(made_up(), data={"folder": object()})
+        summary_of(fake_rows(), data={"folder": object()})
 
 
 def test_the_terminal_shows_all_that_matters():
-    text = terminal_summary(summary_of(made_up(diverged={("a", "0.8", 0, 30)})), Path("results/A2"))
+    text = terminal_summary(summary_of(fake_rows(diverged={("a", "0.8", 0, 30)})), Path("results/A2"))
     assert max(map(len, text.splitlines())) <= 100
     assert not any(line != line.rstrip() for line in text.splitlines())
     assert text.isascii()
@@ -130,13 +129,13 @@ def test_the_terminal_shows_all_that_matters():
 
 def test_smoke_says_plainly_what_it_is():
     command = "python scripts/reproduce.py --fig A2 --preset paper --data DIR"
-    text = terminal_summary(summary_of(made_up(2, 3), preset="smoke", real_command=command))
+    text = terminal_summary(summary_of(fake_rows(2, 3), preset="smoke", real_command=command))
     assert "not the paper's result" in text
     assert text.endswith(command)
     assert "holds" not in text
 
 
-@pytest.mark.parametrize("rows", [[], made_up(1, 0), made_up(1, 3)], ids=["nothing", "dense-only", "one-seed"])
+@pytest.mark.parametrize("rows", [[], fake_rows(1, 0), fake_rows(1, 3)], ids=["nothing", "dense-only", "one-seed"])
 def test_little_is_enough(tmp_path, rows):
     summary = summary_of(rows)
     assert max(map(len, terminal_summary(summary).splitlines())) <= 100
@@ -160,7 +159,7 @@ def test_many_series_stay_within_the_terminal(tmp_path):
 
 
 def test_results_alone_are_enough_to_draw(tmp_path):
-    rows = made_up()
+    rows = fake_rows()
     write_all(tmp_path, rows, DRAWING, summary_of(rows))
     before = (tmp_path / "figure.pdf").read_bytes()
     (tmp_path / "summary.json").unlink()
@@ -174,7 +173,7 @@ def test_results_alone_are_enough_to_draw(tmp_path):
     "content", [b"", b"{", b"[]", b"{}", b'{"drawing": {}}', b"\xff", b'{"drawing": {"title": 1, "panels": {}}}']
 )
 def test_a_damaged_summary_is_one_line(tmp_path, content):
-    rows = made_up(1, 1)
+    rows = fake_rows(1, 1)
     write_all(tmp_path, rows, DRAWING, summary_of(rows))
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(InputError, match=r"summary\.json is damaged or foreign") as caught:
@@ -189,7 +188,7 @@ def test_nothing_to_draw_again_is_one_line(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "out").write_text("in the way")
-    rows = made_up(1, 1)
+    rows = fake_rows(1, 1)
     with pytest.raises(InputError, match="cannot write") as caught:
         write_all(tmp_path / "out", rows, DRAWING, summary_of(rows))
     assert "\n" not in str(caught.value)

@@ -245,7 +245,7 @@ def test_dead_layers_are_counted_by_run():
 
 def test_only_the_standard_library_is_imported():
     code = (
-        "import sys, fastprune.figures.results, fastprune.figures.claims, fastprune.figures.draw, "
+        "import sys, fastprune.figures.results, fastprune.figures.claims, fastprune.figures.drawing, "
         "fastprune.figures.report; print(sorted(sys.modules.keys() & {'numpy', 'scipy', 'matplotlib', 'torch'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

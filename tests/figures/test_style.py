@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastprune.figures.axes import Drawing, Panel
-from fastprune.figures.style import _width, arranged, legend
+from fastprune.figures.drawing import _width, arranged, legend
 
 
 class Entry:
@@ -52,7 +52,7 @@ SERIES = {"1": "LR_find = 1", "2": "LR_find = 2", "e1": "LR_eval = 1", "e2": "LR
     ],
     ids=["apart", "linked", "one-alone"],
 )
-def test_series_that_share_a_panel_stand_together(panels, expected):
+def test_series_that_share_a_panel_stand_merge_graphs(panels, expected):
     drawing = Drawing("t", {"a": Panel("")}, SERIES)
     blocks = legend(list(SERIES), panels, drawing, diverged=True, dead=True)
     *series, marks = [[entry.get_label() for entry in block] for block in blocks]

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastprune.figures.axes import Panel
-from fastprune.figures.tables import COLUMNS, _blocks, panel_table
+from fastprune.figures.report import COLUMNS, _blocks, panel_table
 
 
 @given(st.lists(st.integers(14, 120), max_size=30))

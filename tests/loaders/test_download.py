@@ -8,11 +8,11 @@ import zipfile
 
 import pytest
 
+from fastprune.cli.prepare_data import main
 from fastprune.errors import InputError
 from fastprune.loaders import download
 from fastprune.loaders.download import fetch_tiny_imagenet
 from fastprune.loaders.layout import scan
-from fastprune.loaders.prepare_cli import main
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from fastprune.cli.prepare_data import main
 from fastprune.errors import InputError
 from fastprune.loaders import choose_loader, load_manifest, locate, open_data, prepare
 from fastprune.loaders.layout import recognised, scan
 from fastprune.loaders.places import known
-from fastprune.loaders.prepare_cli import main
 from fastprune.loaders.resize import MARKER, resize_images, resized
 from fastprune.loaders.synthetic import SyntheticData
 

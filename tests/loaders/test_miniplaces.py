@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from fastprune.cli.prepare_data import main
 from fastprune.errors import InputError
 from fastprune.loaders import Subset, choose_loader, known, load_manifest, locate, open_data, prepare
 from fastprune.loaders.inspection import inspect
 from fastprune.loaders.layout import DISTRIBUTED, FOLDER_NAME, recognised, scan
 from fastprune.loaders.miniplaces import list_folders
-from fastprune.loaders.prepare_cli import main
 from fastprune.loaders.samples import folder_samples
 
 ROOT = Path(__file__).resolve().parents[2]

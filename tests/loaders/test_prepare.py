@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastprune.cli.prepare_data import main
 from fastprune.errors import InputError
 from fastprune.loaders import inspection, publish
 from fastprune.loaders.beton import check_beton
 from fastprune.loaders.inspection import inspect
 from fastprune.loaders.layout import scan
 from fastprune.loaders.manifest import load_manifest
-from fastprune.loaders.prepare_cli import main
 from fastprune.loaders.publish import prepare
 from fastprune.loaders.samples import folder_samples, read_image
 from fastprune.loaders.synthetic import SyntheticData

@@ -11,16 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from fastprune.files import read_sums
-from fastprune.graph import Graph
+from fastprune.cli.store import main
+from fastprune.files import read_sums, write_tensors
 from fastprune.specs import Rewind, StateRef, Trace
 from fastprune.store import RunStore
-from fastprune.store.cli import main
 from fastprune.store.gc import collect
 from fastprune.store.lease import Leases, NoSpaceError
 from fastprune.store.needs import read_needs, record_figure
-from fastprune.tensors import write_tensors
-from tests.made_up_store import EVAL, FILTERS, FIND, GRAPH, MASKS, PRUNE, TRAIN, put, put_all, temporaries, tree
+from fastprune.study.graph import Graph
+from tests.fake_store import EVAL, FILTERS, FIND, GRAPH, MASKS, PRUNE, TRAIN, put, put_all, temporaries, tree
 
 
 def gc(store: RunStore, *flags: str) -> int:
@@ -28,7 +27,7 @@ def gc(store: RunStore, *flags: str) -> int:
 
 
 def record(store: RunStore, graph: Graph = GRAPH, figure: str = "A2") -> Path:
-    return record_figure(store, figure, "paper", graph, f"reproduce.py --fig {figure}")
+    return record_figure(store, figure, "paper", graph.nodes, graph.traces, f"reproduce.py --fig {figure}")
 
 
 def old(path: Path) -> Path:
@@ -231,11 +230,13 @@ def test_what_is_recorded(tmp_path):
     store = RunStore(tmp_path)
     late = replace(TRAIN, start=Rewind(StateRef(TRAIN, 10), 10, momentum=True), mask=PRUNE)
     graph = Graph.of([late, Trace(TRAIN, 0.2)])
-    path = record_figure(store, "variants", "quick", graph, "reproduce.py --fig variants --preset quick")
+    path = record_figure(
+        store, "variants", "quick", graph.nodes, graph.traces, "reproduce.py --fig variants --preset quick"
+    )
     assert path.parent == tmp_path / "figures"
     assert path.name.startswith("variants-quick-")
     assert len(path.stem) == len("variants-quick-") + 8
-    assert record_figure(store, "variants", "quick", graph, "again") == path
+    assert record_figure(store, "variants", "quick", graph.nodes, graph.traces, "again") == path
     found = json.loads(path.read_text())
     assert found["nodes"] == sorted(n.key for n in graph.nodes)
     assert found["command"] == "again"

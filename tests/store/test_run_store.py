@@ -10,14 +10,14 @@ import pytest
 
 from fastprune.errors import InputError
 from fastprune.figures import a2
-from fastprune.figures.plan import Chains
 from fastprune.files import read_sums, write_sums
-from fastprune.graph import Graph
-from fastprune.settings import preset
 from fastprune.specs import DataSpec, StateRef
 from fastprune.store import Products, RunStore, write_csv
 from fastprune.store.run_store import gain
-from tests.made_up import find_runs, masks
+from fastprune.study.chains import Chains
+from fastprune.study.graph import Graph
+from fastprune.study.settings import preset
+from tests.fakes import find_runs, masks
 
 DATA = DataSpec("tiny-imagenet", "f" * 64, 200, None, None, 100_000, 10_000)
 CHAINS = Chains(preset(a2.PROTOCOL, "paper").override(rounds=2), DATA, 0)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from fastprune.cli.store import main
 from fastprune.files import read_sums, sums_text
 from fastprune.store import RunStore
-from fastprune.store.cli import main
 from fastprune.store.lease import Leases
 from fastprune.store.needs import record_figure
-from tests.made_up_store import EVAL, FILTERS, GRAPH, PRUNE, TRAIN, put, put_all, temporaries, tree
+from tests.fake_store import EVAL, FILTERS, GRAPH, PRUNE, TRAIN, put, put_all, temporaries, tree
 
 FOLDER = f"nodes/{TRAIN.key[:2]}/{TRAIN.key}"
 
@@ -32,7 +32,7 @@ def ours(tmp_path) -> Path:
 def theirs(tmp_path) -> Path:
     """A store, and beside it the archive of it."""
     store = put_all(tmp_path / "theirs")
-    record_figure(store, "A2", "paper", GRAPH, "reproduce.py --fig A2")
+    record_figure(store, "A2", "paper", GRAPH.nodes, GRAPH.traces, "reproduce.py --fig A2")
     return store.root
 
 

@@ -1,0 +1,187 @@
+"""`scripts/reproduce.py`: from the command line to a figure. Imports nothing heavy before it must."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from fastprune.cli.command import DONE, FAILED, Parser, checked, run_command
+from fastprune.errors import InputError
+from fastprune.figures import EXTRA, FIGURES, PAPER, load
+from fastprune.figures.reproduce import FigureRequest, Request, plan, redraw, run
+from fastprune.loaders.choice import LOADERS
+from fastprune.specs import ALLOCATIONS, DECAYS, PRECISIONS
+from fastprune.study.settings import PRESETS, REWINDS, Settings, preset
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(
+        allow_abbrev=False,
+        prog="reproduce.py",
+        description="Reproduce a figure of the paper on learning rates for global magnitude pruning.",
+        epilog="Without further flags a small run on generated images shows the machinery. The paper's figure: "
+        "--preset paper --data DIR (Tiny ImageNet). The same command continues whatever was interrupted.",
+    )
+    p.add_argument(
+        "--fig",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help=f"figures: {', '.join(PAPER)} of the paper; {', '.join(EXTRA)}; all",
+    )
+    p.add_argument("--preset", default="smoke", metavar="NAME", help=f"{', '.join(PRESETS)} (default smoke)")
+    p.add_argument("--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; or 'synthetic' (smoke's default)")
+    p.add_argument("--miniplaces", metavar="DIR", help="MiniPlaces, for figure A1 (default: as --data, if synthetic)")
+    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="figures (default results)")
+    p.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="runs (default runs)")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
+    what.add_argument("--redraw", action="store_true", help="draw again from results.csv alone")
+    p.add_argument("--images-per-second", type=_rate, metavar="R", help="plan with this rate, not the measured ones")
+
+    p.add_argument(
+        "--gpus",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="plan: how long it takes on so many GPUs",
+    )
+
+    run = p.add_argument_group("how it runs (changes no result)")
+    run.add_argument("--loader", choices=LOADERS, default="auto")
+    run.add_argument("--device", help="cpu, cuda or cuda:N (default: every GPU there is, else the CPU)")
+    run.add_argument(
+        "--workers",
+        type=_positive,
+        metavar="N",
+        help="runs at once, spread over the GPUs (default: one a GPU, or a core up to 8; on Ray: as many as fit)",
+    )
+    run.add_argument("--executor", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
+    run.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="HOST:PORT of the cluster; auto: the one this machine is in; local: a new one (default: auto, else local)",
+    )
+    run.add_argument(
+        "--gpus-per-run",
+        type=_share,
+        metavar="F",
+        help="on Ray: 0.25 runs four at once on each GPU (default 1; 0: on CPUs)",
+    )
+    run.add_argument(
+        "--checkpoint-seconds", type=_seconds, default=60.0, metavar="S", help="between checkpoints of a run"
+    )
+    run.add_argument(
+        "--checkpoint-epochs", type=_positive, metavar="N", help="checkpoint also every N epochs, whatever the time"
+    )
+
+    h = p.add_argument_group("hyperparameters (default: the protocol's, as the preset changes them)")
+    h.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
+    h.add_argument("--rounds", type=int, metavar="N", help="prune rounds after the dense one")
+    h.add_argument("--fraction", type=float, metavar="F", help="pruned of what remains, each round")
+    h.add_argument("--epochs", type=int, metavar="N", help="per training; the milestones scale along")
+    h.add_argument("--milestones", type=int, nargs="+", metavar="E", help="epochs after which the rate decays")
+    h.add_argument("--gamma", type=float, help="factor at each milestone")
+    h.add_argument("--warmup-epochs", type=int, metavar="N", help="linear, from 0")
+    h.add_argument("--decay", choices=DECAYS)
+    h.add_argument("--allocation", choices=ALLOCATIONS, help="where weights go")
+    h.add_argument("--rewind", choices=REWINDS, help="where training restarts after a prune step")
+    h.add_argument("--rewind-epoch", type=int, metavar="E", help="of late rewinding")
+    h.add_argument("--prune-epochs", type=int, nargs="+", metavar="E", help="A6: where find runs stop")
+    h.add_argument("--sparsities", type=float, nargs="+", metavar="F", help="structured: fractions of filters removed")
+    h.add_argument("--lr-find", type=float, nargs="+", metavar="LR")
+    h.add_argument("--lr-eval", type=float, nargs="+", metavar="LR")
+    h.add_argument("--batch-size", type=int, metavar="N")
+    h.add_argument("--momentum", type=float)
+    h.add_argument("--nesterov", action="store_true", default=None)
+    h.add_argument("--weight-decay", type=float)
+    h.add_argument("--label-smoothing", type=float)
+    h.add_argument("--model", choices=["resnet18", "resnet34", "resnet50"])
+    h.add_argument("--stem", choices=["imagenet", "small"])
+    h.add_argument("--width", type=int, metavar="N", help="channels of the first stage (64)")
+    h.add_argument("--precision", choices=PRECISIONS)
+    h.add_argument("--classes", type=int, metavar="N", help="use the first N classes only")
+    h.add_argument("--train-per-class", type=int, metavar="N", help="use the first N images of each class only")
+    h.add_argument("--val-per-class", type=int, metavar="N")
+    h.add_argument("--image-size", type=int, metavar="N", help="pixels a side of generated images (64)")
+    return p
+
+
+_positive = checked(int, lambda n: n >= 1, "a whole number of 1 or more")
+
+_rate = checked(float, lambda x: x > 0, "a rate above 0")
+
+_seconds = checked(float, lambda x: x >= 0, "a number of seconds")
+
+# Ray counts in ten-thousandths.
+_share = checked(float, lambda x: x == 0 or 0.0001 <= x <= 1, "a share of a GPU, 0.0001 to 1 (0: a CPU core)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done, 1 a run failed, 2 bad usage or input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+
+    def work() -> int:
+        return _main(parser().parse_args(arguments), shlex.join(["reproduce.py", *arguments]))
+
+    return run_command("reproduce.py", work, "the same command continues")
+
+
+def _main(args: argparse.Namespace, command: str) -> int:
+    for flag in ("ray_address", "gpus_per_run"):
+        if getattr(args, flag) is not None and args.executor != "ray":
+            raise InputError(f"--{flag.replace('_', '-')} means nothing without --executor ray")
+    if args.gpus is not None and not args.plan:
+        raise InputError("--gpus only plans: add --plan (to run on some of them, see --workers and --device)")
+    if args.executor == "ray" and args.device is not None:
+        raise InputError("--device means nothing with --executor ray: see --gpus-per-run")
+    request = Request(
+        figures=_figures(args),
+        store=args.store,
+        loader=args.loader,
+        device=args.device,
+        workers=args.workers,
+        checkpoint_seconds=args.checkpoint_seconds,
+        checkpoint_epochs=args.checkpoint_epochs,
+        rate=args.images_per_second,
+        clusters=tuple(args.gpus or ()),
+        ray=args.executor == "ray",
+        ray_address=args.ray_address,
+        gpus=args.gpus_per_run,
+        command=command,
+    )
+    if args.redraw:
+        redraw(request)
+    elif args.plan:
+        plan(request)
+    elif not run(request):
+        return FAILED
+    return DONE
+
+
+def _figures(args: argparse.Namespace) -> tuple[FigureRequest, ...]:
+    names = FIGURES if "all" in args.fig else tuple(dict.fromkeys(args.fig))
+    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    modules = {name: load(name) for name in names}
+    for setting in given:
+        if all(setting in module.UNUSED for module in modules.values()):
+            raise InputError(f"--{setting.replace('_', '-')} means nothing to figure {', '.join(names)}")
+    figures = []
+    for name, module in modules.items():
+        used = {k: v for k, v in given.items() if k not in module.UNUSED}
+        settings = preset(module.PROTOCOL, args.preset, module.PRESETS).override(**used)
+        figures.append(FigureRequest(name, args.preset, settings, _data(args, settings, len(names)), args.out / name))
+    return tuple(figures)
+
+
+def _data(args: argparse.Namespace, settings: Settings, count: int) -> str | None:
+    """Which images a figure trains on. A figure alone takes what --data says, whichever they are."""
+    data: str | None = "synthetic" if args.data is None and args.preset == "smoke" else args.data
+    if settings.dataset != "miniplaces":
+        return data
+    if args.miniplaces is not None:
+        return str(args.miniplaces)
+    return data if data == "synthetic" or count == 1 else None

@@ -1,0 +1,210 @@
+"""`scripts/train.py`: the flags of torchvision's reference classification script, and a few for pruning.
+
+Imports nothing heavy before it must. A flag of the reference that is not supported is accepted at its default only.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastprune.cli.command import DONE, FAILED, Parser, checked, run_command
+from fastprune.errors import InputError
+from fastprune.loaders.choice import LOADERS
+from fastprune.specs import OptimizerSpec, ScheduleSpec
+from fastprune.training.request import TrainRequest
+
+SCHEDULERS = {"steplr": "multistep", "cosineannealinglr": "cosine", "exponentiallr": "exponential"}
+
+OPTIMIZERS = ("sgd", "sgd_nesterov")
+
+UNSUPPORTED: dict[str, tuple[Any, Callable[[str], Any], str]] = {
+    "--norm-weight-decay": (None, float, "one weight decay holds for all parameters"),
+    "--bias-weight-decay": (None, float, "one weight decay holds for all parameters"),
+    "--transformer-embedding-decay": (None, float, "one weight decay holds for all parameters"),
+    "--mixup-alpha": (0.0, float, "labels are whole classes"),
+    "--cutmix-alpha": (0.0, float, "labels are whole classes"),
+    "--cache-dataset": (False, bool, "--loader ffcv keeps the images as .beton files"),
+    "--sync-bn": (False, bool, "each rank normalises its own batch"),
+    "--auto-augment": (None, str, "training images are cropped and mirrored only"),
+    "--ra-magnitude": (9, int, "training images are cropped and mirrored only"),
+    "--augmix-severity": (3, int, "training images are cropped and mirrored only"),
+    "--random-erase": (0.0, float, "training images are cropped and mirrored only"),
+    "--world-size": (1, int, "torchrun says how many ranks there are"),
+    "--dist-url": ("env://", str, "torchrun says where ranks meet"),
+    "--model-ema": (False, bool, "no average of the weights is kept"),
+    "--model-ema-steps": (32, int, "no average of the weights is kept"),
+    "--model-ema-decay": (0.99998, float, "no average of the weights is kept"),
+    "--interpolation": ("bilinear", str, "images are resized bilinearly"),
+    "--clip-grad-norm": (None, float, "gradients are not clipped"),
+    "--ra-sampler": (False, bool, "an epoch sees each image once"),
+    "--ra-reps": (3, int, "an epoch sees each image once"),
+    "--backend": ("PIL", str, "the loader is chosen with --loader"),
+    "--use-v2": (False, bool, "the loader is chosen with --loader"),
+}
+"""Flag: the reference's default, its type, and why another value cannot be had."""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = Parser(
+        allow_abbrev=False,
+        prog="train.py",
+        description="Train a torchvision model, dense or under a pruning mask, with the flags of torchvision's "
+        "reference classification script.",
+        epilog="Several GPUs: torchrun --nproc_per_node N scripts/train.py ...; -b is of each.",
+    )
+    p.add_argument(
+        "--data-path",
+        required=True,
+        metavar="DIR",
+        help="train/<class>/ and val/<class>/ with images of any size; or Tiny ImageNet, raw or prepared (.beton), "
+        "whose images are used at their own size; or 'synthetic'",
+    )
+    p.add_argument("--model", default="resnet18", metavar="NAME", help="any of torchvision.models (default resnet18)")
+    p.add_argument("--weights", metavar="NAME", help="pretrained weights to start from, as torchvision names them")
+    p.add_argument("--device", help="cuda, cuda:N or cpu (default: cuda if there is one)")
+    p.add_argument("-b", "--batch-size", type=_count, default=32, metavar="N", help="of each rank (default 32)")
+    p.add_argument("--epochs", type=_count, default=90, metavar="N", help="in all (default 90)")
+    p.add_argument("-j", "--workers", type=_whole, metavar="N", help="processes that load images (default: one a core)")
+    p.add_argument("--opt", default="sgd", help=f"{' or '.join(OPTIMIZERS)} (default sgd)")
+    p.add_argument("--lr", type=_positive, default=0.1, help="(default 0.1)")
+    p.add_argument("--momentum", type=_fraction, default=0.9, metavar="M", help="(default 0.9)")
+    p.add_argument("--wd", "--weight-decay", type=_number, default=1e-4, metavar="W", dest="weight_decay")
+    p.add_argument("--label-smoothing", type=_fraction, default=0.0, metavar="S")
+    p.add_argument("--lr-scheduler", default="steplr", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default steplr)")
+    p.add_argument("--lr-step-size", type=_count, default=30, metavar="N", help="epochs (default 30)")
+    p.add_argument("--lr-gamma", type=_number, default=0.1)
+    p.add_argument("--lr-min", type=_number, default=0.0, help="where the cosine ends")
+    p.add_argument("--lr-warmup-epochs", type=_whole, default=0, metavar="N")
+    p.add_argument(
+        "--lr-warmup-method",
+        default="constant",
+        metavar="NAME",
+        help="constant (default), or linear, which rises from batch to batch (the reference's from epoch to epoch)",
+    )
+    p.add_argument("--lr-warmup-decay", type=_number, default=0.01, help="the warmup's first factor (default 0.01)")
+    p.add_argument("--print-freq", type=_count, default=10, metavar="N", help="batches between lines, on a CPU")
+    p.add_argument("--output-dir", default=".", metavar="DIR", help="checkpoint.pth, mask.safetensors; '' for none")
+    p.add_argument("--resume", default="", metavar="FILE", help="a checkpoint, or plain weights, to go on from")
+    p.add_argument("--start-epoch", type=_whole, default=0, metavar="N")
+    p.add_argument("--test-only", action="store_true")
+    p.add_argument("--amp", action="store_true", help="mixed precision, in bf16")
+    p.add_argument("--use-deterministic-algorithms", action="store_true")
+    for name, default in (("val-resize", 256), ("val-crop", 224), ("train-crop", 224)):
+        p.add_argument(f"--{name}-size", type=_count, metavar="PIXELS", help=f"of an image folder (default {default})")
+
+    own = p.add_argument_group("not in the reference")
+    own.add_argument("--seed", type=_whole, default=0, metavar="N", help="of weights, order and crops (default 0)")
+    pruned = own.add_mutually_exclusive_group()
+    pruned.add_argument(
+        "--sparsity",
+        type=_sparsity,
+        metavar="S",
+        help="prune the conv weights of lowest magnitude, all layers together, until this fraction is 0, then train "
+        "what is left. With --resume: those of the checkpoint, and the run begins anew, unless the checkpoint is "
+        "pruned so already",
+    )
+    pruned.add_argument("--mask", type=Path, metavar="FILE", help="train under this mask.safetensors")
+    own.add_argument("--amp-dtype", choices=["bf16", "fp16"], help="of --amp (default bf16)")
+    own.add_argument("--loader", choices=LOADERS, default="auto")
+    own.add_argument("--store", type=Path, metavar="DIR", help="where .beton files are kept, in data/ (default runs)")
+
+    rest = p.add_argument_group("in the reference and not supported: at their default only")
+    for flag, (default, kind, why) in UNSUPPORTED.items():
+        if kind is bool:
+            rest.add_argument(flag, action="store_true", help=why)
+        else:
+            rest.add_argument(flag, type=kind, default=default, metavar="X", help=why)
+    return p
+
+
+_count = checked(int, lambda n: n >= 1, "a whole number of 1 or more")
+
+_whole = checked(int, lambda n: 0 <= n < 1 << 31, "a whole number of 0 or more")
+
+_number = checked(float, lambda x: x >= 0, "a number of 0 or more")
+
+_positive = checked(float, lambda x: x > 0, "a number above 0")
+
+_fraction = checked(float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+
+_sparsity = checked(float, lambda x: 0 <= x < 1, "a fraction: 0 or more, and less than 1")
+
+
+def request_of(args: argparse.Namespace) -> TrainRequest:
+    """What the parsed flags ask for. InputError names each one that is not supported."""
+    _refuse_unsupported(args)
+    scheduler, warmup = args.lr_scheduler.lower(), args.lr_warmup_method.lower()
+    if scheduler not in SCHEDULERS:
+        raise InputError(f"unknown --lr-scheduler {args.lr_scheduler}: choose one of {', '.join(SCHEDULERS)}")
+    if warmup not in ("linear", "constant"):
+        raise InputError(f"unknown --lr-warmup-method {args.lr_warmup_method}: choose linear or constant")
+    if args.amp_dtype and not args.amp:
+        raise InputError("--amp-dtype says what --amp computes in: give --amp too")
+    nesterov = args.opt.lower() == "sgd_nesterov"
+    if nesterov and args.momentum == 0:
+        raise InputError("--opt sgd_nesterov needs --momentum above 0")
+    steps = range(args.lr_warmup_epochs + args.lr_step_size, args.epochs, args.lr_step_size)  # counted after the warmup
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return TrainRequest(
+        data=args.data_path,
+        model=args.model,
+        optimizer=OptimizerSpec(
+            args.batch_size, args.momentum, args.weight_decay, nesterov, label_smoothing=args.label_smoothing
+        ),
+        schedule=ScheduleSpec(
+            args.lr,
+            args.epochs,
+            milestones=tuple(steps) if scheduler == "steplr" else (),
+            gamma=args.lr_gamma,
+            warmup_epochs=args.lr_warmup_epochs,
+            decay=SCHEDULERS[scheduler],
+            lr_min=args.lr_min,
+            warmup=warmup,
+            warmup_start=args.lr_warmup_decay,
+        ),
+        weights=args.weights or None,
+        device=args.device,
+        precision=(args.amp_dtype or "bf16") if args.amp else "fp32",
+        train_crop=args.train_crop_size,
+        val_resize=args.val_resize_size,
+        val_crop=args.val_crop_size,
+        loader=args.loader,
+        workers=args.workers,
+        store=args.store,
+        seed=args.seed,
+        resume=Path(args.resume) if args.resume else None,
+        start_epoch=args.start_epoch,
+        sparsity=args.sparsity,
+        mask=args.mask,
+        output=Path(args.output_dir) if args.output_dir else None,
+        test_only=args.test_only,
+        print_freq=args.print_freq,
+        deterministic=args.use_deterministic_algorithms,
+        flags=plain,
+    )
+
+
+def _refuse_unsupported(args: argparse.Namespace) -> None:
+    refused = []
+    for flag, (default, _, why) in UNSUPPORTED.items():
+        value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        if value != default and str(value).lower() != str(default).lower():
+            refused.append(f"{flag} is not supported: {why}")
+    if args.opt.lower() not in OPTIMIZERS:
+        refused.append(f"--opt {args.opt} is not supported: choose {' or '.join(OPTIMIZERS)}")
+    if refused:
+        raise InputError("; ".join(refused))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code: 0 done, 1 diverged or out of memory, 2 bad usage or input, 130
+    interrupted."""
+
+    def work() -> int:
+        request = request_of(parser().parse_args(argv))
+        from fastprune.training.classification import run
+
+        return DONE if run(request) else FAILED
+
+    return run_command("train.py", work)

@@ -1,0 +1,413 @@
+"""From a request to figures: data, graph, runs, results. What is heavy is imported where it is needed."""
+
+import os
+import sys
+import tempfile
+import time
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastprune.errors import InputError
+from fastprune.figures import load
+from fastprune.figures.axes import Drawing
+from fastprune.figures.claims import judge
+from fastprune.figures.collect import collect, remark
+from fastprune.figures.points import AnyPoint, build_graph
+from fastprune.figures.report import redraw as draw_again
+from fastprune.figures.report import summarize, terminal_summary, write_all
+from fastprune.figures.results import Row
+from fastprune.loaders.layout import DISTRIBUTED, scan
+from fastprune.loaders.manifest import Manifest, Subset
+from fastprune.loaders.places import known
+from fastprune.loaders.synthetic import SyntheticData
+from fastprune.specs import DataSpec, n_to_prune
+from fastprune.store import RunStore
+from fastprune.store.needs import record_figure
+from fastprune.study.graph import Cost, Graph, merge_graphs
+from fastprune.study.plan import UNKNOWN, Planned, describe, print_plan
+from fastprune.study.settings import Settings
+
+if TYPE_CHECKING:
+    from fastprune.loaders import LoaderChoice
+    from fastprune.study.compute import Images, WorkConfig
+    from fastprune.study.ray_workers import RayCrew
+    from fastprune.study.run import Outcome
+
+
+TITLES = {name: title for name, (title, *_) in DISTRIBUTED.items()} | {"synthetic": "generated images"}
+"""Data set -> what a person calls it."""
+
+
+@dataclass(frozen=True)
+class FigureRequest:
+    """A figure that is asked for, its settings resolved. `out` is the figure's folder.
+
+    data: a folder, "synthetic", or None where none was given: enough to plan.
+    """
+
+    name: str
+    preset: str
+    settings: Settings
+    data: str | None
+    out: Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of reproduce.py. rate: images/s to plan with, where not the measured ones. clusters: numbers of GPUs to
+    plan for. ray: run on a cluster, at
+    ray_address, with `gpus` GPUs a run (None: one where there are GPUs). command: for the record."""
+
+    figures: tuple[FigureRequest, ...]
+    store: Path
+    loader: str = "auto"
+    device: str | None = None
+    workers: int | None = None
+    checkpoint_seconds: float = 60.0
+    checkpoint_epochs: int | None = None
+    rate: float | None = None
+    clusters: tuple[int, ...] = ()
+    ray: bool = False
+    ray_address: str | None = None
+    gpus: float | None = None
+    command: str = ""
+
+
+def asked_for(figure: FigureRequest) -> str | SyntheticData:
+    """What the loaders are asked for: a folder, or as many generated images as the settings use."""
+    flag, title = data_flag(figure.settings), TITLES[figure.settings.dataset]
+    if figure.data == "":
+        raise InputError(f"{flag} is empty: give the folder of {title}, or 'synthetic'")
+    if figure.data is None:
+        raise InputError(
+            f"figure {figure.name} at preset {figure.preset} trains on {title}: say where it is with {flag} DIR"
+        )
+    if figure.data != "synthetic":
+        return figure.data
+    s = figure.settings
+    return SyntheticData(s.classes or 10, s.train_per_class or 500, s.val_per_class or 50, size=s.image_size)
+
+
+def data_flag(settings: Settings) -> str:
+    """The flag that says where the figure's images are."""
+    return "--miniplaces" if settings.dataset == "miniplaces" else "--data"
+
+
+def planned_data(figure: FigureRequest, store: Path) -> DataSpec:
+    """The data a plan counts with, told without reading an image: from the folder, or where none is given from the
+    data set as it is distributed."""
+    s = figure.settings
+    manifest = None if figure.data is None else known(asked_for(figure), store)
+    if manifest is not None:
+        return data_spec(manifest, s)
+    limits = {"train": s.train_per_class, "val": s.val_per_class}
+    if figure.data is None:
+        _, number, *each = DISTRIBUTED[s.dataset]
+        name, held = s.dataset, {split: (count,) * number for split, count in zip(limits, each, strict=True)}
+    else:
+        layout = scan(str(asked_for(figure)))
+        name, held = layout.name, {split: layout.per_class(split) for split in limits}
+    counts = {
+        split: sum(n if most is None else min(n, most) for n in held[split][: s.classes])
+        for split, most in limits.items()
+    }
+    classes = s.classes or len(held["train"])
+    return DataSpec(
+        name, f"{UNKNOWN} {name}", classes, s.train_per_class, s.val_per_class, counts["train"], counts["val"]
+    )
+
+
+def find_data(
+    request: Request, figure: FigureRequest, device: str, copies: int
+) -> "tuple[Manifest, Path | None, LoaderChoice]":
+    """The data set, prepared where it was not, and the loader that will read it; `copies` workers share a device."""
+    from fastprune.loaders import choose_loader, locate
+
+    manifest, folder = locate(asked_for(figure), request.store, loader=request.loader)
+    return manifest, folder, choose_loader(manifest, folder, request.loader, device=device, copies=copies)
+
+
+def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
+    """The part of a data set that the settings use. InputError if it has too few classes or images."""
+    part = Subset(settings.classes, settings.train_per_class, settings.val_per_class)
+    train, val = (part.count(manifest, split) for split in ("train", "val"))
+    if settings.batch_size > train:
+        raise InputError(f"--batch-size is {settings.batch_size}, but there are only {train} training images")
+    classes = settings.classes or len(manifest.classes)
+    if classes < 2:
+        raise InputError(f"{manifest.name} has one class: there is nothing to learn")
+    return DataSpec(
+        manifest.name, manifest.fingerprint, classes, settings.train_per_class, settings.val_per_class, train, val
+    )
+
+
+def check_rounds(settings: Settings, data: DataSpec) -> None:
+    """InputError where a round would prune nothing, or all that is left."""
+    import torch
+
+    from fastprune.pruning.masks import prunable
+    from fastprune.training.models import build
+
+    with torch.device("meta"):
+        left = sum(weight.numel() for _, weight in prunable(build(settings.network(data))))
+    for round in range(1, settings.rounds + 1):
+        gone = n_to_prune(left, settings.fraction)
+        if not 0 < gone < left:
+            what = "nothing" if gone == 0 else "all"
+            raise InputError(
+                f"round {round} of {settings.rounds} would prune {what} of {left} weights: change --fraction"
+            )
+        left -= gone
+
+
+def plan(request: Request) -> None:
+    """Prints what would run and what it would cost; writes nothing, and reads no image."""
+    planned = []
+    for figure in request.figures:
+        data = planned_data(figure, request.store)
+        points, graph = build_graph(figure, data)
+        panels: dict[str, set[str]] = {}
+        for point in points:
+            panels.setdefault(point.panel, set()).add(point.node.key)
+        about = f"Figure {figure.name}, preset {figure.preset}: {describe(figure.settings, data)}"
+        planned.append(Planned(figure.name, about, graph, panels))
+    store = RunStore(request.store, read_only=True)
+    print_plan(planned, store, rate=request.rate, clusters=request.clusters)
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """A figure that is asked for, with all that its runs are made from."""
+
+    request: FigureRequest
+    data: DataSpec
+    loader: str
+    points: list[AnyPoint]
+    graph: Graph
+
+    @property
+    def smoke(self) -> bool:
+        return self.request.preset == "smoke"
+
+    def drawing(self, store: RunStore) -> Drawing:
+        """How it is shown: panels and series of its module, and a note on what was trained."""
+        module, s = load(self.request.name), self.request.settings
+        note = f"Preset {self.request.preset}: {self.data.classes} classes, width {s.width}, {s.epochs} epochs."
+        if self.smoke:
+            note += " It shows the machinery, not the paper's result."
+        note = f"{note} {remark(self.points, store)}".strip()
+        model = s.model.replace("resnet", "ResNet-")
+        panels = module.panels(s)
+        return Drawing(
+            f"{model} on {TITLES.get(self.data.name, self.data.name)}",
+            panels,
+            module.series(s),
+            chance=1 / self.data.classes if any(p.y == "accuracy" for p in panels.values()) else None,
+            note=note,
+            layers=getattr(module, "LAYERS", False),
+        )
+
+
+def run(request: Request) -> bool:
+    """Trains what the store lacks, then draws, judges and reports. Returns whether nothing failed."""
+    began = time.monotonic()
+    for figure in request.figures:
+        asked_for(figure)  # before anything is created
+    for figure in request.figures:
+        _check_writable(figure.out)
+    store = RunStore(request.store)
+    _keep_caches_in(store.cache())
+    devices = ["cpu"] if request.ray else _devices(request.device)
+    workers = request.workers or (len(devices) if devices[0] != "cpu" else min(8, len(os.sched_getaffinity(0))))
+    figures, images = _prepare(request, devices, workers)
+    if not request.ray:
+        print(f"  on {', '.join(dict.fromkeys(devices))}, runs at once: up to {workers}", flush=True)
+    for each in figures:
+        record_figure(
+            store, each.request.name, each.request.preset, each.graph.nodes, each.graph.traces, request.command
+        )
+    graph = merge_graphs(f.graph for f in figures)
+    todo = {n.key for n in graph.todo(store)}
+    outcome = _execute(request, store, graph, images, devices, workers)
+    for each in figures:
+        _report(each, store, todo, outcome, devices, time.monotonic() - began)
+    cached = Cost.of(n for n in graph.nodes if n.key not in todo)
+    found = Cost.of(graph.by_key[key] for key in outcome.found).trainings
+    others = f", {found} were another process's" if outcome.found else ""
+    print(f"\n{len(outcome.epochs)} trainings run, {cached.trainings} were in the store{others}", flush=True)
+    if outcome.failed:
+        for key, reason in outcome.failed.items():
+            print(f"failed: {graph.label(graph.by_key[key])}: {reason}", file=sys.stderr)
+        print(f"{len(outcome.failed)} failed, {outcome.not_reached} rest on them; the same command tries again")
+        return False
+    return True
+
+
+def _prepare(request: Request, devices: list[str], workers: int) -> "tuple[list[_Figure], dict[str, Images]]":
+    """Finds the images of each figure, prepares them where they are not, and says what will be run on which."""
+    from fastprune.study.compute import Images
+
+    figures, images = [], {}
+    for figure in request.figures:
+        manifest, folder, choice = find_data(request, figure, devices[0], -(-workers // len(devices)))
+        data = data_spec(manifest, figure.settings)
+        points, graph = build_graph(figure, data)
+        if any(n.kind == "prune" for n in graph.nodes):
+            check_rounds(figure.settings, data)
+        # On a cluster each worker chooses by its own device.
+        images[manifest.fingerprint] = Images(manifest, folder, request.loader if request.ray else choice.name)
+        figures.append(_Figure(figure, data, choice.name, points, graph))
+        print(f"Figure {figure.name}, preset {figure.preset}: {describe(figure.settings, data)}")
+        print(
+            f"  loader {choice.name} ({choice.why})" if not request.ray else "  loader: each worker's choice",
+            flush=True,
+        )
+    return figures, images
+
+
+def _report(
+    figure: _Figure, store: RunStore, todo: set[str], outcome: "Outcome", devices: list[str], seconds: float
+) -> None:
+    """Writes the figure's files and prints its summary."""
+    request = figure.request
+    rows = collect(request.name, figure.points, store)
+    drawing = figure.drawing(store)
+    cost = _cost(figure.graph, todo, outcome, seconds)
+    summary = _summary(figure, rows, drawing, cost, devices, store)
+    write_all(request.out, rows, drawing, summary)
+    print()
+    print(terminal_summary(summary, request.out))
+
+
+def _cost(graph: Graph, todo: set[str], outcome: "Outcome", seconds: float) -> dict[str, Any]:
+    """What the figure's nodes cost in this call; rate and wall time are those of the whole call."""
+    here = {n.key: outcome.epochs[n.key] for n in graph.trainings if n.key in outcome.epochs}
+    per_epoch = {n.key: n.data.train_count // n.optimizer.batch_size * n.optimizer.batch_size for n in graph.trainings}
+    cached = sum(n.key not in todo or n.key in outcome.found for n in graph.nodes)
+    return {
+        "nodes": cached + sum(n.key in outcome.done for n in graph.nodes),
+        "cached": cached,
+        "trained": len(here),
+        "failed": sum(n.key in outcome.failed for n in graph.nodes),
+        "epochs": sum(here.values()),
+        "images": sum(epochs * per_epoch[key] for key, epochs in here.items()),
+        "images_per_s": outcome.images / outcome.seconds if outcome.images else None,
+        "wall_s": seconds,
+    }
+
+
+def _summary(
+    figure: _Figure, rows: list[Row], drawing: Drawing, cost: dict[str, Any], devices: list[str], store: RunStore
+) -> dict[str, Any]:
+    from fastprune.study.provenance import environment
+
+    request, chance = figure.request, 1 / figure.data.classes
+    claims = load(request.name).claims(request.settings)
+    command = f"python scripts/reproduce.py --fig {request.name} --preset paper {data_flag(request.settings)} DIR"
+    return summarize(
+        rows,
+        drawing,
+        [judge(claim, rows, chance=chance, decisive=not figure.smoke) for claim in claims],
+        figure=request.name,
+        preset=request.preset,
+        settings=asdict(request.settings),
+        data=asdict(figure.data),
+        cost=cost,
+        environment=environment(figure.loader, devices) | _computed_on(figure, store),
+        real_command=command if figure.smoke else None,
+    )
+
+
+def _computed_on(figure: _Figure, store: RunStore) -> dict[str, Any]:
+    """Which devices its networks were trained on, here or elsewhere."""
+    there = [store.node(n)["provenance"] for n in figure.graph.trainings if store.has(n)]
+    names = sorted({str(made["device"]) for made in there if "device" in made})
+    return {"device": ", ".join(names)} if names else {}
+
+
+def _devices(asked: str | None) -> list[str]:
+    import torch
+
+    if asked is None:
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    kind, _, number = asked.partition(":")
+    if asked == "cpu":
+        return ["cpu"]
+    if kind != "cuda" or (":" in asked and not (number.isascii() and number.isdecimal())):
+        raise InputError(f"unknown device {asked!r}: choose cpu, cuda or cuda:N")
+    if int(number or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {asked}: there are {torch.cuda.device_count()} CUDA devices here")
+    return [asked] if number else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def _execute(
+    request: Request, store: RunStore, graph: Graph, images: "dict[str, Images]", devices: list[str], workers: int
+) -> "Outcome":
+    from fastprune.study.compute import WorkConfig
+    from fastprune.study.progress import Bars
+    from fastprune.study.run import execute
+
+    todo = graph.todo(store)
+    config = WorkConfig(
+        store=request.store.resolve(),
+        images=images,
+        device=devices[0],
+        checkpoint_seconds=request.checkpoint_seconds,
+        checkpoint_epochs=request.checkpoint_epochs,
+    )
+    crew = _ray_crew(request, graph, config, len(todo)) if request.ray and todo else None
+    with nullcontext() if crew is None else closing(crew):  # whatever comes before it is at work
+        if crew is not None:
+            print(f"  on {crew.about}", flush=True)
+        with Bars(graph, todo, min(workers if crew is None else crew.count, len(todo))) as bars:
+            return execute(graph, config, bars, workers=workers, devices=devices, crew=crew)
+
+
+def _ray_crew(request: Request, graph: Graph, config: "WorkConfig", most: int) -> "RayCrew":
+    if find_spec("ray") is None:
+        raise InputError("--executor ray needs Ray, which is not installed: pip install 'fastprune[ray]'")
+    from fastprune.study.ray_workers import RayCrew
+
+    return RayCrew(graph, config, address=request.ray_address, workers=request.workers, gpus=request.gpus, most=most)
+
+
+def _check_writable(out: Path) -> None:
+    """Finds out before the work that the output folder can take the results."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as f:
+            f.write(bytes(1 << 16))
+            f.flush()
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _keep_caches_in(folder: Path) -> None:
+    """Compilers and matplotlib keep what they cache in the store, not in the home folder."""
+    for variable, name in {
+        "MPLCONFIGDIR": "matplotlib",
+        "NUMBA_CACHE_DIR": "numba",
+        "TRITON_CACHE_DIR": "triton",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    }.items():
+        os.environ.setdefault(variable, str((folder / name).resolve()))
+    # One thread a process; it sleeps when it has nothing to do, beside as many others.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def redraw(request: Request) -> None:
+    """Draws again from results.csv; titles and notes are those of summary.json, where that is still there."""
+    for figure in request.figures:
+        if not figure.out.is_dir():
+            raise InputError(
+                f"no results.csv in {figure.out}: run the figure first, or give its folder's parent as --out"
+            )
+        _check_writable(figure.out)
+        with tempfile.TemporaryDirectory(dir=figure.out) as caches:
+            _keep_caches_in(Path(caches))
+            for path in draw_again(figure.out):
+                print(path)

@@ -1,0 +1,378 @@
+"""What is in a store, for a person or a script: a line for each node, what is going on, and one node in full."""
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastprune.console import printable
+from fastprune.errors import InputError
+from fastprune.files import SUMS, digest, read_sums
+from fastprune.specs import Init, ModelSpec
+from fastprune.store.read import (
+    KEY,
+    Damaged,
+    Found,
+    holder_note,
+    is_published,
+    node_folder,
+    node_folders,
+    read_all,
+    read_json,
+    read_node,
+    rests_on,
+)
+
+_KNOWN = [
+    (name, stem, width)
+    for name in ("resnet18", "resnet34", "resnet50")
+    for stem in ("imagenet", "small")
+    for width in range(1, 257)
+]
+
+_TRIES = 20
+
+_COLUMNS = ("key", "kind", "what", "result", "cost", "device", "size", "date")
+
+
+class Listing:
+    """All nodes of a store, and what can be told of each from the others."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.nodes = list(read_all(root))
+        self.by_key = {n.key: n for n in self.nodes if isinstance(n, Found)}
+        self._networks: dict[str, str] = {}
+        self._seen: dict[tuple[str, str, int], None] = {}
+        self._in_vain = 0
+
+    @cached_property
+    def data_names(self) -> dict[str, str]:
+        """By fingerprint what a data set is called: a node does not know, but what a figure needs says so."""
+        names: dict[str, str] = {}
+        for path in sorted((self.root / "figures").glob("*.json")):
+            try:
+                names |= {str(k): str(v) for k, v in read_json(path)["data"].items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                continue
+        return names
+
+    def record(self, node: Found | Damaged) -> dict[str, Any]:
+        """A node as plain values: seconds, bytes, Unix time. {"key", "damaged": why} where it cannot be read."""
+        if isinstance(node, Damaged):
+            return {"key": node.key, "damaged": node.why}
+        try:
+            what = {"train": self._train, "prune": self._prune, "filters": self._filters}[node.kind](node)
+            made = node.provenance
+            how = {name: _number(made.get(name)) for name in ("wall_seconds", "images_per_second", "at")}
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+            return {"key": node.key, "damaged": "node.json: fields are missing"}
+        return {
+            "key": node.key,
+            "kind": node.kind,
+            **what,
+            "seconds": how["wall_seconds"],
+            "images_per_second": how["images_per_second"],
+            "device": str(made.get("device", "")),
+            "bytes": node.size,
+            "at": how["at"],
+        }
+
+    def _train(self, node: Found) -> dict[str, Any]:
+        spec, result = node.spec, node.result
+        rewound = isinstance(spec["start"], dict)
+        round, density, removed = self._mask(spec["mask"])
+        return {
+            "network": self._network(node),
+            "data": self._data(spec["data"]["fingerprint"]),
+            "classes": spec["data"]["classes"],
+            "lr": float(spec["schedule"]["lr"]),
+            "seed": spec["seed"],
+            "begin": spec["start"]["epoch"] if rewound else 0,
+            "stop": spec["stop"],
+            "round": round,
+            "density": density,
+            "filters_removed": removed,
+            "mask_of": self._source(spec["mask"]),
+            "epochs": result["epochs"],
+            "diverged": bool(result["diverged"]),
+            "accuracy": _number(result["accuracy"]),
+        }
+
+    def _mask(self, key: str | None) -> tuple[int | None, float | None, float | None]:
+        """(round, density, fraction of filters removed) of a training, as far as its mask is there to tell."""
+        if key is None:
+            return 0, 1.0, None
+        try:
+            mask = self.by_key[key]
+            if mask.kind == "filters":
+                return None, None, float(mask.spec["fraction"])
+            return int(mask.result["round"]), float(mask.result["density"]), None
+        except (KeyError, TypeError, ValueError, OverflowError):
+            return None, None, None
+
+    def _source(self, key: str | None) -> str | None:
+        """What the mask of a prune step was found with, as far as that is there to tell."""
+        if key is None or (prune := self.by_key.get(key)) is None or prune.kind != "prune":
+            return None
+        spec = prune.spec
+        if spec["score"] != "magnitude" or not isinstance(spec["source"], dict):
+            return str(spec["score"])
+        run = self.by_key.get(spec["source"]["node"])
+        if run is None:
+            return None
+        epoch = spec["source"]["epoch"]
+        early = "" if epoch == run.spec["stop"] else f" after epoch {epoch}"
+        return f"lr {float(run.spec['schedule']['lr']):g}{early}"
+
+    def _prune(self, node: Found) -> dict[str, Any]:
+        spec, result = node.spec, node.result
+        allocation = spec["allocation"]
+        return {
+            "round": result["round"],
+            "score": spec["score"],
+            "allocation": allocation if isinstance(allocation, str) else f"as {allocation['mask'][:8]}",
+            "fraction": float(spec["fraction"]),
+            "seed": spec["seed"],
+            "mask_of": self._source(node.key),
+            "density": float(result["density"]),
+        }
+
+    def _filters(self, node: Found) -> dict[str, Any]:
+        return {"fraction": float(node.spec["fraction"]), "removed": _number(node.result.get("removed_fraction"))}
+
+    def _data(self, fingerprint: str) -> str:
+        return self.data_names.get(fingerprint, f"data {fingerprint[:8]}")
+
+    def _network(self, node: Found) -> str:
+        """A node names its initial weights by their key only, so that is compared with the keys of what there is."""
+        trail = []
+        while isinstance(node.spec["start"], dict):
+            trail.append(node.key)
+            parent = self.by_key.get(node.spec["start"]["state"]["node"])
+            if parent is None or parent.key in trail:
+                return "network unknown"
+            node = parent
+        start = str(node.spec["start"])
+        if start not in self._networks:
+            self._networks[start] = self._network_of(start, node.spec["data"]["classes"], node.spec["seed"])
+        return self._networks[start]
+
+    def _network_of(self, start: str, classes: Any, seed: Any) -> str:
+        known = itertools.chain(self._seen, _KNOWN if self._in_vain < _TRIES else ())
+        for name, stem, width in known:
+            if Init(ModelSpec(name, classes, stem, width), seed).key == start:
+                self._seen[name, stem, width] = None  # most nodes of a store have one of a few networks
+                of_width = "" if width == 64 else f" width {width}"
+                return name + of_width + (" small" if stem == "small" else "")
+        self._in_vain += 1
+        return "network unknown"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def table(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Lines, the first of them the head; a damaged node is a line that says so."""
+    records = list(records)
+    rows = [_COLUMNS, *(tuple(map(printable, _row(r))) for r in records if "damaged" not in r)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for r in records:
+        if "damaged" in r:
+            yield f"{r['key'][:8]}  DAMAGED: {printable(r['damaged'])} (see verify)"
+
+
+def _row(r: dict[str, Any]) -> tuple[str, ...]:
+    if r["kind"] == "train":
+        mask = f"round {r['round']}" if r["round"] is not None else "mask unknown"
+        if r["filters_removed"] is not None:
+            mask = f"{r['filters_removed']:.0%} of filters removed"
+        what = f"{r['network']}, {r['data']} ({r['classes']} classes), lr {r['lr']:g}, seed {r['seed']}, "
+        found = "" if r["mask_of"] is None else f" by {r['mask_of']}"
+        what += f"epochs {r['begin']}-{r['stop']}, {mask}{found}"
+        result = "diverged" if r["diverged"] else "" if r["accuracy"] is None else f"{100 * r['accuracy']:.2f} %"
+        if r["density"] is not None:
+            result += f", density {r['density']:.3g}"
+    elif r["kind"] == "prune":
+        found = "" if r["mask_of"] in (None, r["score"]) else f" of {r['mask_of']}"
+        what = (
+            f"round {r['round']}, {r['score']}{found}, {r['allocation']}, fraction {r['fraction']:g}, seed {r['seed']}"
+        )
+        result = f"density {r['density']:.3g}"
+    else:
+        what = f"{r['fraction']:.0%} of filters"
+        result = "" if r["removed"] is None else f"{r['removed']:.0%} removed"
+    rate = "" if r["images_per_second"] is None else f", {r['images_per_second']:,.0f} images/s"
+    cost = "" if r["seconds"] is None else duration(r["seconds"]) + rate
+    return (r["key"][:8], r["kind"], what, result, cost, r["device"], size(r["bytes"]), date(r["at"]))
+
+
+def totals(records: list[dict[str, Any]], disk: int) -> str:
+    """disk: bytes of the whole store."""
+    whole = [r for r in records if "damaged" not in r]
+    counts = {kind: sum(r["kind"] == kind for r in whole) for kind in ("train", "prune", "filters")}
+    seconds = sum(r["seconds"] or 0.0 for r in whole)
+    said = f"{counts['train']:,} trainings, {counts['prune']:,} prunes"
+    if counts["filters"]:
+        said += f", {counts['filters']:,} filter selections"
+    if len(whole) < len(records):
+        said += f", {len(records) - len(whole):,} damaged"
+    return f"{said}; {size(disk)} on disk; {duration(seconds)} of computing"
+
+
+def going_on(root: Path) -> list[str]:
+    """Who works on what, what unfinished runs have kept, and what failed; a line each."""
+    said = []
+    for key in sorted({lock.name[:32] for lock in (root / "leases").glob("*.lock")}):
+        holder = holder_note(root, key)
+        by = "somebody" if holder is None else f"process {holder['pid']} on {holder['host']}, {_since(holder['since'])}"
+        said.append(f"lease {key[:8]}: {by}")
+    for path in sorted((root / "partial").glob("*.checkpoint.safetensors")):
+        found = _stat(path)
+        if found is not None:
+            said.append(f"unfinished {path.name[:8]}: checkpoint of {size(found.st_size)}, {_since(found.st_mtime)}")
+    for path in sorted((root / "logs").glob("*.log")):
+        later = ", published since" if is_published(root, path.stem) else ""
+        said.append(f"failed {path.stem[:8]}: {_first_line(path)}: {path}{later}")
+    return said
+
+
+def _first_line(path: Path) -> str:
+    try:
+        with path.open(errors="replace") as file:
+            return file.readline(200).strip()
+    except OSError as error:
+        return error.strerror or ""
+
+
+def size(count: float) -> str:
+    """Bytes, in units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:,.1f} h"
+
+
+def date(at: float | None) -> str:
+    """Local time."""
+    try:
+        return "" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+    except (OverflowError, OSError, ValueError):
+        return "?"
+
+
+def _since(at: float) -> str:
+    return f"since {date(at)}"
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def show(root: Path, prefix: str) -> tuple[list[str], bool]:
+    """(lines: everything that is known of a node, or of what there is of one that is not published; whether all that is
+    whole). prefix: what its key, and no other, begins with; InputError for none or several."""
+    found = [folder for folder in node_folders(root) if folder.name.startswith(prefix.lower())]
+    if not found and (unpublished := _unpublished(root, prefix.lower())) is not None:
+        return unpublished, True
+    if len(found) != 1:
+        several = f": {', '.join(f.name[:12] for f in found[:4])}{', ...' if len(found) > 4 else ''}" if found else ""
+        count = f"{len(found):,} nodes have" if found else "no node has"
+        raise InputError(f"{count} a key that begins with {prefix!r}{several}; see ls")
+    node = read_node(found[0])
+    if isinstance(node, Damaged):
+        return [f"{node.folder}: {node.why}; delete this folder to make it again", "", "files", *_files(node)[0]], False
+    said = [f"{node.kind} {node.key}", str(node.folder), ""]
+    for part in ("spec", "result", "provenance"):
+        said += [part, *_tree(node.about[part]), ""]
+    at = node.provenance.get("at")
+    if isinstance(at, int | float):
+        said[-1:] = [f"  made on {date(at)}", ""]
+    files, whole = _files(node)
+    return [*said, "files", *files, "", *_neighbours(root, node)], whole
+
+
+def _unpublished(root: Path, prefix: str) -> list[str] | None:
+    """What a node has left that failed or is not finished: leases, checkpoints, its log."""
+    names = [name for folder in ("leases", "partial", "logs") for name in os.listdir(root / folder)]
+    keys = {name[:32] for name in names if KEY.fullmatch(name[:32]) and name.startswith(prefix)}
+    if len(keys) != 1:
+        return None
+    key = keys.pop()
+    said = [f"{key}: not published", *(line for line in going_on(root) if line.split()[1].startswith(key[:8]))]
+    for path in sorted((root / "partial").glob(f"{key}.*")):
+        said.append(f"  {path}")
+    log = root / "logs" / f"{key}.log"
+    if log.exists():
+        said += ["", *(f"  {printable(line)}" for line in log.read_text(errors="replace").splitlines())]
+    return said
+
+
+def _tree(content: dict[str, Any], indent: str = "  ") -> Iterator[str]:
+    for name, value in content.items():
+        if isinstance(value, dict) and value:
+            yield indent + printable(name)
+            yield from _tree(value, indent + "  ")
+        else:
+            yield indent + printable(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
+
+
+def _files(node: Found | Damaged) -> tuple[list[str], bool]:
+    """(a line each, whether all are as they were written)."""
+    said, whole = [], True
+    try:
+        sums = read_sums(node.folder)
+    except (OSError, ValueError) as error:
+        sums, whole = {}, False
+        said.append(f"  {SUMS}: {error.strerror if isinstance(error, OSError) else error}")
+    for name in sorted({*sums, *os.listdir(node.folder)} - {SUMS}):
+        path = node.folder / name
+        try:
+            state = f"not in {SUMS}" if name not in sums else "ok" if digest(path) == sums[name] else "DAMAGED"
+            said.append(f"  {name}  {size(path.stat().st_size)}  {state}")
+        except OSError as error:
+            state = "missing"
+            said.append(f"  {name}  {error.strerror}")
+        whole &= state == "ok"
+    return said, whole
+
+
+def _neighbours(root: Path, node: Found) -> Iterator[str]:
+    parents, text = rests_on(node.spec), node.key.encode()
+    for title, keys in (
+        ("rests on", sorted(k for k in parents if is_published(root, k))),
+        ("what rests on it", [f.name for f in node_folders(root) if f != node.folder and _names(f, text, node.key)]),
+    ):
+        yield title
+        for key in keys:
+            other = read_node(node_folder(root, key))
+            yield f"  {key} {other.kind if isinstance(other, Found) else 'damaged'}"
+        if not keys:
+            yield "  nothing"
+
+
+def _names(folder: Path, text: bytes, key: str) -> bool:
+    try:
+        if text not in (folder / "node.json").read_bytes():  # most: parsing takes longer
+            return False
+    except OSError:
+        return False
+    other = read_node(folder)
+    return isinstance(other, Found) and key in rests_on(other.spec)

@@ -1,0 +1,285 @@
+"""Whether every file of a store is as it was written. What is damaged is named, and taken away when that is asked for;
+the next run makes it again. Runs nothing that it reads."""
+
+import csv
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastprune.console import progress_bar
+from fastprune.files import SUMS, check_sealed, digest, read_sums
+from fastprune.specs import key_of
+from fastprune.store import RunStore
+from fastprune.store.lease import Leases
+from fastprune.store.read import KEY, lock_file, node_folder, read_json
+from fastprune.store.run_store import check_about
+
+_NUMBER = "[0-9]{1,9}"
+
+FILE_NAME = re.compile(
+    "node[.]json|SHA256SUMS|(metrics|times|layers|ratios-[0-9][0-9.e-]{0,31})[.]csv|filters[.]json|"
+    f"(mask|(state|momentum)-{_NUMBER})[.]safetensors"
+)
+"""What a node's file may be called."""
+
+_PARTIAL_NAME = re.compile(rf"([0-9a-f]{{32}})[.](checkpoint|(state|momentum)-{_NUMBER})[.]safetensors")
+
+_LARGE = 1 << 20
+
+UNLISTED = f"not in {SUMS}"
+
+_WRONG = f"its checksum is not that in {SUMS}"
+
+_NEEDED = {"train": {"metrics.csv"}, "prune": {"mask.safetensors", "layers.csv"}, "filters": {"filters.json"}}
+
+
+@dataclass
+class Checked:
+    """What was found out. damaged: by path why. nodes, partials: the keys and the files that are damaged."""
+
+    node_count: int = 0
+    file_count: int = 0
+    damaged: dict[Path, str] = field(default_factory=dict)
+    nodes: set[str] = field(default_factory=set)
+    stray: list[Path] = field(default_factory=list)
+    partials: list[Path] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.node_count:,} nodes, {self.file_count:,} files, {len(self.damaged):,} damaged"
+
+
+def check_store(root: Path) -> Checked:
+    """Reads every file of every node, and what unfinished runs keep. A progress bar on stderr."""
+    found = Checked()
+    folders, stray = _folders(root)
+    for path in stray:
+        found.damaged[path] = "no node: it is not where one is looked for"
+        found.stray.append(path)
+    partials = sorted(p for p in (root / "partial").glob("*") if not p.name.startswith("."))
+    suspects = []
+    with progress_bar("verify", len(folders), " nodes", _look_at(folders)) as bar:
+        for folder, (count, damaged) in bar:
+            found.node_count += 1
+            found.file_count += count
+            if damaged:
+                suspects.append(folder)
+    for folder in suspects:  # again: it may have been gaining a file, or have been taken away
+        damaged = _look(folder)[1] if folder.exists() else {}
+        if lock_file(root, folder.name) is not None:  # what is not listed yet may be soon
+            damaged = {name: why for name, why in damaged.items() if why != UNLISTED}
+        if damaged:
+            found.damaged |= {folder / name: why for name, why in damaged.items()}
+            found.nodes.add(folder.name)
+    for path in partials:
+        found.file_count += 1
+        if (why := _partial(path)) is not None and path.exists():
+            found.damaged[path] = why
+            found.partials.append(path)
+    return found
+
+
+def _folders(root: Path) -> tuple[list[Path], list[Path]]:
+    """(folders that are where nodes are looked for, whatever else is below nodes/)."""
+    folders: list[Path] = []
+    stray: list[Path] = []
+    for short in sorted(_entries(root / "nodes"), key=lambda e: e.name):
+        if not short.is_dir(follow_symlinks=False) or re.fullmatch("[0-9a-f]{2}", short.name) is None:
+            stray.append(Path(short.path))
+            continue
+        for entry in sorted(_entries(Path(short.path)), key=lambda e: e.name):
+            fits = entry.is_dir(follow_symlinks=False) and KEY.fullmatch(entry.name) and entry.name[:2] == short.name
+            (folders if fits else stray).append(Path(entry.path))
+    return folders, stray
+
+
+def _entries(folder: Path) -> "list[os.DirEntry[str]]":
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def _look_at(folders: list[Path]) -> Iterator[tuple[Path, tuple[int, dict[str, str]]]]:
+    """Large files are hashed in threads, which go on without Python's lock; small ones would only wait for it."""
+    large = [f for f in folders if any(_bytes(entry) > _LARGE for entry in _entries(f))]
+    for folder in folders if not large else sorted({*folders} - {*large}):
+        yield folder, _look(folder)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        try:
+            yield from zip(large, pool.map(_look, large), strict=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _bytes(entry: "os.DirEntry[str]") -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:  # a temporary one
+        return 0
+
+
+def _look(folder: Path) -> tuple[int, dict[str, str]]:
+    return check_node(folder, folder.name)
+
+
+def check_node(folder: Path, key: str, known: Mapping[str, str] | None = None) -> tuple[int, dict[str, str]]:
+    """(how many files there are, and by name of a damaged file why). `folder` is to hold the node `key`.
+
+    known: by name the digest of files that belong there, but have been read already.
+    """
+    known = known or {}
+    entries = {entry.name for entry in _entries(folder) if not entry.name.startswith(".")} | known.keys()
+    damaged: dict[str, str] = {}
+    try:
+        sums = read_sums(folder)
+    except FileNotFoundError:
+        return len(entries), {SUMS: "missing"}
+    except (OSError, ValueError) as error:
+        return len(entries), {SUMS: line(error)}
+    for name in sorted((entries | sums.keys()) - {SUMS}):
+        if name not in sums:
+            damaged[name] = UNLISTED
+        elif name not in entries:
+            damaged[name] = "missing"
+        elif name in known:
+            if known[name] != sums[name]:
+                damaged[name] = _WRONG
+        elif (why := _file(folder / name, sums[name], key)) is not None:
+            damaged[name] = why
+    if "node.json" not in sums:
+        damaged.setdefault("node.json", UNLISTED)
+    elif "node.json" not in damaged:
+        needed = _NEEDED.get(read_json(folder / "node.json")["kind"], set())
+        damaged |= dict.fromkeys(needed - sums.keys(), UNLISTED)
+    return len(entries), damaged
+
+
+def _file(path: Path, expected: str, key: str) -> str | None:
+    """Why a node's file is not as it was written, or None."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return "not a regular file"
+        if digest(path) != expected:
+            return _WRONG
+        if FILE_NAME.fullmatch(path.name) is None:
+            return "no file of a node has this name"
+        check_content(path)
+        if path.name == "node.json":
+            _check_key(read_json(path), key)
+    except (KeyError, TypeError, AttributeError):
+        return "it is not what fastprune writes"
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
+        return line(error)
+    return None
+
+
+def _check_key(about: Any, key: str) -> None:
+    check_about(about, key)
+    kind, spec = about["kind"], about["spec"]
+    if {"kind", "semantics"} & spec.keys() or key_of(kind, about["semantics"], spec) != key:
+        raise ValueError("its key is not that of its spec")
+
+
+def check_content(path: Path) -> None:
+    """Reads a file as what its name says it is. ValueError, csv.Error, KeyError, TypeError, AttributeError where it is
+    not that."""
+    if path.suffix == ".safetensors":
+        with path.open("rb") as file:
+            check_sealed(file)
+    elif path.suffix == ".json":
+        if not isinstance(read_json(path), dict):
+            raise ValueError("it holds no object")
+    elif path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8") as text:
+            rows = csv.reader(text, strict=True)
+            head, epochs, of_epochs = next(rows, []), [], path.name != "layers.csv"
+            if of_epochs and (head[:1] != ["epoch"] or (path.name == "metrics.csv" and "val_accuracy" not in head)):
+                raise ValueError(f"it has the columns {', '.join(head)[:80]}")
+            for row in rows:
+                if len(row) != len(head):
+                    raise ValueError(f"line {rows.line_num} has {len(row)} fields, the first has {len(head)}")
+                if of_epochs:
+                    numbers = list(map(float, row))
+                    epochs.append(numbers[0])
+            if of_epochs and not _follow(epochs):
+                raise ValueError("its epochs are not one after another")
+
+
+def _follow(epochs: list[float]) -> bool:
+    return bool(epochs) and epochs[0].is_integer() and epochs == [epochs[0] + i for i in range(len(epochs))]
+
+
+def _partial(path: Path) -> str | None:
+    if _PARTIAL_NAME.fullmatch(path.name) is None:
+        return "nothing that a run keeps has this name"
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            return "not a regular file"
+        check_content(path)
+    except (KeyError, TypeError, AttributeError):
+        return "it is not what fastprune writes"
+    except (OSError, ValueError, RecursionError) as error:
+        return line(error)
+    return None
+
+
+def line(error: Exception) -> str:
+    """An error in one line, without the path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def remedy(root: Path, path: Path, why: str) -> str:
+    """What to do about a damaged file."""
+    inside = path.relative_to(root).parts
+    if inside[0] == "nodes" and len(inside) == 4 and why != UNLISTED:
+        return f"delete the folder {path.parent} to make it again"
+    return f"delete {path}"
+
+
+def delete_damaged(store: RunStore, found: Checked) -> list[str]:
+    """Deletes damaged nodes whole, and damaged files of unfinished runs; returns what to say, a line each. What
+    somebody is working on is left alone."""
+    said = []
+    by_key: dict[str, list[Path]] = {key: [] for key in sorted(found.nodes)}
+    for path in found.partials:
+        by_key.setdefault(path.name[:32], []).append(path)
+    with Leases(store.root / "leases") as leases:
+        for key, partials in by_key.items():
+            keyed = KEY.fullmatch(key) is not None
+            mine, holder = leases.acquire(key) if keyed else (True, None)
+            if not mine:
+                said.append(f"left alone: {key}, on which {holder or 'somebody'} works")
+                continue
+            if key in found.nodes:
+                said += _delete_node(store, node_folder(store.root, key))
+            said += [_delete(path) for path in partials]
+            if keyed:
+                leases.release(key)
+    return said + [_delete(path) for path in found.stray]
+
+
+def _delete_node(store: RunStore, folder: Path) -> list[str]:
+    """The whole of it; only those files that do not count, where nothing else is wrong."""
+    damaged = check_node(folder, folder.name)[1] if folder.exists() else {}
+    if not damaged:
+        return []
+    if set(damaged.values()) == {UNLISTED} and "node.json" not in damaged:
+        return [_delete(folder / name) for name in damaged]
+    store.take_away(folder)
+    return [f"deleted {folder}"]
+
+
+def _delete(path: Path) -> str:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    return f"deleted {path}"

@@ -1,0 +1,476 @@
+"""Computes one node. A Worker stays warm: it keeps a Trainer per network and the opened data sets over many nodes."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.errors import InputError
+from fastprune.files import read_tensors, write_tensors
+from fastprune.loaders import DataSource, Subset, open_data
+from fastprune.loaders.manifest import Manifest
+from fastprune.pruning import channels as structured
+from fastprune.pruning.allocation import prune, prune_to_ratios
+from fastprune.pruning.channels import latency
+from fastprune.pruning.criteria import magnitude_scores, random_scores
+from fastprune.pruning.masks import Mask, layout, prunable
+from fastprune.specs import (
+    SCORES,
+    DataSpec,
+    Filters,
+    Init,
+    ModelSpec,
+    Prune,
+    Ratios,
+    Rewind,
+    Runnable,
+    StateRef,
+    Train,
+    n_to_prune,
+)
+from fastprune.store import Products, RunStore, trace_name, write_csv
+from fastprune.study.provenance import environment
+from fastprune.training.models import build, initial_model
+from fastprune.training.step import EpochMetrics
+from fastprune.training.trainer import Trainer
+
+Report = Callable[[int, int], None]
+"""Called with (epochs of the schedule done, training images since the last call)."""
+
+Files = dict[str, Callable[[Path], Any]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the images of a data set are read, and how: loader "auto" leaves it to each worker."""
+
+    manifest: Manifest
+    folder: Path | None
+    loader: str
+
+
+@dataclass(frozen=True)
+class WorkConfig:
+    """What a worker needs to know beside the node: nothing in here changes a result.
+
+    images: by fingerprint. show: progress on stderr while a data set is opened. A run is checkpointed at the first
+    epoch's end that lies `checkpoint_seconds` after the last checkpoint, and every `checkpoint_epochs` epochs.
+    """
+
+    store: Path
+    images: Mapping[str, Images]
+    device: str = "cpu"
+    threads: int = 1
+    show: bool = False
+    checkpoint_seconds: float = 60.0
+    checkpoint_epochs: int | None = None
+
+
+@dataclass
+class _Progress:
+    """What a run has behind it: the metrics of its epochs and, by fraction, the LPR at each epoch.
+
+    parts: the processes that computed it before this one: {"from", "to": epochs, and where that was}.
+    """
+
+    begin: int
+    history: list[EpochMetrics] = field(default_factory=list)
+    traces: dict[float, list[dict[str, float]]] = field(default_factory=dict)
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def epoch(self) -> int:
+        return self.begin + len(self.history)
+
+    def trace(self, trainer: Trainer) -> None:
+        for fraction, rows in self.traces.items():
+            rows.append({"epoch": self.epoch, **trainer.would_prune(fraction).layerwise_ratios()})
+
+    def facts(self, where: dict[str, Any]) -> dict[str, Any]:
+        """For a checkpoint that is written here."""
+        traces = [[fraction, rows] for fraction, rows in self.traces.items()]
+        return {"history": [m.as_dict() for m in self.history], "traces": traces, "parts": self.parts_with(where)}
+
+    def parts_with(self, where: dict[str, Any]) -> list[dict[str, Any]]:
+        begin = self.parts[-1]["to"] if self.parts else self.begin
+        return [*self.parts, {"from": begin, "to": self.epoch, **where}]
+
+    @classmethod
+    def of(cls, begin: int, facts: Any) -> "_Progress":
+        """ValueError, TypeError or KeyError for what is no progress."""
+        traces = {float(fraction): list(rows) for fraction, rows in facts["traces"]}
+        parts = [{**part, "to": int(part["to"])} for part in facts["parts"]]
+        return cls(begin, [EpochMetrics(**m) for m in facts["history"]], traces, parts)
+
+
+class Worker:
+    """Runs nodes one after another in this process."""
+
+    def __init__(self, config: WorkConfig) -> None:
+        self.config = config
+        self.store = RunStore(config.store)
+        # oneDNN would keep what it compiled for the last 1,024 shapes of convs: a smaller network brings 60 new ones.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+        if config.device == "cpu":
+            torch.set_num_threads(config.threads)
+        elif ":" in config.device:
+            torch.cuda.set_device(config.device)  # where kernels and graphs go that name no device
+        self._sources: dict[str, DataSource] = {}
+        self._trainers: dict[tuple[ModelSpec, str], Trainer] = {}
+        self._initial: dict[str, dict[str, Tensor]] = {}
+
+    def run(self, node: Runnable, products: Products, report: Report) -> tuple[dict[str, Any], int]:
+        """Computes and publishes a node whose parents are published; returns its result, and the epochs it took here.
+
+        products: what a training run is to leave beside its metrics.
+        """
+        if isinstance(node, Train):
+            return self._train(node, products, report)
+        began = time.perf_counter()
+        if isinstance(node, Prune):
+            source = node.source
+            state = self._initial_state(source) if isinstance(source, Init) else read_state(self.store, source)
+            result, files = choose_weights(self.store, node, state)
+        else:
+            manifest = self.config.images[node.source.node.data.fingerprint].manifest
+            result, files = choose_filters(self.store, node, manifest.height, self.config.device)
+        made = {**environment(None, [self.config.device]), **_cost(time.perf_counter() - began, None)}
+        self.store.publish(node, result, made, files)
+        return result, 0
+
+    def _train(self, node: Train, products: Products, report: Report) -> tuple[dict[str, Any], int]:
+        with self._trainer(node) as trainer:
+            progress = self._start(trainer, node, products)
+            epochs_before = progress.epoch
+            report(progress.epoch, 0)
+            if progress.epoch < node.stop:
+                self._fit(trainer, node, products, progress, report)
+            return self._publish(node, products, progress, trainer), progress.epoch - epochs_before
+
+    def _fit(self, trainer: Trainer, node: Train, products: Products, progress: _Progress, report: Report) -> None:
+        """Trains what is left, and writes what is to be kept on the way."""
+        saved_at = time.monotonic()
+
+        def on_epoch(metrics: EpochMetrics) -> None:
+            nonlocal saved_at
+            progress.history.append(metrics)
+            report(progress.epoch, 0)
+            if metrics.diverged:
+                return
+            progress.trace(trainer)
+            if metrics.epoch == node.stop:
+                return
+            for what in _asked(products, metrics.epoch):
+                self.store.save_partial(node, f"{what}-{metrics.epoch}", _writer(trainer, what))
+            often = self.config.checkpoint_epochs
+            if time.monotonic() - saved_at >= self.config.checkpoint_seconds or (often and metrics.epoch % often == 0):
+                facts = progress.facts(self._environment(node))
+                self.store.save_partial(node, "checkpoint", lambda p: write_tensors(p, trainer.state(), facts))
+                saved_at = time.monotonic()
+
+        train, val = self._batches(node, trainer.images)
+        trainer.fit(
+            train,
+            val,
+            node.optimizer,
+            node.schedule,
+            start=progress.epoch,
+            stop=node.stop,
+            on_batch=lambda images: report(progress.epoch, images),
+            on_epoch=on_epoch,
+        )
+
+    def _publish(self, node: Train, products: Products, progress: _Progress, trainer: Trainer) -> dict[str, Any]:
+        history, last = progress.history, progress.history[-1]
+        metrics, times = zip(*(m.parts() for m in history), strict=True)
+        files: Files = {
+            "metrics.csv": lambda p: write_csv(p, list(metrics)),
+            "times.csv": lambda p: write_csv(p, list(times)),
+        }
+        for fraction, rows in progress.traces.items():
+            files[trace_name(fraction)] = partial(write_csv, rows=rows)
+        for epoch in sorted({*products.weights, *products.momentum}):
+            for what in _asked(products, epoch):
+                if epoch < last.epoch:
+                    passed = self.store.partial_path(node, f"{what}-{epoch}")
+                    files[f"{what}-{epoch}.safetensors"] = partial(shutil.copyfile, passed)
+                else:  # a run that diverged before stands there with its last state
+                    files[f"{what}-{last.epoch}.safetensors"] = _writer(trainer, what)
+        result = {
+            "epochs": last.epoch,
+            "diverged": last.diverged,
+            "accuracy": None if last.diverged else last.val_accuracy,
+            "loss": last.val_loss if math.isfinite(last.val_loss) else None,
+        }
+        rate = sum(m.images_per_second for m in history) / len(history)
+        seconds = sum(m.seconds for m in history)
+        where = self._environment(node)
+        made = {**where, **_cost(seconds, rate)}
+        if progress.parts:
+            made["parts"] = progress.parts_with(where)
+        self.store.publish(node, result, made, files)
+        self.store.drop_partial(node)
+        return result
+
+    def _start(self, trainer: Trainer, node: Train, products: Products) -> _Progress:
+        """Puts the trainer where the run begins, or where its checkpoint left it; returns what is done."""
+        progress = self._resume(trainer, node, products)
+        if progress is None:
+            progress = _Progress(node.begin, traces={fraction: [] for fraction in products.traces})
+            if not isinstance(node.mask, Filters):  # such a network begins as it was cut
+                self._load_start(trainer, node.start)
+            progress.trace(trainer)
+        if isinstance(node.mask, Prune):
+            trainer.set_mask(read_mask(self.store, node.mask))
+        return progress
+
+    def _load_start(self, trainer: Trainer, start: Init | Rewind) -> None:
+        """Weights, batch-norm statistics and, where it is restored, momentum."""
+        if isinstance(start, Init):
+            trainer.load_state(self._initial_state(start), momentum=False)
+        else:
+            load_start(self.store, trainer, start.state, momentum=start.momentum)
+
+    def _resume(self, trainer: Trainer, node: Train, products: Products) -> _Progress | None:
+        """What a checkpoint holds. One that has passed something which is wanted only now does not help."""
+        path = self.store.partial_path(node, "checkpoint")
+        if not path.exists():
+            return None
+        try:
+            state, facts = read_tensors(path)
+            progress = _Progress.of(node.begin, facts)
+            for epoch in (e for e in {*products.weights, *products.momentum} if e <= progress.epoch):
+                for what in _asked(products, epoch):
+                    if not (passed := self.store.partial_path(node, f"{what}-{epoch}")).exists():
+                        return None
+                    read_tensors(passed)  # raises if it is not as it was written
+            if not set(products.traces) <= set(progress.traces):
+                return None
+            trainer.load_state(state)
+        except (TypeError, ValueError, KeyError) as error:
+            print(f"unusable checkpoint, this run starts from its beginning: {error}", file=sys.stderr)
+            return None
+        return progress
+
+    @contextmanager
+    def _trainer(self, node: Train) -> Iterator[Trainer]:
+        """A Trainer of the node's network, warm where there is one; that of a smaller network is closed in the end."""
+        if isinstance(node.mask, Filters):
+            assert isinstance(node.start, Rewind)
+            model = smaller(self.store, node.mask, read_state(self.store, node.start.state), self._size(node.data))
+            trainer = Trainer(model, device=self.config.device, precision=node.precision)
+            try:
+                yield trainer
+            finally:
+                trainer.close()
+            return
+        which = node.model, node.precision
+        if which not in self._trainers:
+            self._trainers[which] = Trainer(build(node.model), device=self.config.device, precision=node.precision)
+        yield self._trainers[which]
+
+    def _initial_state(self, init: Init) -> dict[str, Tensor]:
+        if init.key not in self._initial:
+            state = initial_model(init).state_dict()
+            self._initial = {init.key: {f"model.{name}": tensor for name, tensor in state.items()}}
+        return self._initial[init.key]
+
+    def _size(self, data: DataSpec) -> int:
+        return self.config.images[data.fingerprint].manifest.height
+
+    def _batches(self, node: Train, dtype: torch.dtype) -> tuple[Any, Any]:
+        data, batch_size = node.data, node.optimizer.batch_size
+        if data.fingerprint not in self._sources:
+            c, found = self.config, self.config.images[data.fingerprint]
+            self._sources[data.fingerprint] = open_data(
+                found.manifest, found.folder, loader=found.loader, device=c.device, show=c.show
+            )
+        source = self._sources[data.fingerprint]
+        subset = Subset(data.classes, data.train_per_class, data.val_per_class)
+        how = {"batch_size": batch_size, "subset": subset, "dtype": dtype}
+        return source.train(seed=node.seed, **how), source.val(**how)
+
+    def _loader(self, node: Train) -> str | None:
+        """None where a checkpoint held the whole run, so that no data was opened."""
+        source = self._sources.get(node.data.fingerprint)
+        return None if source is None else source.loader
+
+    def _environment(self, node: Train) -> dict[str, Any]:
+        return environment(self._loader(node), [self.config.device])
+
+
+def _cost(seconds: float, rate: float | None) -> dict[str, Any]:
+    return {"wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
+
+
+def _asked(products: Products, epoch: int) -> list[str]:
+    """What is kept of the state after `epoch`."""
+    return [what for what, epochs in (("state", products.weights), ("momentum", products.momentum)) if epoch in epochs]
+
+
+def _writer(trainer: Trainer, what: str) -> Callable[[Path], Any]:
+    def write(path: Path) -> None:
+        state = trainer.state().items()
+        write_tensors(path, {k: t for k, t in state if k.startswith("model.") == (what == "state")})
+
+    return write
+
+
+_LATENCY_BATCH = 64
+
+_HUGE = 1e30
+
+Chosen = tuple[dict[str, Any], dict[str, Callable[[Path], Any]]]
+"""A node's result, and its files by name with the functions that write them."""
+
+
+def read_mask(store: RunStore, node: Prune) -> Mask:
+    """The mask of a published prune step. InputError, saying what to do, if it is damaged."""
+    path = store.mask(node)
+    with _to_be_made_again(path):
+        return Mask.load(path)
+
+
+def read_state(store: RunStore, ref: StateRef, *, momentum: bool = False) -> dict[str, Tensor]:
+    """Weights and batch-norm statistics ("model.NAME") of a published run, and its momentum ("momentum.NAME")."""
+    state: dict[str, Tensor] = {}
+    for what in ("state", "momentum") if momentum else ("state",):
+        path = store.state(ref, what)
+        if path is None:
+            raise RuntimeError(f"training {ref.node.key} has no {what} after epoch {ref.epoch}")
+        with _to_be_made_again(path):
+            state |= read_tensors(path)[0]
+    return state
+
+
+def _foreign(store: RunStore, ref: StateRef | Init, why: str) -> Exception:
+    path = None if isinstance(ref, Init) else store.state(ref)
+    return ValueError(why) if path is None else store.damaged(path, why)
+
+
+def load_start(store: RunStore, trainer: Trainer, ref: StateRef, *, momentum: bool) -> None:
+    """Puts the trainer where a published run was. InputError where that is another network's."""
+    state = read_state(store, ref, momentum=momentum)
+    try:
+        trainer.load_state(state, momentum=momentum)
+    except ValueError as error:
+        raise _foreign(store, ref, str(error)) from error
+
+
+def choose_weights(store: RunStore, node: Prune, state: dict[str, Tensor]) -> Chosen:
+    """The mask of a prune step; `state` is that of its source."""
+    if node.prior is not None:
+        mask = read_mask(store, node.prior)
+    else:
+        with torch.device("meta"):
+            model = build(node.model)
+        mask = Mask.dense(layout(prunable(model)))
+    if node.score not in SCORES:
+        raise ValueError(f"cannot prune by score {node.score!r}")
+    if node.score == "random":
+        scores = random_scores(mask, node.seed, node.round)
+    else:
+        weights = _model_state(state)
+        for s in mask.segments:
+            if s.name not in weights or tuple(weights[s.name].shape) != s.shape:
+                raise _foreign(store, node.source, f"no {s.name} of shape {s.shape} in it")
+        scores = magnitude_scores(weights, mask)
+    if isinstance(node.allocation, Ratios):
+        new = prune_to_ratios(scores, mask, read_mask(store, node.allocation.mask).layerwise_ratios())
+        if mask.kept - new.kept != n_to_prune(mask.kept, node.fraction):
+            raise ValueError("the ratios are those of a mask of another sparsity")
+    else:
+        new = prune(scores, mask, node.fraction, node.allocation)
+    ratios = new.layerwise_ratios()
+    result = {
+        "round": node.round,
+        "total": new.total,
+        "kept": new.kept,
+        "density": new.density,
+        "layerwise_ratios": ratios,
+        "dead": sum(ratio == 1.0 for ratio in ratios.values()),
+    }
+    return result, {"mask.safetensors": new.save, "layers.csv": lambda p: p.write_text(new.ratios_csv())}
+
+
+def choose_filters(store: RunStore, node: Filters, image_size: int, device: str) -> Chosen:
+    """The filters that stay, and what the smaller network costs beside the whole one: parameters, FLOPs of one image,
+    and milliseconds for a batch, measured in turn here and now."""
+    state = read_state(store, node.source)
+    model = _with_weights(node, state)
+    groups = structured.channel_groups(model, image_size)
+    scores = structured.gamma_scores(groups, _model_state(state))
+    # A pre-training that diverged has a selection as well, so that its fine-tuning can show that it diverged.
+    scores = {name: torch.nan_to_num(s, nan=_HUGE, posinf=_HUGE) for name, s in scores.items()}
+    selection = structured.select(groups, scores, node.fraction)
+    small = structured.remove(_with_weights(node, state), selection, image_size)
+    kept = structured.kept_filters(selection, groups)
+    channels = sum(group.channels for group in groups)
+    removed = channels - sum(map(len, selection.kept.values()))
+    filters = {name: group.channels for group in groups for name in group.convs}
+    before, after = (structured.cost(m, image_size) for m in (model, small))
+    times = latency({"whole": model, "small": small}, image_size, _LATENCY_BATCH, device)
+    result = {
+        "fraction": node.fraction,
+        "channels": channels,
+        "removed": removed,
+        "removed_fraction": removed / channels,
+        "filters": sum(filters.values()),
+        "filters_kept": sum(kept.values()),
+        "groups": len(groups),
+        "spared": list(selection.spared),
+        "layerwise_ratios": {name: 1.0 - kept[name] / n for name, n in filters.items()},
+        "parameters": after.parameters,
+        "parameters_whole": before.parameters,
+        "flops": after.flops,
+        "flops_whole": before.flops,
+        "latency_ms": times["small"],
+        "latency_whole_ms": times["whole"],
+        "latency_batch": _LATENCY_BATCH,
+    }
+
+    def layers(path: Path) -> None:
+        write_csv(path, [{"layer": name, "filters": n, "kept": kept[name]} for name, n in filters.items()])
+
+    described = json.dumps(selection.as_dict(), indent=1, sort_keys=True) + "\n"
+    return result, {"filters.json": lambda p: p.write_text(described), "layers.csv": layers}
+
+
+def smaller(store: RunStore, node: Filters, state: dict[str, Tensor], image_size: int) -> nn.Module:
+    """The network of `state` without the filters that a published selection removes. InputError if it is damaged."""
+    path = store.filters(node)
+    try:
+        selection = structured.Selection.from_dict(json.loads(path.read_text()))
+        return structured.remove(_with_weights(node, state), selection, image_size)
+    except (OSError, ValueError) as error:
+        raise store.damaged(path, error) from error
+
+
+def _with_weights(node: Filters, state: dict[str, Tensor]) -> nn.Module:
+    model = build(node.model)
+    model.load_state_dict(_model_state(state))
+    return model
+
+
+def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("model."): t for name, t in state.items() if name.startswith("model.")}
+
+
+@contextmanager
+def _to_be_made_again(path: Path) -> Iterator[None]:
+    """Says what to do about a damaged file of a published node."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; delete the folder {path.parent} to make it again") from error

@@ -1,0 +1,217 @@
+"""The nodes of a figure: what must exist, in which order, what is there, what it will cost. Standard library only."""
+
+import heapq
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from fastprune.specs import Node, Prune, Runnable, StateRef, Trace, Train, states_read
+from fastprune.store import Products, RunStore
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes, each once, parents before children. traces: wanted of them. labels: by key, what a person calls a node."""
+
+    nodes: tuple[Runnable, ...]
+    traces: tuple[Trace, ...]
+    labels: dict[str, str]
+
+    @classmethod
+    def of(cls, wanted: Iterable[Runnable | Trace], labels: dict[str, str] | None = None) -> "Graph":
+        """What is wanted, and all that it rests on."""
+        wanted = list(wanted)
+        traces = tuple(w for w in wanted if isinstance(w, Trace))
+        seen: dict[str, Runnable] = {}
+        stack: list[tuple[Runnable, bool]] = [(w.node if isinstance(w, Trace) else w, False) for w in reversed(wanted)]
+        while stack:
+            node, expanded = stack.pop()
+            if node.key in seen:
+                continue
+            if expanded:
+                seen[node.key] = node
+            else:
+                stack.append((node, True))
+                stack.extend((parent, False) for parent in node.parents())
+        return cls(tuple(seen.values()), traces, labels or {})
+
+    def label(self, node: Node) -> str:
+        return self.labels.get(node.key, f"{node.kind} {node.key[:8]}")
+
+    @cached_property
+    def trainings(self) -> tuple[Train, ...]:
+        return tuple(n for n in self.nodes if isinstance(n, Train))
+
+    @cached_property
+    def by_key(self) -> dict[str, Runnable]:
+        return {n.key: n for n in self.nodes}
+
+    @cached_property
+    def height(self) -> dict[str, int]:
+        """Epochs on the longest path from a node to the end: what is started first."""
+        height = {n.key: 0 for n in self.nodes}
+        for node in reversed(self.nodes):
+            below = height[node.key] + (node.epochs if isinstance(node, Train) else 0)
+            for parent in node.parents():
+                height[parent.key] = max(height[parent.key], below)
+        return height
+
+    def todo(self, store: RunStore | None) -> list[Runnable]:
+        """Nodes still to compute: not published, or without something that an unpublished node or the figure reads."""
+        if store is None:
+            return list(self.nodes)
+        missing = {n.key for n in self.nodes if not store.has(n)}
+        for trace in self.traces:
+            if not store.holds(trace.node, Products(traces=(trace.fraction,))):
+                missing.add(trace.node.key)
+        for node in reversed(self.nodes):  # a run that is trained again may need a state of another
+            for source, momentum in states_read(node) if node.key in missing else ():
+                epochs = (source.epoch,)
+                if not store.holds(source.node, Products(weights=epochs, momentum=epochs if momentum else ())):
+                    missing.add(source.node.key)
+        return [n for n in self.nodes if n.key in missing]
+
+    def products(self, node: Runnable) -> Products:
+        """What the run is to leave: what others read of it, and the LPR at each epoch of a run that is pruned first,
+        as that costs next to nothing and may spare training it again."""
+        needed = self.needed(node)
+        return Products(
+            needed.weights, needed.momentum, tuple(sorted({*needed.traces, *self._first.get(node.key, ())}))
+        )
+
+    def needed(self, node: Runnable) -> Products:
+        """What others read of the run."""
+        weights, momentum, traces = self._read.get(node.key, (set(), set(), set()))
+        return Products(tuple(sorted(weights)), tuple(sorted(momentum)), tuple(sorted(traces)))
+
+    @cached_property
+    def _read(self) -> dict[str, tuple[set[int], set[int], set[float]]]:
+        read: dict[str, tuple[set[int], set[int], set[float]]] = defaultdict(lambda: (set(), set(), set()))
+        for node in self.nodes:
+            for source, momentum in states_read(node):
+                read[source.node.key][0].add(source.epoch)
+                if momentum:
+                    read[source.node.key][1].add(source.epoch)
+        for trace in self.traces:
+            read[trace.node.key][2].add(trace.fraction)
+        return dict(read)
+
+    @cached_property
+    def _first(self) -> dict[str, set[float]]:
+        found: dict[str, set[float]] = defaultdict(set)
+        for node in self.nodes:
+            if isinstance(node, Prune) and node.prior is None and isinstance(node.source, StateRef):
+                found[node.source.node.key].add(node.fraction)
+        return dict(found)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Nodes, trainings, epochs and training images (validation not counted)."""
+
+    nodes: int
+    trainings: int
+    epochs: int
+    images: int
+    per_seed: dict[int, int]
+
+    @classmethod
+    def of(cls, nodes: Iterable[Node]) -> "Cost":
+        nodes = list(nodes)
+        runs = [n for n in nodes if isinstance(n, Train)]
+        images = sum(n.epochs * (n.data.train_count // n.optimizer.batch_size) * n.optimizer.batch_size for n in runs)
+        return cls(
+            len(nodes),
+            len(runs),
+            sum(n.epochs for n in runs),
+            images,
+            dict(sorted(Counter(n.seed for n in runs).items())),
+        )
+
+
+_BUSY_SECONDS = 1.0, 10.0
+"""How long a node that another process computes is left alone before it is looked at again: at first, and at last."""
+
+
+class Queue:
+    """The nodes still to do, handed out when their parents are there, longest remaining chain first."""
+
+    def __init__(self, graph: Graph, todo: Iterable[Runnable]) -> None:
+        """todo: nodes of the graph, parents first; a parent that is not among them is there."""
+        self.graph = graph
+        todo = list(todo)
+        self._open = {n.key for n in todo}
+        self._waiting: dict[str, set[str]] = {}
+        self._children: dict[str, list[str]] = {}
+        self._ready: list[tuple[int, int, str]] = []
+        self._busy: list[tuple[float, str]] = []
+        self._busy_since: dict[str, float] = {}
+        self._order = {n.key: i for i, n in enumerate(graph.nodes)}
+        for node in todo:
+            missing = {p.key for p in node.parents()} & self._open
+            self._waiting[node.key] = missing
+            for parent in missing:
+                self._children.setdefault(parent, []).append(node.key)
+            if not missing:
+                self._push(node.key)
+
+    def _push(self, key: str) -> None:
+        heapq.heappush(self._ready, (-self.graph.height[key], self._order[key], key))
+
+    @property
+    def left(self) -> int:
+        """Nodes neither done nor failed."""
+        return len(self._open)
+
+    def next(self) -> Runnable | None:
+        """A node that can run now, or None."""
+        now = time.monotonic()
+        while self._busy and self._busy[0][0] <= now:
+            self._push(heapq.heappop(self._busy)[1])
+        if not self._ready:
+            return None
+        return self.graph.by_key[heapq.heappop(self._ready)[2]]
+
+    def busy(self, node: Runnable) -> None:
+        """Another process computes this node: look again later, the less often the longer it takes."""
+        now = time.monotonic()
+        shortest, longest = _BUSY_SECONDS
+        waited = now - self._busy_since.setdefault(node.key, now)
+        heapq.heappush(self._busy, (now + min(max(shortest, 0.1 * waited), longest), node.key))
+
+    def is_settled(self, key: str) -> bool:
+        """Whether it is done or failed."""
+        return key not in self._open
+
+    def again(self, node: Runnable) -> None:
+        self._push(node.key)
+
+    def done(self, node: Runnable) -> None:
+        self._open.discard(node.key)
+        for child in self._children.get(node.key, []):
+            self._waiting[child].discard(node.key)
+            if not self._waiting[child] and child in self._open:
+                self._push(child)
+
+    def fail(self, node: Runnable) -> list[Runnable]:
+        """Gives up a node and all that rests on it; returns what rests on it."""
+        self._open.discard(node.key)
+        lost, stack = [], list(self._children.get(node.key, []))
+        while stack:
+            key = stack.pop()
+            if key in self._open:
+                self._open.discard(key)
+                lost.append(self.graph.by_key[key])
+                stack.extend(self._children.get(key, []))
+        return lost
+
+
+def merge_graphs(graphs: Iterable[Graph]) -> Graph:
+    """One graph of several: what they share stands in it once."""
+    graphs = list(graphs)
+    labels: dict[str, str] = {}
+    for graph in reversed(graphs):
+        labels |= graph.labels
+    return Graph.of([w for g in graphs for w in (*g.nodes, *g.traces)], labels)

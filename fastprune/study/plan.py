@@ -1,0 +1,301 @@
+"""`--plan`: what would run, and what it would cost on one machine or a cluster. Imports nothing heavy."""
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fastprune.errors import InputError
+from fastprune.specs import DataSpec, ModelSpec, Prune, Runnable, Train
+from fastprune.store import RunStore
+from fastprune.study.graph import Cost, Graph, Queue, merge_graphs
+from fastprune.study.settings import Settings
+
+UNKNOWN = "unknown"
+"""What the fingerprint of images begins with that no process has read yet."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A figure as a plan shows it. about: its settings in a line. panels: by name the keys of their trainings."""
+
+    name: str
+    about: str
+    graph: Graph
+    panels: Mapping[str, set[str]]
+
+
+def print_plan(
+    figures: Sequence[Planned], store: RunStore, *, rate: float | None = None, clusters: Sequence[int] = ()
+) -> None:
+    """Prints what would run and what it would cost; writes nothing.
+
+    rate: images/s to count with, in place of those measured in the store. clusters: numbers of GPUs to plan for.
+    """
+    for figure in figures:
+        print(figure.about)
+        _print_trainings(figure, brief=len(figures) > 1)
+    whole = merge_graphs(f.graph for f in figures)
+    if len(figures) > 1:
+        _print_sharing(figures, whole)
+    _print_cost(whole, store, rate, clusters)
+
+
+def _print_trainings(figure: Planned, *, brief: bool) -> None:
+    cost = Cost.of(figure.graph.nodes)
+    per_seed = " or ".join(map(str, sorted(set(cost.per_seed.values()))))
+    print(f"  trainings    {cost.trainings:>15,}   {per_seed} a seed")
+    if brief:
+        return
+    seen: set[str] = set()
+    for panel, keys in figure.panels.items():
+        fresh = keys - seen
+        seen |= fresh
+        title = "to find masks" if panel == "find" else f"for panel {panel}, not shared with the above"
+        print(f"               {len(fresh):>15,}   {title}")
+
+
+def _print_sharing(figures: Sequence[Planned], whole: Graph) -> None:
+    costs = [Cost.of(f.graph.nodes) for f in figures]
+    cost = Cost.of(whole.nodes)
+    apart, epochs = sum(c.trainings for c in costs), sum(c.epochs for c in costs)
+    print(f"Together: {', '.join(f.name for f in figures)}")
+    print(f"  trainings    {cost.trainings:>15,}   {apart:,} if each figure ran alone")
+    print(f"  shared       {apart - cost.trainings:>15,}   trainings, {epochs - cost.epochs:,} epochs saved")
+    trainings = {f.name: {n.key for n in f.graph.trainings} for f in figures}
+    for name, keys in trainings.items():
+        shared = {other: len(keys & theirs) for other, theirs in trainings.items() if other != name}
+        if with_others := [f"{count:,} with {other}" for other, count in shared.items() if count]:
+            print(f"  {name:<12} {'':>15}   shares {', '.join(with_others)}")
+
+
+def _print_cost(graph: Graph, store: RunStore, rate: float | None, clusters: Sequence[int]) -> None:
+    todo = graph.todo(store)
+    cost, left = Cost.of(graph.nodes), Cost.of(todo)
+    print(f"  prune steps  {cost.nodes - cost.trainings:>15,}")
+    print(f"  epochs       {cost.epochs:>15,}")
+    print(f"  images       {cost.images:>15,}")
+    print(f"  in the store {cost.trainings - left.trainings:>15,}   trainings; {left.trainings:,} to do")
+    if any(n.data.fingerprint.startswith(UNKNOWN) for n in graph.trainings):
+        print("  Of images that are not prepared yet, nothing counts as being in the store.")
+    print(f"  disk         {_size(bytes_on_disk(graph, todo)):>15}   for what is to do")
+    rates = _measured(graph, store)
+    _print_time(todo, rates, rate)
+    if clusters:
+        _print_clusters(clusters, graph, todo, _seconds(todo, rates, rate, _prune_seconds(graph, store)))
+
+
+def _print_time(todo: list[Runnable], measured: dict[tuple[str, int, str], float], given: float | None) -> None:
+    seconds, unmeasured, used = 0.0, 0, set()
+    for node in todo:
+        if isinstance(node, Train):
+            rate = given or measured.get(_kind(node))
+            if rate is None:
+                unmeasured += 1
+            else:
+                used.add(f"{rate:,.0f}")
+                seconds += Cost.of([node]).images / rate
+    if used:
+        source = "as given" if given else "measured in this store"
+        print(f"  time left    {duration(seconds):>15}   on one worker, at {', '.join(sorted(used))} images/s {source}")
+    if unmeasured:
+        more = f" of {unmeasured:,} more trainings" if used else ""
+        print(f"  time left            unknown  {more} no such run was measured in this store: --images-per-second")
+
+
+def _seconds(
+    todo: list[Runnable], measured: dict[tuple[str, int, str], float], given: float | None, prune: float
+) -> dict[str, float]:
+    """By key, what a node takes. InputError where that is not known."""
+    seconds = {}
+    for node in todo:
+        if isinstance(node, Train):
+            rate = given or measured.get(_kind(node))
+            if rate is None:
+                raise InputError("--gpus needs the rate of a run, and none was measured here: --images-per-second R")
+            seconds[node.key] = Cost.of([node]).images / rate
+        else:
+            seconds[node.key] = prune
+    return seconds
+
+
+def _print_clusters(clusters: Sequence[int], graph: Graph, todo: list[Runnable], seconds: dict[str, float]) -> None:
+    length, chain = longest_chain(graph, todo, seconds)
+    if not chain:
+        return
+    work = sum(seconds.values())
+    pruning = max((seconds[n.key] for n in todo if not isinstance(n, Train)), default=0.0)
+    about = f"prune steps {pruning:.2g} s each, as measured here" if pruning else "prune steps counted as no time"
+    print(f"On a cluster (simulated; one run a GPU, {about})")
+    print(f"  {'GPUs':<12} {'time':>15}   busy")
+    for workers in clusters:
+        found = simulate(graph, todo, seconds, workers)
+        bound = "the longest chain decides" if found.makespan < 1.01 * length else ""
+        print(f"  {workers:<12,} {duration(found.makespan):>15}   {100 * found.utilisation:>3.0f} %   {bound}".rstrip())
+    trainings = sum(isinstance(node, Train) for node in chain)
+    print(f"  longest chain {duration(length):>14}   {trainings} trainings, to {graph.label(chain[-1])}")
+    print(f"  {'':<12} {'':>15}   so more than {math.ceil(work / length):,} GPUs cannot be faster")
+
+
+def _prune_seconds(graph: Graph, store: RunStore) -> float:
+    """Mean of the prune steps in the store; 0 where there are none."""
+    found = [store.node(n)["provenance"]["wall_seconds"] for n in graph.nodes if isinstance(n, Prune) and store.has(n)]
+    return sum(found) / len(found) if found else 0.0
+
+
+def _kind(node: Train) -> tuple[str, int, str]:
+    """Runs that are about as fast."""
+    return node.model.name, node.model.width, node.data.fingerprint
+
+
+def _measured(graph: Graph, store: RunStore) -> dict[tuple[str, int, str], float]:
+    """Mean images/s of each kind of run in the store."""
+    rates: dict[tuple[str, int, str], list[float]] = defaultdict(list)
+    for node in graph.trainings:
+        if store.has(node):
+            rates[_kind(node)].append(store.node(node)["provenance"]["images_per_second"])
+    return {kind: sum(found) / len(found) for kind, found in rates.items()}
+
+
+def describe(s: Settings, data: DataSpec) -> str:
+    """A figure's settings in a line."""
+    rates = "".join(
+        f", {name} {' '.join(f'{r:g}' for r in values)}"
+        for name, values in (("LR_find", s.lr_find), ("LR_eval", s.lr_eval))
+        if values
+    )
+    what = f"{len(s.sparsities)} sparsities" if s.sparsities else f"rounds {s.rounds} of {100 * s.fraction:.3g} %"
+    return (
+        f"{s.model} (stem {s.stem}, width {s.width}) on {data.name} "
+        f"({data.classes} classes, {data.train_count:,} images){rates}; seeds {s.seeds}, "
+        f"{what}, epochs {s.epochs}, batch {s.batch_size}, {s.precision}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, seconds = divmod(rest, 60)
+    if hours >= 100:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """makespan: seconds until the last node is done. busy: seconds of all workers together."""
+
+    workers: int
+    makespan: float
+    busy: float
+
+    @property
+    def utilisation(self) -> float:
+        """The fraction of the workers' time in which they compute."""
+        return self.busy / (self.workers * self.makespan) if self.makespan else 1.0
+
+
+def simulate(graph: Graph, todo: Sequence[Runnable], seconds: Mapping[str, float], workers: int) -> Simulated:
+    """Runs `todo`, nodes of the graph, on that many workers. seconds: by key, what a node takes on any of them."""
+    queue = Queue(graph, todo)
+    running: list[tuple[float, int, Runnable]] = []
+    now, started = 0.0, 0
+    while queue.left:
+        while len(running) < workers and (node := queue.next()) is not None:
+            heapq.heappush(running, (now + seconds[node.key], started, node))
+            started += 1
+        now, _, node = heapq.heappop(running)
+        queue.done(node)
+    return Simulated(workers, now, sum(seconds[node.key] for node in todo))
+
+
+def longest_chain(graph: Graph, todo: Sequence[Runnable], seconds: Mapping[str, float]) -> tuple[float, list[Runnable]]:
+    """What no number of workers can beat: the chain of `todo` that takes longest, and how many seconds that is."""
+    ends: dict[str, float] = {}
+    before: dict[str, Runnable | None] = {}
+    for node in todo:  # parents come first
+        parents = [parent for parent in node.parents() if parent.key in ends]
+        last = max(parents, key=lambda parent: ends[parent.key], default=None)
+        before[node.key] = last
+        ends[node.key] = seconds[node.key] + (0.0 if last is None else ends[last.key])
+    if not ends:
+        return 0.0, []
+    node_or_none: Runnable | None = graph.by_key[max(ends, key=lambda key: ends[key])]
+    length, chain = max(ends.values()), []
+    while node_or_none is not None:
+        chain.append(node_or_none)
+        node_or_none = before[node_or_none.key]
+    return length, chain[::-1]
+
+
+_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+
+_FLOAT = 4
+
+_TEXT_PER_EPOCH = 150
+
+_TEXT_PER_RATIO = 21
+
+_TEXT_PER_LAYER = 100
+
+_JSON = 2500
+
+
+@dataclass(frozen=True)
+class NetworkSize:
+    """Numbers of conv layers, of conv weights, of all parameters, and of batch norm's running values."""
+
+    layers: int
+    weights: int
+    parameters: int
+    statistics: int
+
+    @classmethod
+    def of(cls, model: ModelSpec) -> "NetworkSize":
+        """As torchvision's ResNet has them, with our stem and width."""
+        bottleneck = model.name == "resnet50"
+        side = 3 if model.stem == "small" else 7
+        convs = [(3, model.width, side)]
+        inputs = model.width
+        for stage, blocks in enumerate(_BLOCKS[model.name]):
+            planes = model.width << stage
+            outputs = 4 * planes if bottleneck else planes
+            for block in range(blocks):
+                if bottleneck:
+                    convs += [(inputs, planes, 1), (planes, planes, 3), (planes, outputs, 1)]
+                else:
+                    convs += [(inputs, planes, 3), (planes, planes, 3)]
+                if block == 0 and (stage > 0 or inputs != outputs):
+                    convs.append((inputs, outputs, 1))
+                inputs = outputs
+        weights = sum(i * o * k * k for i, o, k in convs)
+        channels = sum(o for _, o, _ in convs)
+        classifier = (inputs + 1) * model.classes
+        return cls(len(convs), weights, weights + 2 * channels + classifier, 2 * channels)
+
+
+def bytes_on_disk(graph: Graph, nodes: Iterable[Runnable]) -> int:
+    """About what `nodes` of the graph leave in the store."""
+    sizes: dict[ModelSpec, NetworkSize] = {}
+    total = 0
+    for node in nodes:
+        size = sizes.setdefault(node.model, NetworkSize.of(node.model))
+        total += _JSON
+        if isinstance(node, Train):
+            products = graph.products(node)
+            total += node.epochs * _TEXT_PER_EPOCH
+            total += len(products.weights) * _FLOAT * (size.parameters + size.statistics)
+            total += len(products.momentum) * _FLOAT * size.parameters
+            total += len(products.traces) * (node.epochs + 1) * size.layers * _TEXT_PER_RATIO
+        elif isinstance(node, Prune):
+            total += size.weights // 8 + size.layers * _TEXT_PER_LAYER
+    return total

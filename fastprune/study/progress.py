@@ -1,0 +1,106 @@
+"""What a person sees while a graph runs: one bar over all training images, one line for each worker."""
+
+import sys
+import time
+from typing import Any, Self
+
+from tqdm import tqdm
+
+from fastprune.specs import Runnable, Train
+from fastprune.study.graph import Cost, Graph
+
+_LINES = 24
+"""Workers that have a line of their own."""
+
+_FIRST_SECONDS = 0.2
+"""What the first images that are reported took, about."""
+
+
+class Bars:
+    """A View of tqdm bars on stderr: images/s and time left over all that is to do, and what each worker does.
+
+    Where stderr is no terminal, the overall bar alone, a line every ten seconds.
+    """
+
+    def __init__(self, graph: Graph, todo: list[Runnable], workers: int) -> None:
+        self.graph = graph
+        live = bool(todo) and sys.stderr.isatty()
+        self.trainings = sum(isinstance(n, Train) for n in todo)
+        self.trained = self.failures = self.resting = 0
+        self.total = tqdm(
+            total=Cost.of(todo).images,
+            unit=" images",
+            unit_scale=True,
+            desc=f"0/{self.trainings} trainings",
+            mininterval=0.2 if live else 10.0,
+            dynamic_ncols=live,
+            disable=not todo,
+            smoothing=0,
+        )
+        self.lines = [
+            tqdm(total=0, bar_format="  {desc}", dynamic_ncols=True, position=i + 1, leave=False)
+            for i in range(min(workers, _LINES) if live else 0)
+        ]
+        self.images: dict[str, int] = {}
+        self.began: dict[str, float] = {}
+        self.places: dict[int, str] = {}
+
+    def started(self, worker: int, node: Runnable, place: str) -> None:
+        self.places[worker], self.began[node.key] = place, time.monotonic()
+        self._say(worker, f"{place}: {self.graph.label(node)}")
+
+    def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None:
+        seen = self.images[node.key] = self.images.get(node.key, 0) + images
+        if images and not self.total.n:
+            # How long workers take to start tells nothing of the rate. A bar that has not been printed since its start
+            # ends without a line's end.
+            self.total.start_t = self.total.last_print_t = time.time() - _FIRST_SECONDS
+        self.total.update(images)
+        if isinstance(node, Train) and epoch:
+            rate = seen / max(time.monotonic() - self.began[node.key], 1e-9)
+            about = f"{self.graph.label(node)} · epoch {epoch}/{node.stop} · {rate:,.0f} images/s"
+            self._say(worker, f"{self.places[worker]}: {about}")
+
+    def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None:
+        """worker: None where another process computed the node."""
+        if worker is not None:
+            self._say(worker, "")
+        if isinstance(node, Train):
+            self.trained += 1
+            self._expect_no_more_of([node])  # a resumed or diverged run needs fewer images than planned
+            self._count()
+            if result["diverged"]:
+                self.note(f"diverged: {self.graph.label(node)}, in epoch {result['epochs']}")
+
+    def failed(self, worker: int, node: Runnable, reason: str, resting: list[Runnable]) -> None:
+        self._say(worker, "")
+        self.failures += 1
+        self.resting += len(resting)
+        self._expect_no_more_of([node, *resting])
+        self._count()
+        self.note(f"failed: {self.graph.label(node)}: {reason}")
+
+    def _expect_no_more_of(self, nodes: list[Runnable]) -> None:
+        unseen = Cost.of(nodes).images - sum(self.images.get(n.key, 0) for n in nodes)
+        self.total.total = max(self.total.n, self.total.total - unseen)
+
+    def _count(self) -> None:
+        failures = f", {self.failures} failed" if self.failures else ""
+        failures += f", {self.resting} rest on them" if self.resting else ""
+        self.total.set_description(f"{self.trained}/{self.trainings} trainings{failures}", refresh=False)
+
+    def note(self, text: str) -> None:
+        """A line above the bars."""
+        tqdm.write(text, file=sys.stderr)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for line in self.lines:
+            line.close()
+        self.total.close()
+
+    def _say(self, worker: int, text: str) -> None:
+        if worker < len(self.lines):
+            self.lines[worker].set_description_str(text)

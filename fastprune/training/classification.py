@@ -1,0 +1,481 @@
+"""One call of train.py: data, model, mask, training, checkpoints. Under torchrun, one of several ranks."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastprune.errors import InputError
+from fastprune.loaders import DataSource, SyntheticData, VaryingSource, locate, open_data, open_varying
+from fastprune.loaders.layout import recognised
+from fastprune.loaders.manifest import FILE_NAME
+from fastprune.pruning.masks import Mask
+from fastprune.specs import ScheduleSpec
+from fastprune.training.checkpoint import fitting_mask, load_checkpoint, replace_file, save_checkpoint, trainer_mask
+from fastprune.training.models import build_model
+from fastprune.training.request import TrainRequest
+from fastprune.training.step import EpochMetrics
+from fastprune.training.trainer import Batches, Trainer
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for images whose own are not known
+
+_STORE = Path("runs")
+
+
+class Epochs:
+    """Training batches whose epoch also seeds torch's generators, from (seed, epoch, rank): what a model draws itself
+    (dropout, stochastic depth) does not depend on where a run was resumed."""
+
+    def __init__(self, batches: Any, seed: int, rank: int) -> None:
+        self._batches, self._seed, self._rank = batches, seed, rank
+
+    def set_epoch(self, epoch: int) -> None:
+        self._batches.set_epoch(epoch)
+        words = np.random.SeedSequence([self._seed, epoch, self._rank]).generate_state(1, np.uint64)
+        torch.manual_seed(int(words[0] >> np.uint64(1)))
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._batches)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Opened data. size: height and width of training images.  about: one line.  resized: whether by the crop flags."""
+
+    source: DataSource | VaryingSource
+    classes: int
+    size: tuple[int, int]
+    about: str
+    resized: bool
+
+    def train(self, seed: int, batch_size: int, shard: tuple[int, int], dtype: torch.dtype) -> Epochs:
+        """Training batches of one rank. dtype: wanted; images that are resized come as float32."""
+        if isinstance(self.source, VaryingSource):
+            batches: Any = self.source.train(seed=seed, batch_size=batch_size, shard=shard)
+        else:
+            batches = self.source.train(seed=seed, batch_size=batch_size, shard=shard, dtype=dtype)
+        return Epochs(batches, seed, shard[0])
+
+    def val(self, batch_size: int, shard: tuple[int, int], dtype: torch.dtype) -> Any:
+        """Validation batches of one rank."""
+        if isinstance(self.source, VaryingSource):
+            return self.source.val(batch_size=batch_size, shard=shard)
+        return self.source.val(batch_size=batch_size, shard=shard, dtype=dtype)
+
+
+def open_images(request: TrainRequest, device: torch.device, *, show: bool, sharing: int = 1) -> Images:
+    """Finds, prepares where needed, and opens the data. InputError where it is not usable.
+
+    show: progress on stderr.  sharing: processes that share the processors.
+    """
+    if request.data == "":
+        raise InputError("--data-path is empty: give a folder of images, or 'synthetic'")
+    workers = request.workers
+    if workers is None:
+        workers = min(16, max(1, len(os.sched_getaffinity(0)) // sharing))
+    if request.data == "synthetic":
+        return _fixed(request, SyntheticData(), device, workers, show)
+    folder = _prepared_folder(Path(request.data))
+    if (folder / FILE_NAME).exists() or recognised(folder) is not None:
+        return _fixed(request, str(folder), device, workers, show)
+    return _varying(request, folder, workers)
+
+
+def _prepared_folder(path: Path) -> Path:
+    """The folder that a .beton file stands for, with its manifest; any other path is its own."""
+    if path.suffix != ".beton":
+        return path
+    if not path.exists():
+        raise InputError(f"no such file: {path}")
+    if not (path.parent / FILE_NAME).exists():
+        raise InputError(f"{path} has no {FILE_NAME} beside it: give a folder that scripts/prepare_data.py made")
+    return path.parent
+
+
+def _fixed(request: TrainRequest, data: str | SyntheticData, device: torch.device, workers: int, show: bool) -> Images:
+    manifest, folder = locate(data, request.store or _STORE, loader=request.loader, show=show)
+    height, width = manifest.height, manifest.width
+    for flag, asked in (
+        ("--train-crop-size", request.train_crop),
+        ("--val-resize-size", request.val_resize),
+        ("--val-crop-size", request.val_crop),
+    ):
+        if asked is not None and (asked, asked) != (height, width):
+            raise InputError(
+                f"{flag} {asked} does not fit {manifest.name}, whose images are used at their own {height} x {width} "
+                "pixels: leave the flag out, or give a folder with train/<class>/ and val/<class>/"
+            )
+    source = open_data(manifest, folder, loader=request.loader, device=device, workers=workers, show=show)
+    about = (
+        f"{manifest.name}: {manifest.train_count} training and {manifest.val_count} validation images in "
+        f"{len(manifest.classes)} classes, {height} x {width}, normalised by their own mean {_three(manifest.mean)} "
+        f"and std {_three(manifest.std)}, loader {source.loader}"
+    )
+    return Images(source, len(manifest.classes), (height, width), about, resized=False)
+
+
+def _varying(request: TrainRequest, folder: Path, workers: int) -> Images:
+    crop, resize, val_crop = request.train_crop or 224, request.val_resize or 256, request.val_crop or 224
+    if val_crop > resize:
+        raise InputError(f"--val-crop-size {val_crop} is larger than --val-resize-size {resize}")
+    source = open_varying(
+        folder,
+        train_crop=crop,
+        val_resize=resize,
+        val_crop=val_crop,
+        mean=MEAN,
+        std=STD,
+        loader=request.loader,
+        workers=workers,
+        threads=max(1, workers),
+        cache=None if request.store is None else request.store / "data",
+    )
+    about = (
+        f"{folder}: {source.count('train')} training and {source.count('val')} validation images in "
+        f"{len(source.classes)} classes, cropped to {crop} x {crop} (validation: resized to {resize}, cropped to "
+        f"{val_crop}), normalised by ImageNet's mean {_three(MEAN)} and std {_three(STD)}, loader {source.loader}"
+    )
+    return Images(source, len(source.classes), (crop, crop), about, resized=True)
+
+
+def _three(values: tuple[float, float, float]) -> str:
+    return f"({', '.join(f'{v:.3f}' for v in values)})"
+
+
+class TrainLog:
+    """Prints an epoch: a line now and then while it lasts, and what it gave.
+
+    sums: reads the running (mean loss, accuracy, images) of this process, or None where that would wait for a device:
+    then there are no lines within an epoch. Losses in nats, accuracies in percent; in `loss: a (b)`, a is the mean
+    since the last line and b that of the epoch. batches, batch_size: of each of `ranks` ranks; images/s are those of
+    all together.
+    """
+
+    def __init__(
+        self,
+        batches: int,
+        batch_size: int,
+        schedule: ScheduleSpec,
+        *,
+        every: int,
+        sums: Callable[[], tuple[float, float, int]] | None,
+        epoch: int,
+        ranks: int = 1,
+    ) -> None:
+        self._batches, self._schedule, self._every, self._sums, self._ranks = batches, schedule, every, sums, ranks
+        self._images = batches * batch_size * ranks
+        self._begin(epoch)
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch, self._done = epoch, 0
+        self._began = self._last = time.perf_counter()
+        self._before = (0.0, 0.0, 0)
+
+    def batch(self, images: int) -> None:
+        """To be called after each training batch."""
+        number, self._done = self._done, self._done + 1
+        if self._sums is None or number % self._every:
+            return
+        now, (loss, accuracy, seen) = time.perf_counter(), self._sums()
+        old_loss, old_accuracy, old = self._before
+        fresh = seen - old
+        recent = (loss * seen - old_loss * old) / fresh, (accuracy * seen - old_accuracy * old) / fresh
+        left = (now - self._began) / self._done * (self._batches - self._done)
+        rate = fresh * self._ranks / (now - self._last)
+        lr = self._schedule.lr_at(self._epoch, number / self._batches)
+        self._line(number, left, lr, rate, f"{recent[0]:.4f} ({loss:.4f})", _both(recent[1], accuracy))
+        self._last, self._before = now, (loss, accuracy, seen)
+
+    def epoch(self, m: EpochMetrics) -> None:
+        """To be called after each epoch."""
+        accuracy = f"{100 * m.train_accuracy:.3f}"
+        self._line(self._batches, 0.0, m.lr, m.images_per_second, f"{m.train_loss:.4f}", accuracy)
+        say(f"Epoch: [{self._epoch}] Total time: {clock(self._images / m.images_per_second)}")
+        say_test(m.val_loss, m.val_accuracy)
+        self._begin(m.epoch)
+
+    def _line(self, number: int, left: float, lr: float, rate: float, loss: str, accuracy: str) -> None:
+        width = len(str(self._batches))
+        say(
+            f"Epoch: [{self._epoch}]  [{number:{width}d}/{self._batches}]  eta: {clock(left)}  lr: {lr:.6g}  "
+            f"img/s: {rate:.1f}  loss: {loss}  acc1: {accuracy}"
+        )
+
+
+def _both(recent: float, mean: float) -> str:
+    return f"{100 * recent:.3f} ({100 * mean:.3f})"
+
+
+def say_test(loss: float, accuracy: float) -> None:
+    """The line of an evaluation."""
+    say(f"Test:  Acc@1 {100 * accuracy:.3f} loss {loss:.4f}")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """0:01:23"""
+    return str(timedelta(seconds=int(seconds)))
+
+
+_RESULT = (
+    *("data_path", "train_crop_size", "batch_size", "epochs", "opt", "lr", "momentum", "weight_decay"),
+    *("label_smoothing", "lr_scheduler", "lr_step_size", "lr_gamma", "lr_min", "lr_warmup_epochs"),
+    *("lr_warmup_method", "lr_warmup_decay", "amp", "amp_dtype", "seed"),
+)
+"""Flags that a run which is to continue to the bit must not change."""
+
+
+class Ranks(NamedTuple):
+    """This process among those that train together; local: its number on this machine."""
+
+    rank: int = 0
+    ranks: int = 1
+    local: int = 0
+    sharing: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """As torchrun says."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)))
+
+
+def run(request: TrainRequest) -> bool:
+    """Trains, or only tests, as asked; False if it diverged or ran out of memory. InputError for bad input."""
+    ranks = Ranks.from_environment()
+    device = choose_device(request, ranks)
+    images = None
+    try:
+        with _together(device, ranks):
+            images = open_images(request, device, show=ranks.rank == 0, sharing=ranks.sharing)
+            return _run(request, images, device, ranks)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        size = f" or --train-crop-size (now {images.size[0]})" if images and images.resized else ""
+        amp = ", or add --amp" if request.precision == "fp32" else ""
+        return _failed(f"out of memory on {device}: lower --batch-size (now {request.optimizer.batch_size}){size}{amp}")
+
+
+def _run(request: TrainRequest, images: Images, device: torch.device, ranks: Ranks) -> bool:
+    model = build_model(request.model, request.weights, images.classes, images.size, request.seed)
+    trainer = Trainer(model, device=device, precision=request.precision)
+    try:
+        return _trained(request, trainer, images, ranks)
+    finally:
+        trainer.close()
+
+
+def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ranks) -> bool:
+    start, origin = prepare(trainer, request)
+    batch_size, shard = request.optimizer.batch_size, (ranks.rank, ranks.ranks)
+    val = images.val(batch_size, shard, trainer.images)
+    first = ranks.rank == 0
+    if first:
+        say(f"Data {images.about}")
+        say(f"Model {request.model}, {request.precision} on {_name(trainer.device)}, {_ranks(batch_size, ranks.ranks)}")
+        for line in origin:
+            say(line)
+        say(_sparsity(trainer))
+    if request.test_only:
+        with _input_errors():
+            loss, accuracy = trainer.evaluate(val)
+        if first:
+            say_test(loss, accuracy)
+        return True
+    return _fit(trainer, images.train(request.seed, batch_size, shard, trainer.images), val, request, start, ranks)
+
+
+def _fit(trainer: Trainer, train: Epochs, val: Batches, request: TrainRequest, start: int, ranks: Ranks) -> bool:
+    kept = request.checkpoint if ranks.rank == 0 else None
+    last = request.resume
+    log = None
+    if ranks.rank == 0:
+        sums = trainer.so_far if trainer.device.type == "cpu" else None
+        log = TrainLog(
+            len(train),
+            request.optimizer.batch_size,
+            request.schedule,
+            every=request.print_freq,
+            sums=sums,
+            epoch=start,
+            ranks=ranks.ranks,
+        )
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        mask = trainer_mask(trainer)
+        if mask.kept < mask.total:
+            replace_file(kept.with_name("mask.safetensors"), mask.save)
+
+    def on_epoch(m: EpochMetrics) -> None:
+        nonlocal last
+        if log is not None:
+            log.epoch(m)
+        if kept is not None and not m.diverged:
+            save_checkpoint(kept, trainer, m.epoch, request.optimizer, m.lr, request.flags)
+            last = kept
+
+    if log is not None:
+        say("Start training")
+    began = time.monotonic()
+    try:
+        with _input_errors():
+            history = trainer.fit(
+                train,
+                val,
+                request.optimizer,
+                request.schedule,
+                start=start,
+                on_batch=log.batch if log else None,
+                on_epoch=on_epoch,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*([f"--resume {last} continues"] if last else [])) from None
+    if history and history[-1].diverged:
+        good = f"the last good state is in {last}" if last else "no epoch before it was kept"
+        return _failed(f"diverged in epoch {history[-1].epoch - 1} (loss {history[-1].train_loss:.4g}): {good}", ranks)
+    if log is not None:
+        say(f"Training time {clock(time.monotonic() - began)}")
+    return True
+
+
+def choose_device(request: TrainRequest, ranks: Ranks) -> torch.device:
+    """The device asked for, else a GPU if there is one, this rank's own. InputError for one that is not there."""
+    try:
+        device = torch.device(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise InputError(f"unknown --device {request.device}: choose cuda, cuda:N or cpu") from None
+    if device.type not in ("cuda", "cpu"):
+        raise InputError(f"--device {request.device} is not supported: choose cuda, cuda:N or cpu")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        device = torch.device("cuda", ranks.local if device.index is None or ranks.ranks > 1 else device.index)
+        if device.index is None or device.index >= count:
+            raise InputError(f"there is no {device}: {count} GPUs are visible here; --device cpu trains without one")
+        torch.cuda.set_device(device)
+        if request.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16: add --amp-dtype fp16")
+    if request.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def prepare(trainer: Trainer, request: TrainRequest) -> tuple[int, list[str]]:
+    """Puts weights, momentum and mask where the run starts; returns the epochs done, and in lines what was done.
+
+    A checkpoint goes on from its own epoch. Only where --sparsity or --mask ask for another mask than it has, a new run
+    begins from its weights, at --start-epoch and without momentum.
+    """
+    lines, start, held = [], request.start_epoch, None
+    if request.resume is not None:
+        found = load_checkpoint(request.resume, trainer, request.model)
+        held = found.mask
+        same = _is_held(request, trainer, held)
+        trainer.load_state(found.state, momentum=same)
+        if held is not None:
+            trainer.set_mask(held)
+        if same and found.epochs is not None:
+            start = found.epochs
+            lines.append(f"Resumed {request.resume}, {start} epochs done")
+            changed = [n for n in _RESULT if n in found.flags and found.flags[n] != request.flags.get(n)]
+            if not request.test_only:
+                lines += [f"note: --{n.replace('_', '-')} was {found.flags[n]} before" for n in changed]
+        else:
+            lines.append(f"A new run from the weights in {request.resume}")
+    if request.mask is not None:
+        trainer.set_mask(fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask))
+    elif request.sparsity is not None:
+        _prune(trainer, request.sparsity)
+    return start, lines
+
+
+def _is_held(request: TrainRequest, trainer: Trainer, held: Mask | None) -> bool:
+    """Whether the checkpoint's mask is the one asked for."""
+    if request.mask is not None:
+        wanted = fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask)
+        return held is not None and torch.equal(wanted.keep, held.keep)
+    if request.sparsity is not None:
+        pruned = 0 if held is None else held.total - held.kept
+        return pruned == round(request.sparsity * trainer.flat.total)
+    return True
+
+
+def _prune(trainer: Trainer, sparsity: float) -> None:
+    """Prunes until round(sparsity x all) conv weights are gone. InputError if more are gone, or none would be left."""
+    now = trainer_mask(trainer)
+    goal, gone = round(sparsity * now.total), now.total - now.kept
+    if goal < gone:
+        raise InputError(f"--sparsity {sparsity} is less than the {gone / now.total:.4f} pruned already")
+    if goal == now.total:
+        raise InputError(f"--sparsity {sparsity} would prune all {now.total} conv weights")
+    if goal > gone:
+        trainer.prune((goal - gone) / now.kept)
+
+
+def _sparsity(trainer: Trainer) -> str:
+    mask = trainer_mask(trainer)
+    if mask.kept == mask.total:
+        return f"Dense: {mask.total} conv weights"
+    dead = [name for name, ratio in mask.layerwise_ratios().items() if ratio == 1.0]
+    empty = f"; nothing is left of {', '.join(dead)}" if dead else ""
+    return f"Sparsity {1 - mask.density:.4f}: {mask.kept} of {mask.total} conv weights are left{empty}"
+
+
+def _name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    threads = torch.get_num_threads()
+    return f"{device} ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def _ranks(batch_size: int, ranks: int) -> str:
+    return f"batches of {batch_size}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+
+
+@contextmanager
+def _together(device: torch.device, ranks: Ranks) -> Iterator[None]:
+    """The process group, where torchrun started several."""
+    if ranks.ranks == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """What the Trainer refuses is the user's to mend: labels outside the classes, no batch."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _failed(why: str, ranks: Ranks | None = None) -> bool:
+    if ranks is None or ranks.rank == 0:
+        print(f"train.py: {why}", file=sys.stderr)
+    return False

@@ -1,0 +1,113 @@
+"""torchvision's ResNets with a stem and a width option, and any of its classification networks by name."""
+
+import copy
+import difflib
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import resnet
+
+from fastprune.errors import InputError
+from fastprune.pruning.masks import prunable
+from fastprune.specs import Init, ModelSpec
+
+_RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
+    "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
+}
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """The network of `spec`, initialised from torch's global generator as torchvision initialises it.
+
+    At width 64 with the ImageNet stem it is torchvision's own network, draw for draw. InputError for an unknown name.
+    """
+    if spec.name not in _RESNETS:
+        raise InputError(f"unknown model {spec.name!r}: choose one of {', '.join(_RESNETS)}")
+    block, layers = _RESNETS[spec.name]
+    model = resnet.ResNet(block, layers, num_classes=spec.classes)
+    if spec.width == 64 and spec.stem == "imagenet":
+        return model
+    model.inplanes = width = spec.width
+    if spec.stem == "small":
+        model.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    else:
+        model.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+    model.bn1 = nn.BatchNorm2d(width)
+    model.layer1 = model._make_layer(block, width, layers[0])
+    model.layer2 = model._make_layer(block, 2 * width, layers[1], stride=2)
+    model.layer3 = model._make_layer(block, 4 * width, layers[2], stride=2)
+    model.layer4 = model._make_layer(block, 8 * width, layers[3], stride=2)
+    model.fc = nn.Linear(8 * width * block.expansion, spec.classes)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def initial_model(init: Init) -> nn.Module:
+    """The network with the initial weights that `init.seed` draws on the CPU; torch's generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(init.seed)
+        return build(init.model)
+
+
+_AUXILIARY = ("googlenet", "inception_v3")
+
+
+def build_model(name: str, asked: str | None, classes: int, size: tuple[int, int], seed: int) -> nn.Module:
+    """torchvision's model `name`, with the weights `asked` for or as `seed` initialises it; torch's generator is left
+    as it was. InputError where it cannot be had, or takes no images of this size (height, width)."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3) or ["resnet18", "resnet50"]
+        raise InputError(f"torchvision has no model {name}: did you mean {' or '.join(close)}?")
+    if name in _AUXILIARY:
+        raise InputError(f"{name} is not supported: it trains auxiliary classifiers too")
+    weights = None if asked is None else _weights(name, asked, classes)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = torchvision.models.get_model(name, weights=weights, num_classes=classes)
+    except (OSError, RuntimeError) as error:
+        if weights is None:
+            raise
+        raise InputError(
+            f"cannot fetch {weights} ({' '.join(str(error).split())}): fetch {weights.url} elsewhere and give the file "
+            "with --resume"
+        ) from None
+    try:
+        convs = prunable(model)
+    except ValueError as error:
+        raise InputError(f"{name} is not supported: {error}") from None
+    if not convs:
+        raise InputError(f"{name} is not supported: it has no conv layer, there is nothing to prune")
+    _try_size(model, name, size)
+    return model
+
+
+def _weights(name: str, asked: str, classes: int) -> torchvision.models.WeightsEnum:
+    known = torchvision.models.get_model_weights(name)
+    found = known.__members__.get(asked.removeprefix(f"{known.__name__}."))
+    if found is None:
+        raise InputError(f"{name} has no weights {asked}: choose one of {', '.join(known.__members__)}")
+    trained = len(found.meta["categories"])
+    if trained != classes:
+        raise InputError(f"--weights {asked} are for {trained} classes, but the data has {classes}")
+    return found
+
+
+def _try_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
+    """InputError where the network takes no images of this size. Computes shapes only."""
+    shapes = copy.deepcopy(model).to("meta").eval()
+    try:
+        with torch.no_grad():
+            shapes(torch.empty(2, 3, *size, device="meta"))
+    except NotImplementedError:  # an operation whose shapes are not known in advance
+        return
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{name} takes no images of {size[0]} x {size[1]} pixels: {reason}") from None

@@ -1,0 +1,628 @@
+"""train.py from its flags to its checkpoints, on generated images and once on real ones."""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+from fastprune.cli.train import UNSUPPORTED, main, parser, request_of
+from fastprune.errors import InputError
+from fastprune.loaders import open_varying
+from fastprune.loaders.publish import prepare
+from fastprune.loaders.synthetic import SyntheticData
+from fastprune.pruning.masks import Mask, layout, prunable
+from fastprune.specs import ScheduleSpec
+from fastprune.training import classification as classify
+from fastprune.training import models as train_model
+from fastprune.training.checkpoint import replace_file
+from fastprune.training.classification import MEAN, STD, TrainLog
+from fastprune.training.step import EpochMetrics
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "shufflenet_v2_x0_5"
+CLASSES, WEIGHTS = 3, 333_840
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An image folder of varying sizes, easy to learn: each class has its colour."""
+    root, g = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, each in (("train", 12), ("val", 5)):
+        for label in range(CLASSES):
+            (root / split / f"class{label}").mkdir(parents=True)
+            for number in range(each):
+                pixels = g.integers(0, 120, (*g.integers(30, 50, 2), 3), dtype=np.uint8)
+                pixels[..., label] += 120
+                Image.fromarray(pixels).save(root / split / f"class{label}" / f"{number}.png")
+    return root
+
+
+def flags(folder: Path, out: Path | str, *more: str) -> list[str]:
+    sizes = ["--train-crop-size", "32", "--val-resize-size", "36", "--val-crop-size", "32"]
+    basic = ["--data-path", str(folder), "--model", MODEL, "-b", "12", "--epochs", "2", "--lr", "0.05", "-j", "0"]
+    return [*basic, *sizes, "--loader", "torchvision", "--device", "cpu", "--output-dir", str(out), *more]
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def plain(content: dict, name: str = MODEL) -> nn.Module:
+    model = torchvision.models.get_model(name, num_classes=CLASSES)
+    model.load_state_dict(content["model"])
+    return model.eval()
+
+
+def equal(a: dict, b: dict) -> None:
+    """Weights, momentum, mask and epoch are the same to the bit."""
+    assert a["epoch"] == b["epoch"]
+    assert a["scaler"] == b["scaler"]
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    for i, kept in a["optimizer"]["state"].items():
+        assert torch.equal(kept["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"]), i
+    assert (a["mask"] is None) == (b["mask"] is None)
+    for name, value in (a["mask"] or {}).items():
+        assert torch.equal(value, b["mask"][name]), name
+
+
+@pytest.fixture(scope="module")
+def dense(folder, tmp_path_factory) -> Path:
+    """A dense run's checkpoint of two epochs. Not to be changed."""
+    out = tmp_path_factory.mktemp("dense")
+    assert main(flags(folder, out)) == 0
+    return out / "checkpoint.pth"
+
+
+def refused(capsys, argv: list[str]) -> str:
+    """The one line that a bad call gets, with exit code 2."""
+    capsys.readouterr()
+    assert main(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("train.py: ")
+    return lines[0].removeprefix("train.py: ")
+
+
+# ---------------------------------------------------------------- flags
+
+
+def test_every_unsupported_flag_is_accepted_at_its_default_and_named_otherwise(capsys):
+    at_default, other = [], []
+    for flag, (default, kind, _) in UNSUPPORTED.items():
+        if kind is bool:
+            other.append([flag])
+        else:
+            at_default += [] if default is None else [flag, str(default)]
+            other.append([flag, {int: "7", float: "0.25", str: "x"}[kind]])
+    request_of(parser().parse_args(["--data-path", "x", *at_default]))
+    for given in other:
+        assert refused(capsys, ["--data-path", "x", *given]).startswith(f"{given[0]} is not supported: ")
+    line = refused(capsys, ["--data-path", "x", "--opt", "adamw", *(word for given in other for word in given)])
+    for flag in [*UNSUPPORTED, "--opt adamw"]:
+        assert f"{flag} is not supported: " in line
+
+
+def test_all_flags_of_the_reference_are_known():
+    reference = """--data-path --model --device -b --batch-size --epochs -j --workers --opt --lr --momentum --wd
+    --weight-decay --norm-weight-decay --bias-weight-decay --transformer-embedding-decay --label-smoothing --mixup-alpha
+    --cutmix-alpha --lr-scheduler --lr-warmup-epochs --lr-warmup-method --lr-warmup-decay --lr-step-size --lr-gamma
+    --lr-min --print-freq --output-dir --resume --start-epoch --cache-dataset --sync-bn --test-only --auto-augment
+    --ra-magnitude --augmix-severity --random-erase --amp --world-size --dist-url --model-ema --model-ema-steps
+    --model-ema-decay --use-deterministic-algorithms --interpolation --val-resize-size --val-crop-size --train-crop-size
+    --clip-grad-norm --ra-sampler --ra-reps --weights --backend --use-v2"""
+    assert set(reference.split()) <= set(parser()._option_string_actions)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--lr-scheduler", "plateau"], "unknown --lr-scheduler plateau: choose one of steplr, "),
+        (["--lr-warmup-method", "sine"], "unknown --lr-warmup-method sine: choose linear or constant"),
+        (["--amp-dtype", "fp16"], "--amp-dtype says what --amp computes in"),
+        (["--opt", "sgd_nesterov", "--momentum", "0"], "--opt sgd_nesterov needs --momentum above 0"),
+        (["--sparsity", "1"], "argument --sparsity: 1 is not a fraction"),
+        (["--sparsity", "0.5", "--mask", "x"], "argument --mask: not allowed with argument --sparsity"),
+        (["--epochs", "0"], "argument --epochs: 0 is not a whole number of 1 or more"),
+        (["--lr", "nan"], "argument --lr: nan is not a number above 0"),
+        (["--device", "abacus"], "unknown --device abacus"),
+        (["--device", "meta"], "--device meta is not supported"),
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+    ],
+)
+def test_bad_usage(capsys, given, expected):
+    assert refused(capsys, ["--data-path", "x", *given]).startswith(expected)
+
+
+@pytest.mark.parametrize("decay", ["steplr", "cosineannealinglr", "exponentiallr"])
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("method", ["constant", "linear"])
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*", "ignore:The epoch parameter")
+def test_the_rate_at_each_epochs_start_is_the_references(decay, warmup, method):
+    given = ["--data-path", "x", "--epochs", "14", "--lr", "0.4", "--lr-scheduler", decay, "--lr-step-size", "4"]
+    given += ["--lr-gamma", "0.7", "--lr-min", "0.01", "--lr-warmup-epochs", str(warmup), "--lr-warmup-method", method]
+    schedule = request_of(parser().parse_args([*given, "--lr-warmup-decay", "0.2"])).schedule
+    s = torch.optim.lr_scheduler
+    sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.4)
+    rates = {
+        "steplr": lambda: s.StepLR(sgd, 4, 0.7),
+        "cosineannealinglr": lambda: s.CosineAnnealingLR(sgd, 14 - warmup, 0.01),
+        "exponentiallr": lambda: s.ExponentialLR(sgd, 0.7),
+    }[decay]()
+    if warmup:
+        rise = s.ConstantLR(sgd, 0.2, 3) if method == "constant" else s.LinearLR(sgd, 0.2, total_iters=3)
+        rates = s.SequentialLR(sgd, [rise, rates], [3])
+    for epoch in range(14):
+        assert schedule.lr_at(epoch) == pytest.approx(rates.get_last_lr()[0], rel=1e-9), epoch
+        rates.step()
+
+
+def test_reading_the_flags_imports_nothing_heavy():
+    code = (
+        "import sys; from fastprune.cli.train import *; request_of(parser().parse_args(['--data-path', 'x']));"
+        "print(sorted({'torch', 'numpy', 'numba', 'torchvision'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- a run
+
+
+def test_lines_and_a_checkpoint_that_plain_torchvision_reads(folder, tmp_path, capsys):
+    given = flags(folder, tmp_path, "--print-freq", "2", "--label-smoothing", "0.1", "--opt", "sgd_nesterov")
+    assert main(given) == 0
+    lines = capsys.readouterr().out.splitlines()
+    epoch = r"Epoch: \[{}\]  \[{}/3\]  eta: 0:00:\d\d  lr: 0.05  img/s: [\d.]+  loss: {}  acc1: {}"
+    running = r"[\d.]+ \([\d.]+\)"
+    expected = ["Data ", f"Model {MODEL}, fp32 on cpu ", f"Dense: {WEIGHTS} conv weights", "Start training"]
+    for e in range(2):
+        expected += [epoch.format(e, i, running, running) for i in (0, 2)]
+        expected += [epoch.format(e, 3, r"[\d.]+$", r"[\d.]+$").replace("$  acc1", "  acc1")]
+        expected += [rf"Epoch: \[{e}\] Total time: 0:00:", r"Test:  Acc@1 [\d.]+ loss [\d.]+$"]
+    expected += ["Training time 0:00:"]
+    assert len(lines) == len(expected)
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.match(pattern, line), (line, pattern)
+
+    content = load(tmp_path / "checkpoint.pth")
+    assert content["epoch"] == 1
+    assert content["mask"] is None
+    assert content["args"]["label_smoothing"] == 0.1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth"]
+    model = plain(content)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    sgd.load_state_dict(content["optimizer"])
+    assert sgd.param_groups[0]["momentum"] == 0.9
+    assert sgd.param_groups[0]["nesterov"]
+    source = open_varying(folder, train_crop=32, val_resize=36, val_crop=32, mean=MEAN, std=STD, loader="torchvision")
+    hits = 0
+    with torch.no_grad():
+        for images, labels in source.val(batch_size=4):
+            hits += int((model(images).argmax(1) == labels).sum())
+    assert lines[-2].startswith(f"Test:  Acc@1 {100 * hits / source.count('val'):.3f} ")
+
+    assert main([*given, "--test-only", "--resume", str(tmp_path / "checkpoint.pth")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == lines[-2]
+
+
+def test_on_a_gpu_an_epoch_is_one_line(capsys):
+    log = TrainLog(4, 8, ScheduleSpec(0.1, 2), every=1, sums=None, epoch=1, ranks=2)
+    for _ in range(4):
+        log.batch(8)
+    log.epoch(EpochMetrics(2, 0.1, 1.25, 0.5, 1.5, 0.25, images_per_second=32.0, seconds=9.0))
+    assert capsys.readouterr().out.splitlines() == [
+        "Epoch: [1]  [4/4]  eta: 0:00:00  lr: 0.1  img/s: 32.0  loss: 1.2500  acc1: 50.000",
+        "Epoch: [1] Total time: 0:00:02",
+        "Test:  Acc@1 25.000 loss 1.5000",
+    ]
+
+
+def test_same_seed_same_run_other_seed_another(folder, tmp_path, dense):
+    for name, seed in (("same", "0"), ("other", "1")):
+        assert main(flags(folder, tmp_path / name, "--seed", seed)) == 0
+    equal(load(tmp_path / "same" / "checkpoint.pth"), load(dense))
+    other = load(tmp_path / "other" / "checkpoint.pth")["model"]
+    assert not torch.equal(other["conv1.0.weight"], load(dense)["model"]["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("given", [["--amp"], ["--amp", "--amp-dtype", "fp16"]], ids=["bf16", "fp16"])
+def test_mixed_precision_resumes_to_the_bit(folder, tmp_path, given):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert main(flags(folder, whole, *given)) == 0
+    assert main(flags(folder, part, *given, "--epochs", "1")) == 0
+    assert main(flags(folder, part, *given, "--resume", str(part / "checkpoint.pth"))) == 0
+    equal(load(part / "checkpoint.pth"), load(whole / "checkpoint.pth"))
+    assert bool(load(whole / "checkpoint.pth")["scaler"]) == ("fp16" in given)
+
+
+def test_no_output_folder_writes_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(flags(folder, "", "--epochs", "1", "--sparsity", "0.5")) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_uninterrupted(folder, tmp_path):
+    """Under a mask, with dropout, whose draws must not depend on where the run was resumed."""
+    more = ["--model", "mobilenet_v3_small", "--epochs", "3", "--print-freq", "1", "--sparsity", "0.3"]
+    more += ["--lr-warmup-epochs", "1", "--lr-warmup-method", "linear", "--lr-scheduler", "cosineannealinglr"]
+    assert main(flags(folder, tmp_path / "whole", *more)) == 0
+    out = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "scripts/train.py"), *flags(folder, out, *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("Epoch: [1]  [1/3]"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert load(out / "checkpoint.pth")["epoch"] == 0
+    assert main(flags(folder, out, *more, "--resume", str(out / "checkpoint.pth"))) == 0
+    equal(load(out / "checkpoint.pth"), load(tmp_path / "whole" / "checkpoint.pth"))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_and_resume(folder, tmp_path):
+    """Each rank's batch of 6; a run of two epochs is one of one epoch, resumed."""
+
+    def torchrun(out: Path, *more: str) -> list[str]:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [*launch, str(ROOT / "scripts/train.py"), *flags(folder, out, "-b", "6", "--sparsity", "0.5", *more)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    lines = torchrun(tmp_path / "whole")
+    assert sum(line.startswith("Test:  Acc@1") for line in lines) == 2  # one rank prints
+    assert f"Model {MODEL}, fp32 on cpu (1 thread), batches of 6 on each of 2 ranks" in lines
+    assert any(line.startswith("Epoch: [1]  [3/3]") for line in lines)
+    torchrun(tmp_path / "part", "--epochs", "1")
+    torchrun(tmp_path / "part", "--resume", str(tmp_path / "part" / "checkpoint.pth"))
+    equal(load(tmp_path / "part" / "checkpoint.pth"), load(tmp_path / "whole" / "checkpoint.pth"))
+
+
+# ---------------------------------------------------------------- masks
+
+
+def test_sparsity_prunes_the_smallest_weights_and_holds(folder, tmp_path, capsys):
+    assert main(flags(folder, tmp_path, "--sparsity", "0.9", "--epochs", "1")) == 0
+    assert f"Sparsity 0.9000: {WEIGHTS // 10} of {WEIGHTS} conv weights are left" in capsys.readouterr().out
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        initial = torchvision.models.get_model(MODEL, num_classes=CLASSES)
+    named = prunable(initial)
+    bar = torch.cat([w.detach().abs().flatten() for _, w in named]).sort().values[WEIGHTS - WEIGHTS // 10]
+    mask = Mask.load(tmp_path / "mask.safetensors").tensors()
+    content = load(tmp_path / "checkpoint.pth")
+    model = plain(content)
+    names = [name for name, _ in model.named_parameters()]
+    weights = dict(model.named_parameters())
+    for name, weight in named:
+        assert torch.equal(mask[name], weight.abs() >= bar), name
+        assert torch.equal(content["mask"][name], mask[name])
+        momentum = content["optimizer"]["state"][names.index(name)]["momentum_buffer"]
+        for value in (weights[name], momentum):
+            gone = value[~mask[name]]
+            assert torch.equal(gone, torch.zeros_like(gone))
+            assert not torch.signbit(gone).any()
+
+
+def test_a_mask_from_a_file(folder, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    named = prunable(torchvision.models.get_model(MODEL, num_classes=CLASSES))
+    mask = Mask.from_tensors({name: torch.rand(w.shape, generator=g) < 0.3 for name, w in named})
+    mask.save(tmp_path / "given.safetensors")
+    out = tmp_path / "out"
+    assert main(flags(folder, out, "--mask", str(tmp_path / "given.safetensors"), "--epochs", "1")) == 0
+    assert (out / "mask.safetensors").read_bytes() == (tmp_path / "given.safetensors").read_bytes()
+    weights = plain(load(out / "checkpoint.pth")).state_dict()
+    for name, keep in mask.tensors().items():
+        assert not weights[name][~keep].any()
+        assert weights[name][keep].all()
+
+
+def test_another_mask_begins_a_new_run_and_the_same_mask_goes_on(folder, tmp_path, dense, capsys):
+    out, at = tmp_path / "out", ["--sparsity", "0.5"]
+    assert main(flags(folder, out, *at, "--resume", str(dense))) == 0
+    assert f"A new run from the weights in {dense}" in capsys.readouterr().out
+    whole = load(out / "checkpoint.pth")
+    assert whole["epoch"] == 1
+    part = tmp_path / "part"
+    assert main(flags(folder, part, *at, "--resume", str(dense), "--epochs", "1")) == 0
+    kept = part / "checkpoint.pth"
+    capsys.readouterr()
+    assert main(flags(folder, part, *at, "--resume", str(kept))) == 0
+    lines = capsys.readouterr().out
+    assert f"Resumed {kept}, 1 epochs done\nnote: --epochs was 1 before\nSparsity 0.5000" in lines
+    equal(load(kept), whole)
+    assert main(flags(folder, part, "--resume", str(kept), "--test-only")) == 0  # the mask comes along
+    assert "Sparsity 0.5000" in capsys.readouterr().out
+
+    assert main(flags(folder, tmp_path / "more", "--sparsity", "0.75", "--resume", str(kept), "--epochs", "1")) == 0
+    more = load(tmp_path / "more" / "checkpoint.pth")["mask"]
+    assert sum(int(m.sum()) for m in more.values()) == WEIGHTS // 4
+    assert not any((m & ~whole["mask"][name]).any() for name, m in more.items())
+    less = refused(capsys, flags(folder, tmp_path / "less", "--sparsity", "0.2", "--resume", str(kept)))
+    assert less == "--sparsity 0.2 is less than the 0.5000 pruned already"
+
+
+def test_masks_of_other_networks(folder, tmp_path, capsys):
+    for name, expected in (
+        ("resnet18", "conv1.0.weight is missing"),
+        ("shufflenet_v2_x1_0", "is [58, 24, 1, 1] there and [24, 24, 1, 1] here"),
+    ):
+        with torch.device("meta"):
+            model = torchvision.models.get_model(name)
+        Mask.dense(layout(prunable(model))).save(tmp_path / f"{name}.safetensors")
+        line = refused(capsys, flags(folder, tmp_path, "--mask", str(tmp_path / f"{name}.safetensors")))
+        assert line.startswith(f"{tmp_path}/{name}.safetensors is a mask for another network: ")
+        assert expected in line
+    (tmp_path / "junk").write_bytes(b"junk")
+    assert str(tmp_path / "junk") in refused(capsys, flags(folder, tmp_path, "--mask", str(tmp_path / "junk")))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_the_references_own_checkpoint_goes_on(folder, tmp_path, dense, capsys):
+    content = load(dense)
+    theirs = {name: content[name] for name in ("model", "optimizer", "epoch")} | {
+        "args": argparse.Namespace(lr=0.05),
+        "lr_scheduler": {"last_epoch": 2},
+    }
+    torch.save(theirs, tmp_path / "theirs.pth")
+    for name, given in (("ours", dense), ("theirs", tmp_path / "theirs.pth")):
+        assert main(flags(folder, tmp_path / name, "--epochs", "3", "--resume", str(given))) == 0
+    equal(load(tmp_path / "theirs/checkpoint.pth"), load(tmp_path / "ours/checkpoint.pth"))
+
+
+def test_plain_weights_begin_a_run(folder, tmp_path, dense, capsys):
+    torch.save(load(dense)["model"], tmp_path / "weights.pth")
+    assert main(flags(folder, tmp_path, "--resume", str(tmp_path / "weights.pth"), "--start-epoch", "1")) == 0
+    out = capsys.readouterr().out
+    assert f"A new run from the weights in {tmp_path / 'weights.pth'}" in out
+    assert "Epoch: [1]" in out
+    assert "Epoch: [0]" not in out
+
+
+def test_checkpoints_that_do_not_fit(folder, tmp_path, dense, capsys):
+    path = tmp_path / "x.pth"
+
+    def line(content: object, *more: str) -> str:
+        torch.save(content, path)
+        return refused(capsys, flags(folder, tmp_path, "--resume", str(path), *more)).replace(str(path), "X")
+
+    content = load(dense)
+    assert line(content, "--model", "resnet18").startswith(
+        "X is of another architecture than resnet18: conv1.weight is missing, and "
+    )
+    classes = torchvision.models.get_model(MODEL, num_classes=10).state_dict()
+    assert line(classes) == f"X is of a {MODEL} for 10 classes, but the data has 3 (fc.weight differs)"
+    assert line({"epoch": 3}).startswith("X holds no weights")
+    assert line([1, 2]).startswith("X holds no weights")
+    assert line({"model": content["model"], "epoch": "late"}).startswith("X is damaged or foreign")
+    wrong = {name: keep[:1] for name, keep in load(dense)["model"].items() if name == "conv1.0.weight"}
+    assert line(content | {"mask": wrong}).startswith("X is a mask for another network")
+    assert line({"model": Path("x")}).startswith("X is no checkpoint that loads with weights_only=True")
+    path.write_bytes(dense.read_bytes()[:5000])
+    assert "X is no checkpoint" in refused(capsys, flags(folder, tmp_path, "--resume", str(path))).replace(
+        str(path), "X"
+    )
+    path.unlink()
+    assert refused(capsys, flags(folder, tmp_path, "--resume", str(path))) == f"no such checkpoint: {path}"
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    path.write_text("old")
+
+    def fail(aside: Path) -> None:
+        aside.write_text("half")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        replace_file(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- bad input, and what goes wrong
+
+
+def test_bad_data(folder, tmp_path, capsys):
+    for data, expected in (
+        (tmp_path / "none", f"no such data folder: {tmp_path}/none"),
+        (tmp_path / "none.beton", f"no such file: {tmp_path}/none.beton"),
+        (tmp_path, f"{tmp_path} has no folder train"),
+        ("", "--data-path is empty"),
+    ):
+        assert refused(capsys, [*flags(folder, tmp_path), "--data-path", str(data)]).startswith(expected)
+    (tmp_path / "x.beton").touch()
+    assert "has no manifest.json beside it" in refused(
+        capsys, [*flags(folder, tmp_path), "--data-path", str(tmp_path / "x.beton")]
+    )
+    assert "larger than the 36 training images" in refused(capsys, flags(folder, tmp_path, "-b", "37"))
+    assert "--val-crop-size 40 is larger" in refused(capsys, flags(folder, tmp_path, "--val-crop-size", "40"))
+    resized = refused(capsys, ["--data-path", "synthetic", "--device", "cpu", "--train-crop-size", "224"])
+    assert resized.startswith(
+        "--train-crop-size 224 does not fit synthetic, whose images are used at their own 32 x 32"
+    )
+
+
+def test_labels_outside_the_classes(folder, tmp_path, capsys, monkeypatch):
+    opened = classify.open_images
+
+    def fewer(*args, **kwargs):
+        images = opened(*args, **kwargs)
+        object.__setattr__(images, "classes", CLASSES - 1)
+        return images
+
+    monkeypatch.setattr(classify, "open_images", fewer)
+    line = refused(capsys, flags(folder, tmp_path))
+    assert re.fullmatch(r"labels reach from \d to 2, but the network has 2 classes", line)
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_models_that_cannot_be_trained(folder, tmp_path, capsys, monkeypatch):
+    def line(name: str, *more: str) -> str:
+        return refused(capsys, flags(folder, tmp_path, "--model", name, *more))
+
+    assert line("resnet19").startswith("torchvision has no model resnet19: did you mean resnet")
+    assert "auxiliary classifiers" in line("inception_v3")
+    assert line("alexnet", "--train-crop-size", "31").startswith("alexnet takes no images of 31 x 31 pixels: ")
+    assert line("vit_b_32").startswith("vit_b_32 takes no images of 32 x 32 pixels: Wrong image height")
+    monkeypatch.setattr(
+        torchvision.models, "get_model", lambda *a, **k: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, CLASSES))
+    )
+    assert line(MODEL) == f"{MODEL} is not supported: it has no conv layer, there is nothing to prune"
+
+
+def test_pretrained_weights(folder, tmp_path, capsys, monkeypatch):
+    def line(weights: str) -> str:
+        return refused(capsys, flags(folder, tmp_path, "--weights", weights))
+
+    assert line("IMAGENET1K_V9").startswith(f"{MODEL} has no weights IMAGENET1K_V9: choose one of IMAGENET1K_V1")
+    expected = "--weights IMAGENET1K_V1 are for 1000 classes, but the data has 3"
+    assert line("IMAGENET1K_V1") == expected
+
+    def unreachable(*args, **kwargs):
+        raise URLError("no route")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", unreachable)
+    with pytest.raises(InputError, match=r"cannot fetch ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1 .*no route.*--resume"):
+        train_model.build_model(MODEL, "ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1", 1000, (64, 64), 0)
+
+
+def test_a_diverged_run_keeps_the_last_good_checkpoint(folder, tmp_path, capsys):
+    given = flags(folder, tmp_path, "--lr", "1e30", "--lr-warmup-epochs", "1", "--lr-warmup-decay", "1e-32")
+    assert main([*given, "--epochs", "4"]) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(
+        rf"train.py: diverged in epoch 1 \(loss (nan|inf)\): the last good state is in {tmp_path}/checkpoint.pth\n",
+        error,
+    )
+    content = load(tmp_path / "checkpoint.pth")
+    assert content["epoch"] == 0
+    assert all(value.isfinite().all() for value in content["model"].values())
+    assert main([*flags(folder, tmp_path / "first", "--lr", "1e30")]) == 1
+    assert capsys.readouterr().err.endswith(": no epoch before it was kept\n")
+    assert not (tmp_path / "first" / "checkpoint.pth").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_says_what_to_lower(folder, tmp_path, capsys, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(classify.Trainer, "fit", fail)
+    assert main(flags(folder, tmp_path)) == 1
+    assert capsys.readouterr().err == (
+        "train.py: out of memory on cpu: lower --batch-size (now 12) or --train-crop-size (now 32), or add --amp\n"
+    )
+
+
+def test_interrupted(folder, tmp_path, dense, capsys, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classify.Trainer, "fit", stop)
+    assert main(flags(folder, tmp_path)) == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
+    assert main(flags(folder, tmp_path, "--resume", str(dense))) == 130
+    assert capsys.readouterr().err == f"train.py: interrupted: --resume {dense} continues\n"
+
+
+# ---------------------------------------------------------------- data of one size
+
+
+def fixed(data: Path | str, out: Path, *more: str) -> list[str]:
+    basic = ["--data-path", str(data), "--model", MODEL, "-b", "20", "--epochs", "1", "-j", "0", "--device", "cpu"]
+    return [*basic, "--output-dir", str(out), "--store", str(out / "store"), *more]
+
+
+def test_tiny_imagenets_layout_prepared_and_raw_give_the_same_run(tmp_path, capsys):
+    data = SyntheticData(classes=3, train_per_class=20, val_per_class=6, size=32)
+    data.write_folder(tmp_path / "raw")
+    prepare(tmp_path / "raw", tmp_path / "listed", workers=1, beton=False, show=False)
+    for name in ("raw", "listed"):
+        assert main(fixed(tmp_path / name, tmp_path / f"out-{name}", "--loader", "torchvision")) == 0
+        assert "32 x 32, normalised by their own mean (0." in capsys.readouterr().out
+    equal(*(load(tmp_path / f"out-{name}" / "checkpoint.pth") for name in ("raw", "listed")))
+
+
+@pytest.mark.slow
+def test_a_beton_file(tmp_path, capsys):
+    pytest.importorskip("ffcv")
+    SyntheticData(classes=3, train_per_class=20, val_per_class=6, size=32).write_folder(tmp_path / "raw")
+    prepare(tmp_path / "raw", tmp_path / "prepared", workers=1, show=False)
+    assert main(fixed(tmp_path / "prepared" / "train.beton", tmp_path / "beton")) == 0
+    out = capsys.readouterr().out
+    assert "60 training and 18 validation images in 3 classes" in out
+    assert "loader ffcv" in out
+    # Loaders agree to 1e-6 in each pixel, which training amplifies: compared is one network's test.
+    given = ["--loader", "torchvision", "--test-only", "--resume", str(tmp_path / "beton" / "checkpoint.pth")]
+    assert main(fixed(tmp_path / "raw", tmp_path / "files", *given)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == out.splitlines()[-2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_real_images(few_classes, tmp_path, capsys):
+    given = ["--data-path", str(few_classes), "--model", MODEL, "-b", "50", "--epochs", "3", "--lr", "0.05", "-j", "0"]
+    given += ["--sparsity", "0.5", "--output-dir", str(tmp_path), "--store", str(tmp_path / "store")]
+    assert main([*given, "--lr-scheduler", "cosineannealinglr", "--device", "cpu"]) == 0
+    tests = re.findall(r"Test:  Acc@1 ([\d.]+)", capsys.readouterr().out)
+    assert len(tests) == 3
+    assert max(map(float, tests)) > 100 * 1.5 / 4  # well above chance: it has seen the images, with the right labels
+
+
+def test_a_raw_miniplaces_folder_is_used_at_its_own_size(tmp_path, capsys):
+    g = np.random.default_rng(0)
+    names = [
+        f"{split}/{letter}/{number:08d}.jpg" for split in ("train", "val") for letter in "abc" for number in range(4)
+    ]
+    names = [name if name.startswith("train") else name.replace("/", "_").replace("val_", "val/") for name in names]
+    lines: dict[str, list[str]] = {"train": [], "val": []}
+    for i, name in enumerate(names):
+        path = tmp_path / "places" / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(g.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
+        lines[name.split("/")[0]].append(f"{name} {i // 4 % 3}\n")
+    for split, text in lines.items():
+        (tmp_path / "places" / f"{split}.txt").write_text("".join(text))
+    command = ["--data-path", str(tmp_path / "places"), "--store", str(tmp_path / "store"), "--model", MODEL, "-b", "6"]
+    command += ["--epochs", "1", "--lr", "0.05", "-j", "0", "--loader", "torchvision", "--device", "cpu"]
+    assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
+    assert "miniplaces: 12 training and 12 validation images in 3 classes, 32 x 32" in capsys.readouterr().out
+    prepare(tmp_path / "places", tmp_path / "prepared", workers=1, beton=False, show=False)
+    assert main([*command, "--data-path", str(tmp_path / "prepared"), "--output-dir", str(tmp_path / "again")]) == 0
+    assert "miniplaces: 12 training and 12 validation images in 3 classes, 32 x 32" in capsys.readouterr().out
+    equal(*(load(tmp_path / name / "checkpoint.pth") for name in ("out", "again")))
+
+
+def test_an_image_folder_is_cropped_even_where_all_images_have_one_size(tmp_path, capsys):
+    g = np.random.default_rng(0)
+    for name in ("train/a/0.png", "train/b/0.png", "val/a/0.png", "val/b/0.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True)
+        Image.fromarray(g.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
+    given = ["--train-crop-size", "32", "--val-resize-size", "36", "--val-crop-size", "32", "-b", "2", "--epochs", "1"]
+    given += ["--model", MODEL, "-j", "0", "--loader", "torchvision", "--device", "cpu", "--output-dir", str(tmp_path)]
+    given += ["--lr", "0.001"]
+    assert main(["--data-path", str(tmp_path / "images"), *given]) == 0
+    assert "cropped to 32 x 32 (validation: resized to 36, cropped to 32)" in capsys.readouterr().out

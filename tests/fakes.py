@@ -1,0 +1,76 @@
+"""A data set of tensors in place of images, and a View that remembers: what tests of the engine share."""
+
+import torch
+
+from fastprune.specs import Prune, Train
+from fastprune.study.chains import Chains, Source
+
+
+class Images:
+    """Gaussian images whose mean tells the class."""
+
+    loader = "made up"
+
+    def __init__(self, batches: int = 3) -> None:
+        self.batches = batches
+
+    def train(self, *, seed, batch_size, subset, dtype):
+        return Epochs(seed, batch_size, self.batches)
+
+    def val(self, *, batch_size, subset, dtype):
+        return Epochs(99, batch_size, self.batches)
+
+
+class Epochs:
+    def __init__(self, seed: int, batch_size: int, batches: int) -> None:
+        self.seed, self.batch_size, self.batches, self.epoch = seed, batch_size, batches, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self):
+        g = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        for _ in range(self.batches):
+            labels = torch.randint(4, (self.batch_size,), generator=g)
+            yield torch.randn(self.batch_size, 3, 32, 32, generator=g) + labels.view(-1, 1, 1, 1), labels
+
+
+class Silent:
+    """A View that remembers."""
+
+    def __init__(self) -> None:
+        self.finished_nodes: list = []
+        self.failures: list = []
+        self.notes: list[str] = []
+        self.images = 0
+
+    def started(self, worker, node, place): ...
+
+    def progress(self, worker, node, epoch, images):
+        self.images += images
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def finished(self, worker, node, result):
+        self.finished_nodes.append(node)
+
+    def failed(self, worker, node, reason, resting):
+        self.failures.append((node, reason))
+
+
+def find_runs(chains: Chains, lr: float) -> list[Train]:
+    """The runs whose weights are pruned, by round."""
+    return [chains.found(Source(lr), round).node for round in range(chains.settings.rounds)]
+
+
+def eval_runs(chains: Chains, lr: float | None, lr_eval: float) -> list[Train]:
+    """The dense network and each round's mask, trained with lr_eval."""
+    return [chains.evaluated(Source(lr), round, lr_eval) for round in range(chains.settings.rounds + 1)]
+
+
+def masks(chains: Chains, lr: float | None) -> list[Prune]:
+    return chains.masks(Source(lr))

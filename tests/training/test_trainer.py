@@ -1,0 +1,326 @@
+"""The Trainer against plain PyTorch, and what a state brings back."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastprune.pruning.allocation import prune
+from fastprune.pruning.criteria import magnitude_scores
+from fastprune.pruning.masks import Mask
+from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.training.flat import FlatParams
+from fastprune.training.models import build, initial_model
+from fastprune.training.trainer import Trainer
+
+SPEC = ModelSpec("resnet18", 4, "imagenet", 8)
+SGD = OptimizerSpec(batch_size=8, momentum=0.9, weight_decay=1e-3)
+SCHEDULE = ScheduleSpec(lr=0.1, epochs=4, milestones=(2, 3), gamma=0.1)
+
+
+class Epochs:
+    """Batches that differ from epoch to epoch, and depend on nothing else."""
+
+    def __init__(self, seed: int = 0, batches: int = 3) -> None:
+        self.seed, self.batches, self.epoch = seed, batches, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self):
+        g = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        for _ in range(self.batches):
+            labels = torch.randint(4, (8,), generator=g)
+            yield torch.randn(8, 3, 32, 32, generator=g) + labels.view(-1, 1, 1, 1), labels
+
+
+def initial_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    return {f"model.{k}": v for k, v in initial_model(Init(SPEC, seed)).state_dict().items()}
+
+
+def trainer(precision: str = "fp32") -> Trainer:
+    made = Trainer(build(SPEC), precision=precision)
+    made.load_state(initial_state())
+    return made
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_width_64_is_torchvisions_network_draw_for_draw():
+    import torchvision
+
+    torch.manual_seed(5)
+    theirs = torchvision.models.resnet18(num_classes=7)
+    ours = initial_model(Init(ModelSpec("resnet18", 7), 5))
+    assert same(theirs.state_dict(), ours.state_dict())
+
+
+def test_initial_model_leaves_the_generator_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    initial_model(Init(SPEC, 9))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def plain_loop(model: nn.Module, train: Epochs, mask: dict[str, torch.Tensor]) -> None:
+    """SGD with masks as anyone would write it: weights and momentum times the mask after each step."""
+    model.to(memory_format=torch.channels_last).train()
+    named = dict(model.named_parameters())
+    sgd = torch.optim.SGD(named.values(), lr=SCHEDULE.lr, momentum=SGD.momentum, weight_decay=SGD.weight_decay)
+    decay = torch.optim.lr_scheduler.MultiStepLR(sgd, SCHEDULE.milestones, SCHEDULE.gamma)
+    for name, keep in mask.items():
+        named[name].data[~keep] = 0
+    for epoch in range(SCHEDULE.epochs):
+        train.set_epoch(epoch)
+        for images, labels in train:
+            sgd.zero_grad()
+            F.cross_entropy(model(images.to(memory_format=torch.channels_last)), labels).backward()
+            sgd.step()
+            for name, keep in mask.items():
+                named[name].data[~keep] = 0
+                sgd.state[named[name]]["momentum_buffer"][~keep] = 0
+        decay.step()
+
+
+def test_imp_in_thirty_lines_of_plain_pytorch_finds_the_same_masks_and_weights():
+    ours, initial = trainer(), initial_state()
+    mask = Mask.dense(ours.flat.segments)
+    theirs_keep: dict[str, torch.Tensor] = {}
+    for _ in range(4):
+        ours.load_state(initial)
+        ours.set_mask(mask)
+        ours.fit(Epochs(), Epochs(9), SGD, SCHEDULE)
+        weights = {k.removeprefix("model."): v for k, v in ours.state().items()}
+        mask = prune(magnitude_scores(weights, mask), mask, 0.5)
+
+        theirs = initial_model(Init(SPEC, 0))
+        plain_loop(theirs, Epochs(), theirs_keep)
+        convs = {n: p.detach() for n, p in theirs.named_parameters() if p.dim() == 4}
+        keep = {n: theirs_keep.get(n, torch.ones_like(w, dtype=torch.bool)) for n, w in convs.items()}
+        every = torch.cat([convs[n].abs().flatten().masked_fill(~keep[n].flatten(), math.inf) for n in convs])
+        n_prune = round(0.5 * sum(int(k.sum()) for k in keep.values()))
+        gone = torch.zeros(every.numel(), dtype=torch.bool)
+        gone[every.argsort(stable=True)[:n_prune]] = True
+        parts = gone.split([w.numel() for w in convs.values()])
+        theirs_keep = {n: keep[n] & ~p.view(convs[n].shape) for n, p in zip(convs, parts, strict=True)}
+
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(value, weights[name]), name
+        for name, kept in mask.tensors().items():
+            assert torch.equal(kept, theirs_keep[name]), name
+
+
+def test_pruned_weights_and_momentum_are_positive_zero_after_every_step():
+    t = trainer()
+    mask = prune(
+        magnitude_scores(t.flat.packed(t.flat.weight), Mask.dense(t.flat.segments)), Mask.dense(t.flat.segments), 0.7
+    )
+    t.set_mask(mask)
+    pruned = ~mask.keep
+    seen = 0
+
+    def look(_: int) -> None:
+        nonlocal seen
+        seen += 1
+        for buffer in (t.flat.weight, t.flat.momentum):
+            assert not buffer[pruned].any()
+            assert not torch.signbit(buffer[pruned]).any()
+            assert buffer[mask.keep].any()
+
+    t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, on_batch=look)
+    assert seen == 12
+    state = t.state()
+    for name, keep in mask.tensors().items():
+        for kind in ("model", "momentum"):
+            assert not state[f"{kind}.{name}"][~keep].any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_resumed_is_uninterrupted_bit_for_bit(precision, at):
+    mask = prune(torch.rand(Mask.dense(trainer().flat.segments).keep.shape), Mask.dense(trainer().flat.segments), 0.3)
+    whole = trainer(precision)
+    whole.set_mask(mask)
+    expected = whole.fit(Epochs(), Epochs(9), SGD, SCHEDULE)
+    first = trainer(precision)
+    first.set_mask(mask)
+    got = first.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=at)
+    second = trainer(precision)
+    second.load_state(copy.deepcopy(first.state()))
+    second.set_mask(mask)
+    got += second.fit(Epochs(), Epochs(9), SGD, SCHEDULE, start=at)
+    assert same(second.state(), whole.state())
+    assert [(m.epoch, m.lr, m.train_loss, m.val_accuracy) for m in got] == [
+        (m.epoch, m.lr, m.train_loss, m.val_accuracy) for m in expected
+    ]
+
+
+def test_a_used_trainer_equals_a_fresh_one():
+    used, fresh = trainer(), trainer()
+    used.set_mask(prune(torch.rand(used.flat.weight.shape), Mask.dense(used.flat.segments), 0.5))
+    used.fit(Epochs(3), Epochs(9), SGD, SCHEDULE)
+    used.load_state(initial_state())
+    used.set_mask(None)
+    for t in (used, fresh):
+        t.fit(Epochs(), Epochs(9), SGD, SCHEDULE)
+    assert same(used.state(), fresh.state())
+
+
+def test_rewinding_restores_weights_statistics_and_momentum():
+    t = trainer()
+    initial = t.state()
+    t.fit(Epochs(), Epochs(9), SGD, SCHEDULE)
+    changed = t.state()
+    for kind in ("model.conv1.weight", "model.bn1.running_mean", "model.fc.bias", "momentum.conv1.weight"):
+        assert not torch.equal(initial[kind], changed[kind])
+    t.load_state(initial)
+    assert same(t.state(), initial)
+    t.load_state(changed, momentum=False)
+    assert not t.flat.momentum.any()
+    assert torch.equal(t.state()["model.bn1.running_var"], changed["model.bn1.running_var"])
+
+
+def test_divergence_is_recorded_and_ends_the_run():
+    t = trainer()
+    history = t.fit(Epochs(), Epochs(9), SGD, ScheduleSpec(1e30, 4, (), 0.1))
+    assert history[-1].diverged
+    assert len(history) < 4
+
+
+def test_warmup_rises_from_zero_within_the_epochs():
+    schedule = ScheduleSpec(lr=0.4, epochs=10, milestones=(5,), gamma=0.1, warmup_epochs=2)
+    assert [schedule.lr_at(0), schedule.lr_at(0, 0.5), schedule.lr_at(1, 0.5)] == pytest.approx([0.0, 0.1, 0.3])
+    assert [schedule.lr_at(2), schedule.lr_at(4), schedule.lr_at(5)] == pytest.approx([0.4, 0.4, 0.04])
+
+
+def test_schedules_are_torchs():
+    """Epoch by epoch, as torch's schedulers give them; a linear warmup from a fraction, at the epochs' starts."""
+    lr, epochs, warm = 0.5, 12, 3
+    optimizer = torch.optim.lr_scheduler
+    cases = {
+        ScheduleSpec(lr, epochs, (4, 8), 0.3): lambda o: optimizer.MultiStepLR(o, [4, 8], 0.3),
+        ScheduleSpec(lr, epochs, decay="cosine", lr_min=0.01): lambda o: optimizer.CosineAnnealingLR(o, epochs, 0.01),
+        ScheduleSpec(lr, epochs, gamma=0.9, decay="exponential"): lambda o: optimizer.ExponentialLR(o, 0.9),
+        ScheduleSpec(lr, epochs, (), 0.9, warm, "cosine", 0.01, "linear", 0.1): lambda o: optimizer.SequentialLR(
+            o,
+            [optimizer.LinearLR(o, 0.1, 1.0, warm), optimizer.CosineAnnealingLR(o, epochs - warm, 0.01)],
+            milestones=[warm],
+        ),
+        ScheduleSpec(lr, epochs, (), 0.9, warm, "exponential", 0.0, "constant", 0.1): lambda o: optimizer.SequentialLR(
+            o, [optimizer.ConstantLR(o, 0.1, warm), optimizer.ExponentialLR(o, 0.9)], milestones=[warm]
+        ),
+    }
+    for schedule, make in cases.items():
+        sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr)
+        theirs, scheduler = [], make(sgd)
+        for _ in range(epochs):
+            theirs.append(sgd.param_groups[0]["lr"])
+            sgd.step()
+            scheduler.step()
+        assert [schedule.lr_at(e) for e in range(epochs)] == pytest.approx(theirs), schedule
+    with pytest.raises(ValueError, match="unknown decay 'cos': choose one of multistep, cosine, exponential"):
+        ScheduleSpec(lr, epochs, decay="cos")
+
+
+def test_a_loader_without_a_batch_is_refused():
+    with pytest.raises(ValueError, match="no batch"):
+        trainer().fit([], Epochs(), SGD, SCHEDULE)
+
+
+@pytest.mark.parametrize(("number", "label"), [(0, 4), (2, 7), (1, -1)])
+def test_labels_outside_the_classes_are_refused(number, label):
+    batches = list(Epochs())
+    batches[number][1][3] = label
+    with pytest.raises(ValueError, match=r"labels reach from -?\d to \d, but the network has 4 classes"):
+        trainer().fit(batches, Epochs(9), SGD, SCHEDULE)
+
+
+def test_out_of_memory_says_what_to_lower(monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    t = trainer()
+    monkeypatch.setattr(t.model, "forward", full)
+    message = "out of memory on cpu with batches of 8 x 3 x 32 x 32 in fp32: lower the batch size or the image size, or"
+    with pytest.raises(torch.OutOfMemoryError, match=message):
+        t.fit(Epochs(), Epochs(9), SGD, SCHEDULE)
+
+
+def test_a_state_of_another_model_is_refused():
+    state = initial_state()
+    state["model.conv1.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="conv1"):
+        trainer().load_state(state)
+
+
+BREAKERS = {
+    "assign": lambda m: m.load_state_dict(m.state_dict() | {"conv1.weight": m.conv1.weight.clone()}, assign=True),
+    "to dtype": lambda m: m.double(),
+    "new parameter": lambda m: setattr(m.fc, "bias", nn.Parameter(torch.zeros(4))),
+    "zero_grad": lambda m: m.zero_grad(set_to_none=True),
+}
+
+
+@pytest.mark.parametrize("how", BREAKERS)
+def test_broken_aliasing_is_noticed(how):
+    t = trainer()
+    BREAKERS[how](t.model)
+    with pytest.raises(RuntimeError, match="no longer lies"):
+        t.fit(Epochs(), Epochs(9), SGD, SCHEDULE)
+
+
+def test_flat_layout():
+    flat = FlatParams(build(SPEC))
+    model_convs = {n: p for n, p in build(SPEC).named_parameters() if p.dim() == 4}
+    assert [s.name for s in flat.segments] == list(model_convs)
+    assert flat.total == sum(p.numel() for p in model_convs.values()) == int(flat.mask.sum())
+    assert all(s.offset % 64 == 0 for s in flat.segments)
+    assert len(flat.rest_segments) == len(list(build(SPEC).parameters())) - len(model_convs)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_thirty_rounds_compile_once(precision):
+    """Compiled for each shape of training and evaluation once; new masks, rates and hyperparameters compile nothing."""
+    counters = torch._dynamo.utils.counters
+    torch.compiler.reset()
+    counters.clear()
+    plain = trainer(precision)
+    compiled = Trainer(build(SPEC), precision=precision, compile="aot_eager")
+    compiled.load_state(initial_state())
+    for made in (plain, compiled):
+        made.mark()
+        made.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1)
+    assert same(plain.state(), compiled.state())
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for round in range(3):
+            compiled.prune(0.5)
+            compiled.rewind()
+            schedule = ScheduleSpec(lr=0.1 / (round + 1), epochs=1, milestones=(), gamma=0.1, warmup_epochs=round % 2)
+            compiled.fit(Epochs(), Epochs(9), OptimizerSpec(8, 0.8, 1e-2, True, 0.1), schedule)
+    assert counters["stats"]["unique_graphs"] == 2
+    torch.compiler.reset()
+
+
+def test_marked_weights_and_statistics_come_back():
+    t = trainer("fp16")
+    t.mark()
+    initial = t.state()
+    t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1)
+    mask = t.prune(0.5)
+    assert mask.kept == mask.total - round(0.5 * mask.total)
+    t.rewind()
+    after = t.state()
+    for name, keep in mask.tensors().items():
+        initial[f"model.{name}"] = torch.where(keep, initial[f"model.{name}"], 0.0)
+    assert same(after, initial)
