@@ -235,27 +235,27 @@ def check_capture_follows(s: Suite) -> str:
     """After the capture, a new learning rate, a smaller mask and a rewind hold from the next step on."""
     trainer, batches = loop(s, "bf16", 10)
     flat = trainer.flat
-    trainer.mark()
+    trainer.save_rewind_point()
     start = flat.weight.clone()
     fit(trainer, batches, 0)
     before = flat.weight.clone()
     require((before - start).norm() > 0, "training changed nothing")
     fit(trainer, batches, 1, lr=0.0)
     require(torch.equal(bits(flat.weight), bits(before)), "at rate 0 the weights changed: the old rate was used")
-    captured = len(trainer._captured)
+    captured = len(trainer._graphed)
     trainer.prune(0.5)
     fit(trainer, batches, 2)
     require(not bits(flat.weight[~flat.mask]).any(), "a pruned weight is not +0: the old mask was used")
     require(not bits(flat.momentum[~flat.mask]).any(), "the momentum of a pruned weight is not +0")
-    assert flat.low is not None
-    require(not bits(flat.low[~flat.mask]).any(), "the low-precision copy of a pruned weight is not +0")
+    assert flat.half is not None
+    require(not bits(flat.half[~flat.mask]).any(), "the low-precision copy of a pruned weight is not +0")
     mask, shape = flat.mask.clone(), trainer.flat.segments
     trainer.rewind()
     expected = torch.where(mask, start, 0.0)
     require(torch.equal(bits(flat.weight), bits(expected)), "rewound to other weights")
     require(not bits(flat.momentum).any(), "there is momentum after rewinding")
     fit(trainer, batches, 0)
-    require(len(trainer._captured) == captured, "a step was captured again")
+    require(len(trainer._graphed) == captured, "a step was captured again")
 
     fresh, _ = loop(s, "bf16", 10, graph=False)
     fresh.set_mask(Mask(mask, shape))
@@ -270,7 +270,7 @@ def check_scaler(s: Suite) -> str:
     trainer, batches = loop(s, "fp16", 6, compile=False)
     fit(trainer, batches, 0)
     every = list(batches)
-    buffers = (trainer.flat.weight, trainer.flat.momentum, trainer.flat.rest_weight, trainer.flat.rest_momentum)
+    buffers = (trainer.flat.weight, trainer.flat.momentum, trainer.flat.other_params, trainer.flat.other_momentum)
     require(all(b.isfinite().all() for b in buffers), "weights are not finite after ordinary steps")
     scale = 2.0**80  # beyond fp16 whatever the loss
     trainer.scaler.load_state_dict(trainer.scaler.state_dict() | {"scale": scale, "_growth_tracker": 0})

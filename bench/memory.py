@@ -37,8 +37,8 @@ from fastprune.errors import InputError
 from fastprune.figures import a2
 from fastprune.figures.reproduce import data_spec
 from fastprune.loaders import SyntheticData, locate
-from fastprune.specs import DataSpec, Filters, Rewind, Runnable
-from fastprune.study.chains import Chains, Source
+from fastprune.specs import ChannelSelection, DataSpec, Rewind, Runnable
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.compute import Images, WorkConfig, Worker
 from fastprune.study.graph import Graph
 from fastprune.study.settings import Settings, preset
@@ -106,11 +106,14 @@ def sample() -> Sample:
 def chains_of_a_figure(settings: Settings, data: DataSpec, seed: int) -> Iterable[Runnable]:
     """Find runs, masks and evaluations of a seed, from the initial weights and from late ones."""
     low, high = settings.lr_find[0], settings.lr_find[-1]
-    for rewind, sources in (("init", (Source(low), Source(high), Source(None))), ("late", (Source(high),))):
+    for rewind, sources in (
+        ("init", (MaskRecipe(low), MaskRecipe(high), MaskRecipe(None))),
+        ("late", (MaskRecipe(high),)),
+    ):
         chains = Chains(replace(settings, rewind=rewind), data, seed)
         for source in sources:
             for round in range(settings.rounds + 1):
-                yield chains.evaluated(source, round, low)
+                yield chains.eval_run(source, round, low)
 
 
 def structured_chains(settings: Settings, data: DataSpec, seed: int) -> Iterable[Runnable]:
@@ -118,7 +121,7 @@ def structured_chains(settings: Settings, data: DataSpec, seed: int) -> Iterable
     chains = Chains(settings, data, seed)
     dense = chains.dense(settings.lr_find[0])
     for tenths in range(1, 10):
-        mask = Filters(dense.final, tenths / 10)
+        mask = ChannelSelection(dense.final, tenths / 10)
         yield chains.train(settings.lr_eval[0], mask, Rewind(dense.final, 0, momentum=False))
 
 
@@ -137,7 +140,7 @@ def run_nodes(config: WorkConfig, graph: Graph) -> list[Sample]:
     """All nodes through one worker; what this process holds after each. To be called in a process of its own."""
     worker, samples = Worker(config), []
     for node in graph.nodes:
-        worker.run(node, graph.products(node), lambda epoch, images: None)
+        worker.run(node, graph.requested_outputs(node), lambda epoch, images: None)
         samples.append(sample())
     return samples
 

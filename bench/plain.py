@@ -123,13 +123,13 @@ class Plain:
             c.mask *= c.weight.abs() > threshold
         return int(sum(c.mask.sum() for c in self.convs))
 
-    def mark(self) -> None:
+    def save_rewind_point(self) -> None:
         """Keeps the weights and statistics as they are now."""
         state = {name: value for name, value in self.model.state_dict().items() if not name.endswith(".mask")}
         self._start = copy.deepcopy(state)
 
     def rewind(self, lr: float) -> None:
-        """Weights and statistics of the last `mark`, and a new optimiser; masks stay."""
+        """Weights and statistics of the last `save_rewind_point`, and a new optimiser; masks stay."""
         self.model.load_state_dict(self._start, strict=False)
         self.fresh(lr)
 

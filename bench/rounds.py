@@ -137,7 +137,7 @@ class Ours:
         self.work = work
         self.train, self.val = batches()
         self.trainer = Trainer(initial_model(Init(work.model, 0)), device=work.device, precision=work.precision)
-        self.trainer.mark()
+        self.trainer.save_rewind_point()
         self.node: Prune | None = None
 
     def round(self, clock: Clock, folder: Path) -> tuple[int, int, float, float]:
@@ -198,7 +198,7 @@ class Theirs:
             sgd=work.optimizer,
             lr=work.schedule.lr,
         )
-        self.plain.mark()
+        self.plain.save_rewind_point()
 
     def round(self, clock: Clock, folder: Path) -> tuple[int, int, float, float]:
         w, loop, history = self.work, self.plain, []

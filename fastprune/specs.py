@@ -176,7 +176,7 @@ class StateRef(Record):
 
 
 @dataclass(frozen=True)
-class Trace(Record):
+class LprHistory(Record):
     """The LPR of a training run before its first epoch and after each, were it pruned there and then: `fraction` of
     what its mask keeps, by magnitude over all layers. Computed while it trains."""
 
@@ -207,12 +207,12 @@ class Ratios(Record):
 class Train(Node):
     """A training run from `start` under `mask` (None: dense), stopped after epoch `stop` of its schedule.
 
-    A mask of `Filters` makes a smaller network. seed: data order and augmentation. precision: one of PRECISIONS.
+    A `ChannelSelection` makes a smaller network. seed: data order and augmentation. precision: one of PRECISIONS.
     """
 
     data: DataSpec
     start: Init | Rewind
-    mask: "Prune | Filters | None"
+    mask: "Prune | ChannelSelection | None"
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
     stop: int
@@ -280,7 +280,7 @@ class Prune(Node):
 
 
 @dataclass(frozen=True, eq=False)
-class Filters(Node):
+class ChannelSelection(Node):
     """Which filters of a network stay: `fraction` of them go, those with the lowest |gamma| of their batch norms
     first; channels that a residual joins go together, by the sum of their |gamma|."""
 
@@ -300,14 +300,14 @@ class Filters(Node):
         yield self.source.node
 
 
-Runnable = Train | Prune | Filters
+Runnable = Train | Prune | ChannelSelection
 
 
 def states_read(node: Runnable) -> list[tuple[StateRef, bool]]:
     """The states that computing a node reads, and whether with momentum."""
     if isinstance(node, Train):
         return [(node.start.state, node.start.momentum)] if isinstance(node.start, Rewind) else []
-    if isinstance(node, Filters):
+    if isinstance(node, ChannelSelection):
         return [(node.source, False)]
     return [(node.source, False)] if isinstance(node.source, StateRef) else []
 

@@ -20,7 +20,7 @@ from fastprune.loaders.manifest import Manifest
 from fastprune.specs import DataSpec
 from fastprune.store import RunStore, run_store
 from fastprune.study import compute
-from fastprune.study.chains import Chains, Source
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.compute import WorkConfig
 from fastprune.study.graph import Graph
 from fastprune.study.run import execute
@@ -40,9 +40,9 @@ def graph() -> Graph:
     late, init = Chains(base.override(rewind="late", rewind_epoch=2), DATA, 0), Chains(base, DATA, 0)
     return Graph.of(
         [
-            late.evaluated(Source(0.05), 2, 0.1),
-            init.evaluated(Source(0.2), 2, 0.2),
-            init.evaluated(Source(None), 2, 0.2),
+            late.eval_run(MaskRecipe(0.05), 2, 0.1),
+            init.eval_run(MaskRecipe(0.2), 2, 0.2),
+            init.eval_run(MaskRecipe(None), 2, 0.2),
         ]
     )
 

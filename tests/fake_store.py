@@ -8,7 +8,7 @@ import torch
 
 from fastprune.figures import a2
 from fastprune.files import write_tensors
-from fastprune.specs import DataSpec, Filters, Prune, Runnable, Train
+from fastprune.specs import ChannelSelection, DataSpec, Prune, Runnable, Train
 from fastprune.store import RunStore, write_csv
 from fastprune.study.chains import Chains
 from fastprune.study.graph import Graph
@@ -21,7 +21,7 @@ FIND, MASKS = find_runs(CHAINS, 0.2), masks(CHAINS, 0.2)
 EVAL = eval_runs(CHAINS, 0.2, 0.05)
 GRAPH = Graph.of(EVAL)
 TRAIN, PRUNE = FIND[0], MASKS[0]
-FILTERS = Filters(TRAIN.final, 0.5)
+FILTERS = ChannelSelection(TRAIN.final, 0.5)
 
 
 def put(store: RunStore, node: Runnable, states: tuple[int, ...] = (), *, salt: float = 0.0, by: str = "cpu") -> Path:

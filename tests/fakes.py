@@ -3,7 +3,7 @@
 import torch
 
 from fastprune.specs import Prune, Train
-from fastprune.study.chains import Chains, Source
+from fastprune.study.chains import Chains, MaskRecipe
 
 
 class Images:
@@ -64,13 +64,13 @@ class Silent:
 
 def find_runs(chains: Chains, lr: float) -> list[Train]:
     """The runs whose weights are pruned, by round."""
-    return [chains.found(Source(lr), round).node for round in range(chains.settings.rounds)]
+    return [chains.find_state(MaskRecipe(lr), round).node for round in range(chains.settings.rounds)]
 
 
 def eval_runs(chains: Chains, lr: float | None, lr_eval: float) -> list[Train]:
     """The dense network and each round's mask, trained with lr_eval."""
-    return [chains.evaluated(Source(lr), round, lr_eval) for round in range(chains.settings.rounds + 1)]
+    return [chains.eval_run(MaskRecipe(lr), round, lr_eval) for round in range(chains.settings.rounds + 1)]
 
 
 def masks(chains: Chains, lr: float | None) -> list[Prune]:
-    return chains.masks(Source(lr))
+    return chains.masks(MaskRecipe(lr))

@@ -7,7 +7,7 @@ from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim, Comparison
 from fastprune.figures.points import Point, evaluation_panel, grid
 from fastprune.specs import DataSpec
-from fastprune.study.chains import Chains, Source
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.settings import Settings
 
 PROTOCOL = replace(
@@ -43,9 +43,9 @@ def series(settings: Settings) -> dict[str, str]:
 
 def points(settings: Settings, data: DataSpec) -> list[Point]:
     """Every point of the figure, and the find runs."""
-    found = grid(settings, data, [*map(Source, settings.lr_find)])
+    found = grid(settings, data, [*map(MaskRecipe, settings.lr_find)])
     *_, last = panels(settings)
-    best = [Source(_best(settings))]
+    best = [MaskRecipe(_best(settings))]
     for seed in range(settings.seeds):
         chains = Chains(settings, data, seed)
         for lr_eval in settings.lr_eval:

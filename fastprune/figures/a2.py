@@ -6,7 +6,7 @@ from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim, Comparison
 from fastprune.figures.points import Point, grid
 from fastprune.specs import DataSpec
-from fastprune.study.chains import Source
+from fastprune.study.chains import MaskRecipe
 from fastprune.study.settings import Settings
 
 PROTOCOL = Settings(
@@ -39,7 +39,7 @@ def series(settings: Settings) -> dict[str, str]:
 
 def points(settings: Settings, data: DataSpec) -> list[Point]:
     """Every point of the figure, and the find runs."""
-    return grid(settings, data, [*map(Source, settings.lr_find), Source(None)])
+    return grid(settings, data, [*map(MaskRecipe, settings.lr_find), MaskRecipe(None)])
 
 
 def claims(settings: Settings) -> list[Claim]:

@@ -7,7 +7,7 @@ from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim, Comparison
 from fastprune.figures.points import Point, grid
 from fastprune.specs import DataSpec
-from fastprune.study.chains import Source
+from fastprune.study.chains import MaskRecipe
 from fastprune.study.settings import Settings
 
 PROTOCOL = replace(resnet50.PROTOCOL, allocation="local", lr_find=(0.1, 0.2, 0.5), lr_eval=(0.2, 0.5))
@@ -30,7 +30,7 @@ def series(settings: Settings) -> dict[str, str]:
 
 def points(settings: Settings, data: DataSpec) -> list[Point]:
     """Every point of the figure, and the find runs."""
-    return grid(settings, data, [*map(Source, settings.lr_find)])
+    return grid(settings, data, [*map(MaskRecipe, settings.lr_find)])
 
 
 def claims(settings: Settings) -> list[Claim]:

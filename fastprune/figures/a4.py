@@ -8,7 +8,7 @@ from dataclasses import replace
 from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim, FirstAgainstOthers, Hardly, MoreMovement
-from fastprune.figures.points import TracePoint, dense_traces
+from fastprune.figures.points import LprPoint, dense_histories
 from fastprune.specs import DataSpec
 from fastprune.study.settings import Settings
 
@@ -32,11 +32,11 @@ def series(settings: Settings) -> dict[str, str]:
     return {}
 
 
-def points(settings: Settings, data: DataSpec) -> list[TracePoint]:
+def points(settings: Settings, data: DataSpec) -> list[LprPoint]:
     """A line for each layer."""
     panel = dict(zip(settings.lr_find, panels(settings), strict=True))
-    traces = dense_traces(settings, data)
-    return [TracePoint(panel[lr], None, seed, lr, trace) for seed, lr, trace in traces]
+    histories = dense_histories(settings, data)
+    return [LprPoint(panel[lr], None, seed, lr, history) for seed, lr, history in histories]
 
 
 def claims(settings: Settings) -> list[Claim]:

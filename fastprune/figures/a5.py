@@ -9,7 +9,7 @@ from itertools import pairwise
 from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim, Flattens, SmallerStart
-from fastprune.figures.points import TracePoint, dense_traces
+from fastprune.figures.points import LprPoint, dense_histories
 from fastprune.specs import DataSpec
 from fastprune.study.settings import Settings
 
@@ -29,9 +29,9 @@ def series(settings: Settings) -> dict[str, str]:
     return {f"{lr:g}": f"LR_find = {lr:g}" for lr in settings.lr_find}
 
 
-def points(settings: Settings, data: DataSpec) -> list[TracePoint]:
+def points(settings: Settings, data: DataSpec) -> list[LprPoint]:
     """A line for each LR_find."""
-    return [TracePoint("a", f"{lr:g}", seed, lr, trace) for seed, lr, trace in dense_traces(settings, data)]
+    return [LprPoint("a", f"{lr:g}", seed, lr, history) for seed, lr, history in dense_histories(settings, data)]
 
 
 def claims(settings: Settings) -> list[Claim]:

@@ -11,7 +11,7 @@ from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim, Comparison, Kind
 from fastprune.figures.points import Point, evaluation_panel, find_panel
 from fastprune.specs import DataSpec
-from fastprune.study.chains import Chains, Source
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.settings import Settings
 
 PROTOCOL = replace(resnet50.PROTOCOL, lr_find=(0.05, 0.2), lr_eval=(0.5,), prune_epochs=(20, 50, 70, 110))
@@ -43,7 +43,7 @@ def points(settings: Settings, data: DataSpec) -> list[Point]:
         chains = Chains(settings, data, seed)
         for panel, lr_find in zip(panels(settings), settings.lr_find, strict=True):
             # At the end is the chain that other figures have as well.
-            sources = [Source(lr_find, None if stop == settings.epochs else stop) for stop in settings.stops]
+            sources = [MaskRecipe(lr_find, None if stop == settings.epochs else stop) for stop in settings.stops]
             found += find_panel(chains, sources, names, f"find-{panel}")
             for point in evaluation_panel(panel, chains, sources, lr_eval, names):
                 if point.round == 0:

@@ -5,19 +5,19 @@ from collections.abc import Iterable
 from statistics import fmean, median
 from typing import Any
 
-from fastprune.figures.points import AnyPoint, Point, TracePoint
+from fastprune.figures.points import AnyPoint, LprPoint, Point
 from fastprune.figures.results import Row
 from fastprune.specs import Prune
-from fastprune.store import Products, RunStore
+from fastprune.store import RequestedOutputs, RunStore
 
 
 def collect(figure: str, points: Iterable[AnyPoint], store: RunStore) -> list[Row]:
     """The rows of every point whose runs are published."""
     rows: list[Row] = []
     for point in points:
-        if isinstance(point, TracePoint):
-            if store.holds(point.node, Products(traces=(point.trace.fraction,))):
-                rows += _trace_rows(figure, point, store)
+        if isinstance(point, LprPoint):
+            if store.holds(point.node, RequestedOutputs(histories=(point.history.fraction,))):
+                rows += _history_rows(figure, point, store)
         elif all(store.has(node) for node in point.wanted):
             rows.append(_row(figure, point, store))
     return rows
@@ -72,21 +72,21 @@ def _size(result: dict[str, Any], axis: str) -> float:
     return float(result["removed_fraction" if axis == "filters" else axis])
 
 
-def _trace_rows(figure: str, p: TracePoint, store: RunStore) -> list[Row]:
+def _history_rows(figure: str, p: LprPoint, store: RunStore) -> list[Row]:
     """A row for each epoch and layer, or for each epoch; no values from the epoch on that diverged."""
-    trace = store.trace(p.trace)
+    history = store.lpr_history(p.history)
     diverged = store.node(p.node)["result"]["diverged"]
-    layers = list(trace[0])
+    layers = list(history[0])
     rows = []
     for epoch in range(p.node.stop + 1):
-        ratios = trace.get(epoch)
+        ratios = history.get(epoch)
         values: dict[str, float | None]
         if p.series is None:
             values = dict.fromkeys(layers) if ratios is None else dict(ratios)
         elif ratios is None or diverged:  # there is no end to compare with
             values = {p.series: None}
         else:
-            end = trace[p.node.stop]
+            end = history[p.node.stop]
             values = {p.series: fmean(abs(ratios[layer] - end[layer]) for layer in layers)}
         for series, y in values.items():
             about = [series] if p.series is None else layers

@@ -9,8 +9,8 @@ from string import ascii_lowercase
 from typing import TYPE_CHECKING
 
 from fastprune.figures import load
-from fastprune.specs import DataSpec, Filters, Prune, Trace, Train
-from fastprune.study.chains import Chains, Source
+from fastprune.specs import ChannelSelection, DataSpec, LprHistory, Prune, Train
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.graph import Graph
 from fastprune.study.settings import Settings
 
@@ -35,7 +35,7 @@ class Point:
     node: Train
     epoch: int | None = None
     x: str = "density"
-    filters: Filters | None = None
+    filters: ChannelSelection | None = None
 
     @property
     def label(self) -> str:
@@ -44,21 +44,21 @@ class Point:
         return f"{role} · {source} · seed {self.seed} · round {self.round}"
 
     @property
-    def wanted(self) -> tuple[Train | Filters, ...]:
+    def wanted(self) -> tuple[Train | ChannelSelection, ...]:
         """What must exist."""
         return (self.node,) if self.filters is None else (self.node, self.filters)
 
 
 @dataclass(frozen=True)
-class TracePoint:
-    """What the trace of a dense run shows. series: None for a line for each layer (its LPR), else the line's name
+class LprPoint:
+    """What the LPR history of a dense run shows. series: None for a line for each layer (its LPR), else the line's name
     (the mean over layers of the LPR's absolute difference from that at the end)."""
 
     panel: str
     series: str | None
     seed: int
     lr_find: float
-    trace: Trace
+    history: LprHistory
 
     @property
     def label(self) -> str:
@@ -66,41 +66,41 @@ class TracePoint:
 
     @property
     def node(self) -> Train:
-        return self.trace.node
+        return self.history.node
 
     @property
-    def wanted(self) -> tuple[Trace]:
-        return (self.trace,)
+    def wanted(self) -> tuple[LprHistory]:
+        return (self.history,)
 
 
-AnyPoint = Point | TracePoint
+AnyPoint = Point | LprPoint
 
 
 def evaluation_panel(
-    panel: str, chains: Chains, sources: Sequence[Source], lr_eval: float, names: Sequence[str] | None = None
+    panel: str, chains: Chains, sources: Sequence[MaskRecipe], lr_eval: float, names: Sequence[str] | None = None
 ) -> list[Point]:
     """The points of a panel with one LR_eval and a line for each source."""
     return [
-        Point(panel, name, chains.seed, round, source.lr, lr_eval, chains.evaluated(source, round, lr_eval))
+        Point(panel, name, chains.seed, round, source.lr, lr_eval, chains.eval_run(source, round, lr_eval))
         for source, name in zip(sources, names or [s.name for s in sources], strict=True)
         for round in range(chains.settings.rounds + 1)
     ]
 
 
 def find_panel(
-    chains: Chains, sources: Sequence[Source], names: Sequence[str] | None = None, panel: str = "find"
+    chains: Chains, sources: Sequence[MaskRecipe], names: Sequence[str] | None = None, panel: str = "find"
 ) -> list[Point]:
     """The find runs themselves, as they fall out: rounds 0 to `rounds` - 1."""
     points = []
     for source, name in zip(sources, names or [s.name for s in sources], strict=True):
         for round in range(chains.settings.rounds):
             assert source.lr is not None
-            state = chains.found(source, round)
+            state = chains.find_state(source, round)
             points.append(Point(panel, name, chains.seed, round, source.lr, source.lr, state.node, epoch=state.epoch))
     return points
 
 
-def grid(settings: Settings, data: DataSpec, sources: Sequence[Source]) -> list[Point]:
+def grid(settings: Settings, data: DataSpec, sources: Sequence[MaskRecipe]) -> list[Point]:
     """All seeds: the find runs, and a panel (a, b, ...) for each LR_eval with a line for each source."""
     points = []
     for seed in range(settings.seeds):
@@ -111,10 +111,10 @@ def grid(settings: Settings, data: DataSpec, sources: Sequence[Source]) -> list[
     return points
 
 
-def dense_traces(settings: Settings, data: DataSpec) -> list[tuple[int, float, Trace]]:
+def dense_histories(settings: Settings, data: DataSpec) -> list[tuple[int, float, LprHistory]]:
     """Seed, LR_find and the LPR at each epoch of the dense run, for all of both."""
     return [
-        (seed, lr, Trace(Chains(settings, data, seed).dense(lr), settings.fraction))
+        (seed, lr, LprHistory(Chains(settings, data, seed).dense(lr), settings.fraction))
         for seed in range(settings.seeds)
         for lr in settings.lr_find
     ]

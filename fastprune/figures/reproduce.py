@@ -227,7 +227,7 @@ def run(request: Request) -> bool:
         print(f"  on {', '.join(dict.fromkeys(devices))}, runs at once: up to {workers}", flush=True)
     for each in figures:
         record_figure(
-            store, each.request.name, each.request.preset, each.graph.nodes, each.graph.traces, request.command
+            store, each.request.name, each.request.preset, each.graph.nodes, each.graph.histories, request.command
         )
     graph = merge_graphs(f.graph for f in figures)
     todo = {n.key for n in graph.todo(store)}

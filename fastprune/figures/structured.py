@@ -11,7 +11,7 @@ from fastprune.figures import resnet50
 from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim, Comparison
 from fastprune.figures.points import Point
-from fastprune.specs import DataSpec, Filters, Rewind
+from fastprune.specs import ChannelSelection, DataSpec, Rewind
 from fastprune.study.chains import Chains
 from fastprune.study.settings import Settings
 
@@ -65,7 +65,7 @@ def points(settings: Settings, data: DataSpec) -> list[Point]:
         for lr_find in settings.lr_find:
             dense = chains.dense(lr_find)
             for round, sparsity in enumerate((0.0, *settings.sparsities)):
-                filters = Filters(dense.final, sparsity)
+                filters = ChannelSelection(dense.final, sparsity)
                 node, lr = dense, lr_find
                 if round > 0:
                     lr = settings.lr_eval[0]

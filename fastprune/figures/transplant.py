@@ -13,7 +13,7 @@ from fastprune.figures.axes import Panel
 from fastprune.figures.claims import Claim, Comparison, Kind
 from fastprune.figures.points import Point, grid
 from fastprune.specs import DataSpec
-from fastprune.study.chains import Source
+from fastprune.study.chains import MaskRecipe
 from fastprune.study.settings import Settings
 
 PROTOCOL = replace(resnet50.PROTOCOL, lr_find=(0.05, 0.5), lr_eval=(0.5,))
@@ -29,11 +29,16 @@ def panels(settings: Settings) -> dict[str, Panel]:
     return {chr(ord("a") + i): Panel(f"LR_eval = {lr:g}") for i, lr in enumerate(settings.lr_eval)}
 
 
-def _sources(settings: Settings) -> list[Source]:
+def _sources(settings: Settings) -> list[MaskRecipe]:
     if len(settings.lr_find) != 2:
         raise InputError("figure transplant takes two --lr-find, the small one first")
     small, large = settings.lr_find
-    return [Source(small), Source(large), Source(large, ratios_of=small), Source(small, ratios_of=large)]
+    return [
+        MaskRecipe(small),
+        MaskRecipe(large),
+        MaskRecipe(large, ratios_of=small),
+        MaskRecipe(small, ratios_of=large),
+    ]
 
 
 def series(settings: Settings) -> dict[str, str]:

@@ -9,7 +9,7 @@ from fastprune.figures.claims import Claim, Comparison
 from fastprune.figures.points import Point, evaluation_panel, find_panel
 from fastprune.figures.report import count_of
 from fastprune.specs import DataSpec
-from fastprune.study.chains import Chains, Source
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.settings import Settings, check
 
 PROTOCOL = replace(resnet50.PROTOCOL, lr_find=(0.05, 0.2, 0.5), lr_eval=(0.5,))
@@ -57,7 +57,7 @@ def series(settings: Settings) -> dict[str, str]:
 def points(settings: Settings, data: DataSpec) -> list[Point]:
     """Every point of the figure, and the find runs."""
     found = []
-    sources = [Source(lr) for lr in settings.lr_find]
+    sources = [MaskRecipe(lr) for lr in settings.lr_find]
     for panel, variant in variants(settings).items():
         for seed in range(settings.seeds):
             chains = Chains(variant, data, seed)

@@ -224,7 +224,7 @@ def weight_masks(model: nn.Module) -> dict[Tensor, Tensor]:
     return {m.weight: m.mask for m in layers if m.mask is not None}
 
 
-def hold(model: nn.Module, segments: tuple[Segment, ...], keep: Tensor) -> None:
+def share_masks(model: nn.Module, segments: tuple[Segment, ...], keep: Tensor) -> None:
     """Makes the masks of an attached model views of `keep` (bool [n], laid out as `segments`), whose owner from now on
     keeps pruned weights at +0. A layer that is not masked is left alone."""
     for s in segments:
@@ -233,8 +233,8 @@ def hold(model: nn.Module, segments: tuple[Segment, ...], keep: Tensor) -> None:
             module.mask, module.held = s.view(keep), True
 
 
-def release(model: nn.Module) -> None:
-    """Ends what `hold` began: the layers mask their weights themselves again."""
+def unshare_masks(model: nn.Module) -> None:
+    """Ends what `share_masks` began: the layers mask their weights themselves again."""
     for module in model.modules():
         if isinstance(module, _Masked):
             module.held = False

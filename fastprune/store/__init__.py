@@ -1,5 +1,5 @@
-"""The run store: what is published (run_store.py), who computes what (lease.py), and the commands on it (cli.py)."""
+"""The run store: what is published (run_store.py), who computes what (lease.py), and what looks after it."""
 
-from fastprune.store.run_store import FORMAT, Products, RunStore, check_format, gain, trace_name, write_csv
+from fastprune.store.run_store import FORMAT, RequestedOutputs, RunStore, check_format, gain, lpr_name, write_csv
 
-__all__ = ["FORMAT", "Products", "RunStore", "check_format", "gain", "trace_name", "write_csv"]
+__all__ = ["FORMAT", "RequestedOutputs", "RunStore", "check_format", "gain", "lpr_name", "write_csv"]

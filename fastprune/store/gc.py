@@ -238,7 +238,7 @@ class _Collection:
         except (AttributeError, OSError, ValueError, KeyError, TypeError):
             return False  # damaged: it may be made again from there
         wanted = awaited(self.store.root, self.needs, key, epochs)
-        wanted |= {name for n in self.needs for name in n.traces.get(key, ())}
+        wanted |= {name for n in self.needs for name in n.histories.get(key, ())}
         return wanted <= sums.keys()
 
     def _older(self, path: Path, than: Path) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.files import write_atomically
-from fastprune.specs import Runnable, Trace, Train, states_read
-from fastprune.store import RunStore, trace_name
+from fastprune.specs import LprHistory, Runnable, Train, states_read
+from fastprune.store import RunStore, lpr_name
 from fastprune.store.read import KEY, is_published, read_json
 
 RECORD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}[.]json")
@@ -21,22 +21,27 @@ _WHAT = {"weights": "state", "momentum": "momentum"}
 
 
 def record_figure(
-    store: RunStore, figure: str, preset: str, nodes: Sequence[Runnable], traces: Sequence[Trace], command: str
+    store: RunStore,
+    figure: str,
+    preset: str,
+    nodes: Sequence[Runnable],
+    histories: Sequence[LprHistory],
+    command: str,
 ) -> Path:
-    """Writes down what the figure needs: the nodes of its graph and the traces it shows; returns the file.
+    """Writes down what the figure needs: the nodes of its graph and the histories it shows; returns the file.
 
     To be called before its nodes are computed.
 
     "nodes": their keys. "reads": by the key of a run what others read of it: by epoch the keys of those that
-    read its "weights" or "momentum", and the fractions of its "traces". "data": what data sets are called.
+    read its "weights" or "momentum", and the fractions of its "histories". "data": what data sets are called.
     """
     reads: dict[str, dict[str, Any]] = defaultdict(dict)
     for node in nodes:
         for source, momentum in states_read(node):
             for what in ("weights", "momentum") if momentum else ("weights",):
                 reads[source.node.key].setdefault(what, {}).setdefault(str(source.epoch), []).append(node.key)
-    for trace in traces:
-        reads[trace.node.key].setdefault("traces", []).append(trace.fraction)
+    for history in histories:
+        reads[history.node.key].setdefault("histories", []).append(history.fraction)
     keys = sorted(n.key for n in nodes)
     described = {
         "figure": figure,
@@ -62,7 +67,7 @@ class Needs:
     figure: str
     nodes: frozenset[str]
     states: dict[str, dict[tuple[str, int], list[str]]]
-    traces: dict[str, list[str]]
+    histories: dict[str, list[str]]
 
     @classmethod
     def read(cls, path: Path) -> "Needs":
@@ -76,18 +81,18 @@ class Needs:
     def of(cls, path: Path, content: Any) -> "Needs":
         """KeyError, TypeError, AttributeError or ValueError for what is no such record."""
         states: dict[str, dict[tuple[str, int], list[str]]] = {}
-        traces: dict[str, list[str]] = {}
+        histories: dict[str, list[str]] = {}
         for key, products in content["reads"].items():
             states[_key(key)] = {
                 (prefix, int(epoch)): [_key(reader) for reader in readers]
                 for what, prefix in _WHAT.items()
                 for epoch, readers in products.get(what, {}).items()
             }
-            traces[key] = [trace_name(float(fraction)) for fraction in products.get("traces", [])]
+            histories[key] = [lpr_name(float(fraction)) for fraction in products.get("histories", [])]
         nodes = content["nodes"]
         if not isinstance(content["figure"], str) or not isinstance(nodes, list):
             raise TypeError
-        return cls(path, content["figure"], frozenset(map(_key, nodes)), states, traces)
+        return cls(path, content["figure"], frozenset(map(_key, nodes)), states, histories)
 
 
 def _key(text: str) -> str:

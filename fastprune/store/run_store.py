@@ -16,7 +16,7 @@ from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.files import SUMS, digest, flush, read_sums, write_atomically, write_sums
-from fastprune.specs import SEMANTICS, Filters, Node, Prune, StateRef, Trace, Train
+from fastprune.specs import SEMANTICS, ChannelSelection, LprHistory, Node, Prune, StateRef, Train
 
 _NUMBER = (int, float)
 
@@ -61,13 +61,13 @@ _APPEAR_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Products:
+class RequestedOutputs:
     """What is asked of a training run beside its metrics: epochs after which its weights (with batch-norm statistics)
     or its momentum are kept, and fractions whose LPR is traced."""
 
     weights: tuple[int, ...] = ()
     momentum: tuple[int, ...] = ()
-    traces: tuple[float, ...] = ()
+    histories: tuple[float, ...] = ()
 
 
 class RunStore:
@@ -106,11 +106,11 @@ class RunStore:
     def has(self, node: Node) -> bool:
         return (self.path(node) / "node.json").exists()
 
-    def holds(self, node: Node, products: Products) -> bool:
+    def holds(self, node: Node, products: RequestedOutputs) -> bool:
         """Whether the node is published with all of `products`."""
         if not self.has(node):
             return False
-        wanted = {trace_name(fraction) for fraction in products.traces}
+        wanted = {lpr_name(fraction) for fraction in products.histories}
         for what, epochs in (("state", products.weights), ("momentum", products.momentum)):
             wanted |= {self._state_name(StateRef(node, epoch), what) for epoch in epochs}  # type: ignore[arg-type]
         return wanted <= self.files(node).keys()
@@ -161,9 +161,9 @@ class RunStore:
         """By epoch (from 1) what a published run measured. InputError if the file is damaged."""
         return self._numbers(node, "metrics.csv")
 
-    def trace(self, trace: Trace) -> dict[int, dict[str, float]]:
+    def lpr_history(self, history: LprHistory) -> dict[int, dict[str, float]]:
         """By epoch (0: before the first) the LPR of each layer, up to the epoch in which the run diverged."""
-        return self._numbers(trace.node, trace_name(trace.fraction))
+        return self._numbers(history.node, lpr_name(history.fraction))
 
     def _numbers(self, node: Node, name: str) -> dict[int, dict[str, float]]:
         path = self.file(node, name)
@@ -195,7 +195,7 @@ class RunStore:
         """The mask of a published prune step, checked."""
         return self.file(node, "mask.safetensors")
 
-    def filters(self, node: Filters) -> Path:
+    def filters(self, node: ChannelSelection) -> Path:
         return self.file(node, "filters.json")
 
     def partial_path(self, node: Train, name: str) -> Path:
@@ -312,7 +312,7 @@ def gain(folder: Path, sums: dict[str, str], files: dict[str, Callable[[Path], A
     return list(digests)
 
 
-def trace_name(fraction: float) -> str:
+def lpr_name(fraction: float) -> str:
     """The file of an LPR at each epoch."""
     return f"ratios-{fraction!r}.csv"
 

@@ -1,17 +1,14 @@
-"""What a figure is made of: points, each a trained network or the trace of one; and the chains of runs that find masks.
-
-Standard library only.
-"""
+"""Chains of runs that find masks and evaluate them: the nodes of one seed. Standard library only."""
 
 from dataclasses import dataclass, replace
 
 from fastprune.errors import InputError
-from fastprune.specs import DataSpec, Filters, Init, Prune, Ratios, Rewind, StateRef, Train
+from fastprune.specs import ChannelSelection, DataSpec, Init, Prune, Ratios, Rewind, StateRef, Train
 from fastprune.study.settings import Settings
 
 
 @dataclass(frozen=True)
-class Source:
+class MaskRecipe:
     """How masks are found: with a learning rate (None: at random), by find runs that stop after epoch `stop` (None: at
     the end), each layer pruned by the ratios of the masks that rate `ratios_of` finds (None: by `allocation`)."""
 
@@ -32,14 +29,16 @@ class Chains:
     def __init__(self, settings: Settings, data: DataSpec, seed: int) -> None:
         self.settings, self.data, self.seed = settings, data, seed
         self.init = Init(settings.network(data), seed)
-        self._masks: dict[Source, list[Prune]] = {}
-        self._found: dict[tuple[Source, int], StateRef] = {}
+        self._masks: dict[MaskRecipe, list[Prune]] = {}
+        self._found: dict[tuple[MaskRecipe, int], StateRef] = {}
 
     def dense(self, lr: float) -> Train:
         """The dense network, from its initial weights to the end of the schedule."""
         return self.train(lr, None, self.init)
 
-    def train(self, lr: float, mask: Prune | Filters | None, start: Init | Rewind, stop: int | None = None) -> Train:
+    def train(
+        self, lr: float, mask: Prune | ChannelSelection | None, start: Init | Rewind, stop: int | None = None
+    ) -> Train:
         """With peak learning rate `lr`; from a start that fine-tuning gives, with that schedule's last rate."""
         s = self.settings
         schedule = s.schedule(lr)
@@ -49,20 +48,20 @@ class Chains:
             )
         return Train(self.data, start, mask, s.optimizer(), schedule, stop or s.epochs, self.seed, s.precision)
 
-    def masks(self, source: Source) -> list[Prune]:
+    def masks(self, source: MaskRecipe) -> list[Prune]:
         """The masks of rounds 1 to `rounds`."""
         if source not in self._masks:
             s, masks = self.settings, self._masks.setdefault(source, [])
-            donors = None if source.ratios_of is None else self.masks(Source(source.ratios_of))
+            donors = None if source.ratios_of is None else self.masks(MaskRecipe(source.ratios_of))
             for round in range(s.rounds):
-                pruned = self.init if source.lr is None else self.found(source, round)
+                pruned = self.init if source.lr is None else self.find_state(source, round)
                 score = "random" if source.lr is None else "magnitude"
                 allocation = s.allocation if donors is None else Ratios(donors[round])
                 prior = masks[-1] if masks else None
                 masks.append(Prune(pruned, prior, s.fraction, score, allocation, self.seed))
         return self._masks[source]
 
-    def found(self, source: Source, round: int) -> StateRef:
+    def find_state(self, source: MaskRecipe, round: int) -> StateRef:
         """The state that is pruned after `round`."""
         if (source, round) not in self._found:
             assert source.lr is not None
@@ -74,13 +73,13 @@ class Chains:
             self._found[source, round] = StateRef(run, stop)
         return self._found[source, round]
 
-    def evaluated(self, source: Source, round: int, lr_eval: float) -> Train:
+    def eval_run(self, source: MaskRecipe, round: int, lr_eval: float) -> Train:
         """The dense network, or the mask of `round`, trained with `lr_eval`."""
         if round == 0:
             return self.dense(lr_eval)
         return self.train(lr_eval, self.masks(source)[round - 1], self._start(source, round, lr_eval))
 
-    def _start(self, source: Source, round: int, lr: float) -> Init | Rewind:
+    def _start(self, source: MaskRecipe, round: int, lr: float) -> Init | Rewind:
         """Where the network of `round` starts; the random baseline's late point is that of the run with `lr`."""
         s = self.settings
         if s.rewind == "init":
@@ -90,4 +89,4 @@ class Chains:
             return Rewind(StateRef(dense, s.late_epoch), s.late_epoch, momentum=True)
         if source.lr is None:
             raise InputError(f"--rewind {s.rewind}: the random baseline has no trained weights to go back to")
-        return Rewind(self.found(source, round - 1), 0, momentum=False)
+        return Rewind(self.find_state(source, round - 1), 0, momentum=False)

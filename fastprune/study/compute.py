@@ -27,8 +27,8 @@ from fastprune.pruning.criteria import magnitude_scores, random_scores
 from fastprune.pruning.masks import Mask, layout, prunable
 from fastprune.specs import (
     SCORES,
+    ChannelSelection,
     DataSpec,
-    Filters,
     Init,
     ModelSpec,
     Prune,
@@ -39,7 +39,7 @@ from fastprune.specs import (
     Train,
     n_to_prune,
 )
-from fastprune.store import Products, RunStore, trace_name, write_csv
+from fastprune.store import RequestedOutputs, RunStore, lpr_name, write_csv
 from fastprune.study.provenance import environment
 from fastprune.training.models import build, initial_model
 from fastprune.training.step import EpochMetrics
@@ -86,21 +86,25 @@ class _Progress:
 
     begin: int
     history: list[EpochMetrics] = field(default_factory=list)
-    traces: dict[float, list[dict[str, float]]] = field(default_factory=dict)
+    histories: dict[float, list[dict[str, float]]] = field(default_factory=dict)
     parts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def epoch(self) -> int:
         return self.begin + len(self.history)
 
-    def trace(self, trainer: Trainer) -> None:
-        for fraction, rows in self.traces.items():
-            rows.append({"epoch": self.epoch, **trainer.would_prune(fraction).layerwise_ratios()})
+    def lpr_history(self, trainer: Trainer) -> None:
+        for fraction, rows in self.histories.items():
+            rows.append({"epoch": self.epoch, **trainer.preview_prune(fraction).layerwise_ratios()})
 
     def facts(self, where: dict[str, Any]) -> dict[str, Any]:
         """For a checkpoint that is written here."""
-        traces = [[fraction, rows] for fraction, rows in self.traces.items()]
-        return {"history": [m.as_dict() for m in self.history], "traces": traces, "parts": self.parts_with(where)}
+        histories = [[fraction, rows] for fraction, rows in self.histories.items()]
+        return {
+            "history": [m.as_dict() for m in self.history],
+            "histories": histories,
+            "parts": self.parts_with(where),
+        }
 
     def parts_with(self, where: dict[str, Any]) -> list[dict[str, Any]]:
         begin = self.parts[-1]["to"] if self.parts else self.begin
@@ -109,9 +113,9 @@ class _Progress:
     @classmethod
     def of(cls, begin: int, facts: Any) -> "_Progress":
         """ValueError, TypeError or KeyError for what is no progress."""
-        traces = {float(fraction): list(rows) for fraction, rows in facts["traces"]}
+        histories = {float(fraction): list(rows) for fraction, rows in facts["histories"]}
         parts = [{**part, "to": int(part["to"])} for part in facts["parts"]]
-        return cls(begin, [EpochMetrics(**m) for m in facts["history"]], traces, parts)
+        return cls(begin, [EpochMetrics(**m) for m in facts["history"]], histories, parts)
 
 
 class Worker:
@@ -130,7 +134,7 @@ class Worker:
         self._trainers: dict[tuple[ModelSpec, str], Trainer] = {}
         self._initial: dict[str, dict[str, Tensor]] = {}
 
-    def run(self, node: Runnable, products: Products, report: Report) -> tuple[dict[str, Any], int]:
+    def run(self, node: Runnable, products: RequestedOutputs, report: Report) -> tuple[dict[str, Any], int]:
         """Computes and publishes a node whose parents are published; returns its result, and the epochs it took here.
 
         products: what a training run is to leave beside its metrics.
@@ -144,12 +148,12 @@ class Worker:
             result, files = choose_weights(self.store, node, state)
         else:
             manifest = self.config.images[node.source.node.data.fingerprint].manifest
-            result, files = choose_filters(self.store, node, manifest.height, self.config.device)
+            result, files = choose_channels(self.store, node, manifest.height, self.config.device)
         made = {**environment(None, [self.config.device]), **_cost(time.perf_counter() - began, None)}
         self.store.publish(node, result, made, files)
         return result, 0
 
-    def _train(self, node: Train, products: Products, report: Report) -> tuple[dict[str, Any], int]:
+    def _train(self, node: Train, products: RequestedOutputs, report: Report) -> tuple[dict[str, Any], int]:
         with self._trainer(node) as trainer:
             progress = self._start(trainer, node, products)
             epochs_before = progress.epoch
@@ -158,7 +162,9 @@ class Worker:
                 self._fit(trainer, node, products, progress, report)
             return self._publish(node, products, progress, trainer), progress.epoch - epochs_before
 
-    def _fit(self, trainer: Trainer, node: Train, products: Products, progress: _Progress, report: Report) -> None:
+    def _fit(
+        self, trainer: Trainer, node: Train, products: RequestedOutputs, progress: _Progress, report: Report
+    ) -> None:
         """Trains what is left, and writes what is to be kept on the way."""
         saved_at = time.monotonic()
 
@@ -168,7 +174,7 @@ class Worker:
             report(progress.epoch, 0)
             if metrics.diverged:
                 return
-            progress.trace(trainer)
+            progress.lpr_history(trainer)
             if metrics.epoch == node.stop:
                 return
             for what in _asked(products, metrics.epoch):
@@ -191,15 +197,17 @@ class Worker:
             on_epoch=on_epoch,
         )
 
-    def _publish(self, node: Train, products: Products, progress: _Progress, trainer: Trainer) -> dict[str, Any]:
+    def _publish(
+        self, node: Train, products: RequestedOutputs, progress: _Progress, trainer: Trainer
+    ) -> dict[str, Any]:
         history, last = progress.history, progress.history[-1]
         metrics, times = zip(*(m.parts() for m in history), strict=True)
         files: Files = {
             "metrics.csv": lambda p: write_csv(p, list(metrics)),
             "times.csv": lambda p: write_csv(p, list(times)),
         }
-        for fraction, rows in progress.traces.items():
-            files[trace_name(fraction)] = partial(write_csv, rows=rows)
+        for fraction, rows in progress.histories.items():
+            files[lpr_name(fraction)] = partial(write_csv, rows=rows)
         for epoch in sorted({*products.weights, *products.momentum}):
             for what in _asked(products, epoch):
                 if epoch < last.epoch:
@@ -223,14 +231,14 @@ class Worker:
         self.store.drop_partial(node)
         return result
 
-    def _start(self, trainer: Trainer, node: Train, products: Products) -> _Progress:
+    def _start(self, trainer: Trainer, node: Train, products: RequestedOutputs) -> _Progress:
         """Puts the trainer where the run begins, or where its checkpoint left it; returns what is done."""
         progress = self._resume(trainer, node, products)
         if progress is None:
-            progress = _Progress(node.begin, traces={fraction: [] for fraction in products.traces})
-            if not isinstance(node.mask, Filters):  # such a network begins as it was cut
+            progress = _Progress(node.begin, histories={fraction: [] for fraction in products.histories})
+            if not isinstance(node.mask, ChannelSelection):  # such a network begins as it was cut
                 self._load_start(trainer, node.start)
-            progress.trace(trainer)
+            progress.lpr_history(trainer)
         if isinstance(node.mask, Prune):
             trainer.set_mask(read_mask(self.store, node.mask))
         return progress
@@ -242,7 +250,7 @@ class Worker:
         else:
             load_start(self.store, trainer, start.state, momentum=start.momentum)
 
-    def _resume(self, trainer: Trainer, node: Train, products: Products) -> _Progress | None:
+    def _resume(self, trainer: Trainer, node: Train, products: RequestedOutputs) -> _Progress | None:
         """What a checkpoint holds. One that has passed something which is wanted only now does not help."""
         path = self.store.partial_path(node, "checkpoint")
         if not path.exists():
@@ -255,7 +263,7 @@ class Worker:
                     if not (passed := self.store.partial_path(node, f"{what}-{epoch}")).exists():
                         return None
                     read_tensors(passed)  # raises if it is not as it was written
-            if not set(products.traces) <= set(progress.traces):
+            if not set(products.histories) <= set(progress.histories):
                 return None
             trainer.load_state(state)
         except (TypeError, ValueError, KeyError) as error:
@@ -266,7 +274,7 @@ class Worker:
     @contextmanager
     def _trainer(self, node: Train) -> Iterator[Trainer]:
         """A Trainer of the node's network, warm where there is one; that of a smaller network is closed in the end."""
-        if isinstance(node.mask, Filters):
+        if isinstance(node.mask, ChannelSelection):
             assert isinstance(node.start, Rewind)
             model = smaller(self.store, node.mask, read_state(self.store, node.start.state), self._size(node.data))
             trainer = Trainer(model, device=self.config.device, precision=node.precision)
@@ -314,7 +322,7 @@ def _cost(seconds: float, rate: float | None) -> dict[str, Any]:
     return {"wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
 
 
-def _asked(products: Products, epoch: int) -> list[str]:
+def _asked(products: RequestedOutputs, epoch: int) -> list[str]:
     """What is kept of the state after `epoch`."""
     return [what for what, epochs in (("state", products.weights), ("momentum", products.momentum)) if epoch in epochs]
 
@@ -404,7 +412,7 @@ def choose_weights(store: RunStore, node: Prune, state: dict[str, Tensor]) -> Ch
     return result, {"mask.safetensors": new.save, "layers.csv": lambda p: p.write_text(new.ratios_csv())}
 
 
-def choose_filters(store: RunStore, node: Filters, image_size: int, device: str) -> Chosen:
+def choose_channels(store: RunStore, node: ChannelSelection, image_size: int, device: str) -> Chosen:
     """The filters that stay, and what the smaller network costs beside the whole one: parameters, FLOPs of one image,
     and milliseconds for a batch, measured in turn here and now."""
     state = read_state(store, node.source)
@@ -447,7 +455,7 @@ def choose_filters(store: RunStore, node: Filters, image_size: int, device: str)
     return result, {"filters.json": lambda p: p.write_text(described), "layers.csv": layers}
 
 
-def smaller(store: RunStore, node: Filters, state: dict[str, Tensor], image_size: int) -> nn.Module:
+def smaller(store: RunStore, node: ChannelSelection, state: dict[str, Tensor], image_size: int) -> nn.Module:
     """The network of `state` without the filters that a published selection removes. InputError if it is damaged."""
     path = store.filters(node)
     try:
@@ -457,7 +465,7 @@ def smaller(store: RunStore, node: Filters, state: dict[str, Tensor], image_size
         raise store.damaged(path, error) from error
 
 
-def _with_weights(node: Filters, state: dict[str, Tensor]) -> nn.Module:
+def _with_weights(node: ChannelSelection, state: dict[str, Tensor]) -> nn.Module:
     model = build(node.model)
     model.load_state_dict(_model_state(state))
     return model

@@ -7,25 +7,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from fastprune.specs import Node, Prune, Runnable, StateRef, Trace, Train, states_read
-from fastprune.store import Products, RunStore
+from fastprune.specs import LprHistory, Node, Prune, Runnable, StateRef, Train, states_read
+from fastprune.store import RequestedOutputs, RunStore
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes, each once, parents before children. traces: wanted of them. labels: by key, what a person calls a node."""
+    """Nodes, each once, parents before children. histories: of LPR that are wanted. labels: by key, for people."""
 
     nodes: tuple[Runnable, ...]
-    traces: tuple[Trace, ...]
+    histories: tuple[LprHistory, ...]
     labels: dict[str, str]
 
     @classmethod
-    def of(cls, wanted: Iterable[Runnable | Trace], labels: dict[str, str] | None = None) -> "Graph":
+    def of(cls, wanted: Iterable[Runnable | LprHistory], labels: dict[str, str] | None = None) -> "Graph":
         """What is wanted, and all that it rests on."""
         wanted = list(wanted)
-        traces = tuple(w for w in wanted if isinstance(w, Trace))
+        histories = tuple(w for w in wanted if isinstance(w, LprHistory))
         seen: dict[str, Runnable] = {}
-        stack: list[tuple[Runnable, bool]] = [(w.node if isinstance(w, Trace) else w, False) for w in reversed(wanted)]
+        stack: list[tuple[Runnable, bool]] = [
+            (w.node if isinstance(w, LprHistory) else w, False) for w in reversed(wanted)
+        ]
         while stack:
             node, expanded = stack.pop()
             if node.key in seen:
@@ -35,7 +37,7 @@ class Graph:
             else:
                 stack.append((node, True))
                 stack.extend((parent, False) for parent in node.parents())
-        return cls(tuple(seen.values()), traces, labels or {})
+        return cls(tuple(seen.values()), histories, labels or {})
 
     def label(self, node: Node) -> str:
         return self.labels.get(node.key, f"{node.kind} {node.key[:8]}")
@@ -63,28 +65,28 @@ class Graph:
         if store is None:
             return list(self.nodes)
         missing = {n.key for n in self.nodes if not store.has(n)}
-        for trace in self.traces:
-            if not store.holds(trace.node, Products(traces=(trace.fraction,))):
-                missing.add(trace.node.key)
+        for history in self.histories:
+            if not store.holds(history.node, RequestedOutputs(histories=(history.fraction,))):
+                missing.add(history.node.key)
         for node in reversed(self.nodes):  # a run that is trained again may need a state of another
             for source, momentum in states_read(node) if node.key in missing else ():
                 epochs = (source.epoch,)
-                if not store.holds(source.node, Products(weights=epochs, momentum=epochs if momentum else ())):
+                if not store.holds(source.node, RequestedOutputs(weights=epochs, momentum=epochs if momentum else ())):
                     missing.add(source.node.key)
         return [n for n in self.nodes if n.key in missing]
 
-    def products(self, node: Runnable) -> Products:
+    def requested_outputs(self, node: Runnable) -> RequestedOutputs:
         """What the run is to leave: what others read of it, and the LPR at each epoch of a run that is pruned first,
         as that costs next to nothing and may spare training it again."""
         needed = self.needed(node)
-        return Products(
-            needed.weights, needed.momentum, tuple(sorted({*needed.traces, *self._first.get(node.key, ())}))
+        return RequestedOutputs(
+            needed.weights, needed.momentum, tuple(sorted({*needed.histories, *self._first.get(node.key, ())}))
         )
 
-    def needed(self, node: Runnable) -> Products:
+    def needed(self, node: Runnable) -> RequestedOutputs:
         """What others read of the run."""
-        weights, momentum, traces = self._read.get(node.key, (set(), set(), set()))
-        return Products(tuple(sorted(weights)), tuple(sorted(momentum)), tuple(sorted(traces)))
+        weights, momentum, histories = self._read.get(node.key, (set(), set(), set()))
+        return RequestedOutputs(tuple(sorted(weights)), tuple(sorted(momentum)), tuple(sorted(histories)))
 
     @cached_property
     def _read(self) -> dict[str, tuple[set[int], set[int], set[float]]]:
@@ -94,8 +96,8 @@ class Graph:
                 read[source.node.key][0].add(source.epoch)
                 if momentum:
                     read[source.node.key][1].add(source.epoch)
-        for trace in self.traces:
-            read[trace.node.key][2].add(trace.fraction)
+        for history in self.histories:
+            read[history.node.key][2].add(history.fraction)
         return dict(read)
 
     @cached_property
@@ -214,4 +216,4 @@ def merge_graphs(graphs: Iterable[Graph]) -> Graph:
     labels: dict[str, str] = {}
     for graph in reversed(graphs):
         labels |= graph.labels
-    return Graph.of([w for g in graphs for w in (*g.nodes, *g.traces)], labels)
+    return Graph.of([w for g in graphs for w in (*g.nodes, *g.histories)], labels)

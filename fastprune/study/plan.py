@@ -291,11 +291,11 @@ def bytes_on_disk(graph: Graph, nodes: Iterable[Runnable]) -> int:
         size = sizes.setdefault(node.model, NetworkSize.of(node.model))
         total += _JSON
         if isinstance(node, Train):
-            products = graph.products(node)
+            products = graph.requested_outputs(node)
             total += node.epochs * _TEXT_PER_EPOCH
             total += len(products.weights) * _FLOAT * (size.parameters + size.statistics)
             total += len(products.momentum) * _FLOAT * size.parameters
-            total += len(products.traces) * (node.epochs + 1) * size.layers * _TEXT_PER_RATIO
+            total += len(products.histories) * (node.epochs + 1) * size.layers * _TEXT_PER_RATIO
         elif isinstance(node, Prune):
             total += size.weights // 8 + size.layers * _TEXT_PER_LAYER
     return total

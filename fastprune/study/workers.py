@@ -60,7 +60,7 @@ def compute(worker: Worker, graph: Graph, node: Runnable, report: Report) -> tup
     try:
         for parent in node.parents():
             worker.store.await_node(parent)
-        return "done", worker.run(node, graph.products(node), report)
+        return "done", worker.run(node, graph.requested_outputs(node), report)
     except InputError as error:
         return "input", str(error)
     except Exception as error:

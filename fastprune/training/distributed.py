@@ -14,7 +14,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean_over_ranks(*buffers: Tensor) -> None:
+def all_reduce_mean(*buffers: Tensor) -> None:
     """Replaces each buffer by its mean over all ranks."""
     if (ranks := world_size()) > 1:
         for buffer in buffers:
@@ -22,13 +22,13 @@ def mean_over_ranks(*buffers: Tensor) -> None:
             buffer.div_(ranks)
 
 
-def sum_over_ranks(buffer: Tensor) -> None:
+def all_reduce_sum(buffer: Tensor) -> None:
     """Replaces the buffer by its sum over all ranks."""
     if world_size() > 1:
         dist.all_reduce(buffer)
 
 
-def share_statistics(model: nn.Module) -> None:
+def broadcast_statistics(model: nn.Module) -> None:
     """Gives every rank the first one's buffers (batch-norm statistics), so that all evaluate the same network."""
     if world_size() > 1:
         for buffer in model.buffers():

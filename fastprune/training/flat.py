@@ -16,8 +16,8 @@ class FlatParams:
     """Moves a model's parameters into flat fp32 buffers; its parameters become views of them, as do their gradients.
 
     weight, grad, momentum: float32 [n], mask: bool [n] (True keeps; all True but for the padding), each in storage
-    order: segment after segment, conv weights as OHWI. rest_weight, rest_grad, rest_momentum: float32 [m], all other
-    parameters. low: bf16 or fp16 [n] or None, what the weight is in `low_precision`, kept up to date by `sgd_step`,
+    order: segment after segment, conv weights as OHWI. other_params, other_grad, other_momentum: float32 [m], all other
+    parameters. half: bf16 or fp16 [n] or None, what the weight is in `half_precision`, kept up to date by `sgd_step`,
     `set_mask` and `sync`.
 
     The views stay valid as long as nobody rebinds a parameter: `.to(dtype)`, `load_state_dict(assign=True)` and
@@ -25,7 +25,7 @@ class FlatParams:
     this it is a TypeError.
     """
 
-    def __init__(self, model: nn.Module, linear: bool = False, low_precision: torch.dtype | None = None) -> None:
+    def __init__(self, model: nn.Module, linear: bool = False, half_precision: torch.dtype | None = None) -> None:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 raise ValueError(f"{name} is frozen (requires_grad is False): a flat buffer is trained as a whole")
@@ -34,25 +34,27 @@ class FlatParams:
         rest = [(name, p) for name, p in model.named_parameters() if id(p) not in prunable_ids]
         device = next(model.parameters()).device
         self.segments = layout(named)
-        self.rest_segments = layout((name, p.reshape(-1)) for name, p in rest)
+        self.other_segments = layout((name, p.reshape(-1)) for name, p in rest)
         self._model = model
         self.weight, self.grad, self.momentum = (_buffer(self.segments, device) for _ in range(3))
-        self.rest_weight, self.rest_grad, self.rest_momentum = (_buffer(self.rest_segments, device) for _ in range(3))
+        self.other_params, self.other_grad, self.other_momentum = (
+            _buffer(self.other_segments, device) for _ in range(3)
+        )
         self.mask = torch.zeros(self.weight.shape, dtype=torch.bool, device=device)
         for segment, (_, p) in zip(self.segments, named, strict=True):
             self.mask[segment.span] = True
             _rebind(p, segment.view(self.weight), segment.view(self.grad))
-        for segment, (_, p) in zip(self.rest_segments, rest, strict=True):
-            _rebind(p, segment.view(self.rest_weight).view(p.shape), segment.view(self.rest_grad).view(p.shape))
-        self.low = None if low_precision is None else torch.zeros_like(self.weight, dtype=low_precision)
+        for segment, (_, p) in zip(self.other_segments, rest, strict=True):
+            _rebind(p, segment.view(self.other_params).view(p.shape), segment.view(self.other_grad).view(p.shape))
+        self.half = None if half_precision is None else torch.zeros_like(self.weight, dtype=half_precision)
         self._rewind: tuple[Tensor, Tensor] | None = None
         self._leaves = [p for _, p in named] + [p for _, p in rest]
         self._grads = [p.grad for p in self._leaves if p.grad is not None]
-        self.low_views: dict[str, Tensor] = {}
+        self.half_views: dict[str, Tensor] = {}
         """By parameter name, what a forward pass in low precision computes with instead of the weight: leaves."""
-        if self.low is not None:
-            self.low_views = {s.name: s.view(self.low).requires_grad_() for s in self.segments}
-            self._leaves[: len(named)] = self.low_views.values()
+        if self.half is not None:
+            self.half_views = {s.name: s.view(self.half).requires_grad_() for s in self.segments}
+            self._leaves[: len(named)] = self.half_views.values()
         self.sync()
 
     @property
@@ -64,7 +66,7 @@ class FlatParams:
         """RuntimeError unless every parameter and gradient still is its view of the buffers."""
         parameters = dict(self._model.named_parameters())
         places = [(s, self.weight, self.grad) for s in self.segments]
-        places += [(s, self.rest_weight, self.rest_grad) for s in self.rest_segments]
+        places += [(s, self.other_params, self.other_grad) for s in self.other_segments]
         for segment, weight, grad in places:
             p = parameters[segment.name]
             if p.data_ptr() != weight.data_ptr() + weight.element_size() * segment.offset or p.dtype != weight.dtype:
@@ -89,7 +91,7 @@ class FlatParams:
     def zero_grad(self) -> None:
         """Sets all gradients to zero, in place."""
         self.grad.zero_()
-        self.rest_grad.zero_()
+        self.other_grad.zero_()
 
     def set_mask(self, mask: Tensor) -> None:
         """Writes `mask` (bool [n]) in place, and +0 into what it prunes, momentum included."""
@@ -101,29 +103,29 @@ class FlatParams:
     def sync(self) -> None:
         """After something else than `sgd_step` wrote weights: +0 where pruned, and the low-precision copy anew."""
         masked_cast(self.weight, self.mask, self.weight)
-        if self.low is not None:
-            self.low.copy_(self.weight)
+        if self.half is not None:
+            self.half.copy_(self.weight)
 
     @torch.no_grad()
-    def mark(self) -> None:
+    def save_rewind_point(self) -> None:
         """Keeps the weights as they are now for `rewind`, in copies of the same layout (made at the first call)."""
         if self._rewind is None:
-            self._rewind = torch.empty_like(self.weight), torch.empty_like(self.rest_weight)
-        for copy, now in zip(self._rewind, (self.weight, self.rest_weight), strict=True):
+            self._rewind = torch.empty_like(self.weight), torch.empty_like(self.other_params)
+        for copy, now in zip(self._rewind, (self.weight, self.other_params), strict=True):
             copy.copy_(now)
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Weights become those of the last `mark`, +0 where the mask prunes now, and all momentum zero."""
+        """Weights become those of the last `save_rewind_point`, +0 where the mask prunes now, and all momentum zero."""
         if self._rewind is None:
-            raise RuntimeError("nothing to rewind to: mark() was never called")
+            raise RuntimeError("nothing to rewind to: save_rewind_point() was never called")
         weight, rest = self._rewind
         masked_cast(weight, self.mask, self.weight)
-        if self.low is not None:
-            self.low.copy_(self.weight)
-        self.rest_weight.copy_(rest)
+        if self.half is not None:
+            self.half.copy_(self.weight)
+        self.other_params.copy_(rest)
         self.momentum.zero_()
-        self.rest_momentum.zero_()
+        self.other_momentum.zero_()
 
     def sgd_step(
         self,
@@ -144,8 +146,8 @@ class FlatParams:
             "grad_scale": grad_scale,
             "found_inf": found_inf,
         }
-        masked_sgd_(self.weight, self.grad, self.momentum, self.mask, self.low, **hyper)
-        masked_sgd_(self.rest_weight, self.rest_grad, self.rest_momentum, None, **hyper)
+        masked_sgd_(self.weight, self.grad, self.momentum, self.mask, self.half, **hyper)
+        masked_sgd_(self.other_params, self.other_grad, self.other_momentum, None, **hyper)
 
     def packed(self, buffer: Tensor) -> dict[str, Tensor]:
         """A flat buffer as fresh contiguous CPU tensors of logical shape, by parameter name: what is saved."""

@@ -99,8 +99,8 @@ class FlatSGD(torch.optim.Optimizer):
         nesterov: bool = False,
     ) -> None:
         self.flat = flat
-        views = [nn.Parameter(flat.weight), nn.Parameter(flat.rest_weight)]
-        for view, grad in zip(views, (flat.grad, flat.rest_grad), strict=True):
+        views = [nn.Parameter(flat.weight), nn.Parameter(flat.other_params)]
+        for view, grad in zip(views, (flat.grad, flat.other_grad), strict=True):
             view.grad = grad
         self._step_supports_amp_scaling = True  # so that a GradScaler does not wait for the device
         super().__init__(views, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})

@@ -45,7 +45,7 @@ class EpochMetrics:
         return all, {"epoch": self.epoch, **times}
 
 
-class Captured:
+class GraphedStep:
     """A step for batches of one shape, replayed as one CUDA graph from the fourth batch on.
 
     Everything that the step mutates must be written in place, by whomever: a graph reads and writes the memory that it
@@ -87,7 +87,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
             raise ValueError(f"labels reach from {low} to {high}, but the network has {classes} classes")
 
 
-class Tally:
+class EpochSums:
     """Sums of loss and hits on the device, so that nothing waits for it before the epoch's end."""
 
     def __init__(self, device: torch.device) -> None:

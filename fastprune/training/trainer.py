@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastprune.pruning.allocation import prune
-from fastprune.pruning.masks import Mask, hold, masks_of, release
+from fastprune.pruning.masks import Mask, masks_of, share_masks, unshare_masks
 from fastprune.specs import PRECISIONS, OptimizerSpec, ScheduleSpec
-from fastprune.training.distributed import mean_over_ranks, share_statistics, sum_over_ranks
+from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics
 from fastprune.training.flat import FlatParams
 from fastprune.training.optim import FlatSGD
-from fastprune.training.step import Captured, EpochMetrics, Step, Tally, check_labels
+from fastprune.training.step import EpochMetrics, EpochSums, GraphedStep, Step, check_labels
 
-_LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """(images [B, 3, H, W], labels int64 [B]); `set_epoch(epoch)`, if it has one, is called before each training epoch."""
@@ -59,29 +59,29 @@ class Trainer:
         carried = masks_of(self.model)
         if not carried.segments:
             raise ValueError(f"{type(model).__name__} has no conv layer: there is nothing to prune")
-        self.flat = FlatParams(self.model, low_precision=_LOW[precision])
+        self.flat = FlatParams(self.model, half_precision=_HALF[precision])
         self.flat.set_mask(carried.keep)
-        hold(self.model, self.flat.segments, self.flat.mask)
+        share_masks(self.model, self.flat.segments, self.flat.mask)
         self._lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimizer = FlatSGD(self.flat, lr=self._lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._fresh_scaler = self.scaler.state_dict()
         compile = on_gpu if compile is None else compile
-        low = _LOW[precision]
-        self.images = low if on_gpu and low is not None else torch.float32
+        half = _HALF[precision]
+        self.images = half if on_gpu and half is not None else torch.float32
         """The dtype in which batches are best made: the network's first conv would cast them to it anyway."""
-        self._network = _network(self.model, self.flat.low_views)
+        self._network = _network(self.model, self.flat.half_views)
         if compile:
             backend = compile if isinstance(compile, str) else "inductor"
             # torch counts all Trainers of a process together, and past its limit runs uncompiled.
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
             self._network = torch.compile(self._network, dynamic=False, backend=backend)
-        self._captured: dict[tuple[Any, ...], Captured] = {}
+        self._graphed: dict[tuple[Any, ...], GraphedStep] = {}
         self._pool = (
             (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)) if on_gpu and graph is not False else None
         )
-        self._tally = Tally(self.device)
+        self._sums = EpochSums(self.device)
         self._smoothing = 0.0
         self._classes: int | None = None  # known after the first batch
         self._marked: dict[str, Tensor] = {}
@@ -90,7 +90,7 @@ class Trainer:
         """All that a run continues from, as fresh CPU tensors: weights and batch-norm statistics ("model.NAME") and
         momentum ("momentum.NAME"), each of logical shape, and the gradient scaler where there is one."""
         state = {f"model.{k}": v.detach().to("cpu", copy=True).contiguous() for k, v in self._tensors().items()}
-        momentum = self.flat.packed(self.flat.momentum) | self._rest(self.flat.rest_momentum)
+        momentum = self.flat.packed(self.flat.momentum) | self._rest(self.flat.other_momentum)
         state |= {f"momentum.{k}": v for k, v in momentum.items()}
         for name, value in self.scaler.state_dict().items():
             state[f"scaler.{name}"] = torch.tensor(value, dtype=torch.float64)
@@ -108,14 +108,14 @@ class Trainer:
         for name, tensor in tensors.items():
             tensor.detach().copy_(state[f"model.{name}"])
         self.flat.momentum.zero_()
-        self.flat.rest_momentum.zero_()
+        self.flat.other_momentum.zero_()
         if momentum:
             for s in self.flat.segments:
                 if f"momentum.{s.name}" in state:
                     s.view(self.flat.momentum).copy_(state[f"momentum.{s.name}"])
-            for s in self.flat.rest_segments:
+            for s in self.flat.other_segments:
                 if f"momentum.{s.name}" in state:
-                    s.view(self.flat.rest_momentum).copy_(state[f"momentum.{s.name}"].flatten())
+                    s.view(self.flat.other_momentum).copy_(state[f"momentum.{s.name}"].flatten())
         scaler = dict(self._fresh_scaler)
         if momentum and all(f"scaler.{name}" in state for name in scaler):
             scaler = {k: type(v)(state[f"scaler.{k}"].item()) for k, v in scaler.items()}
@@ -138,28 +138,28 @@ class Trainer:
 
         Must come before a process group is destroyed: it waits for graphs that captured its collectives.
         """
-        self._captured.clear()
-        release(self.model)
+        self._graphed.clear()
+        unshare_masks(self.model)
 
-    def would_prune(self, fraction: float) -> Mask:
+    def preview_prune(self, fraction: float) -> Mask:
         """The mask that `prune` would leave; nothing is changed."""
         return prune(self.flat.weight.abs(), Mask(self.flat.mask, self.flat.segments), fraction)
 
     def prune(self, fraction: float) -> Mask:
         """Prunes round(fraction x remaining) weights of the lowest magnitude over all layers, in place."""
-        new = self.would_prune(fraction)
+        new = self.preview_prune(fraction)
         self.flat.set_mask(new.keep)
         return new
 
     @torch.no_grad()
-    def mark(self) -> None:
+    def save_rewind_point(self) -> None:
         """Keeps weights and batch-norm statistics as they are now, on the device, for `rewind`."""
-        self.flat.mark()
+        self.flat.save_rewind_point()
         self._marked = {name: b.clone() for name, b in self.model.named_buffers() if b.dtype != torch.bool}
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Weights and statistics as they were at the last `mark`, under the present mask; momentum zero."""
+        """Weights and statistics as at the last `save_rewind_point`, under the present mask; momentum zero."""
         self.flat.rewind()
         for name, buffer in self.model.named_buffers():
             if name in self._marked:
@@ -215,7 +215,7 @@ class Trainer:
         self, train: Batches, schedule: ScheduleSpec, epoch: int, on_batch: Callable[[int], None] | None
     ) -> tuple[float, float, int]:
         self.model.train()
-        self._tally.clear()
+        self._sums.clear()
         steps = len(train) if schedule.varies_within(epoch) else 1  # type: ignore[arg-type]
         rate = None
         for step, (images, labels) in enumerate(train):
@@ -224,7 +224,7 @@ class Trainer:
             self._run(self._train_step, images, labels)
             if on_batch is not None:
                 on_batch(len(labels))
-        share_statistics(self.model)
+        broadcast_statistics(self.model)
         return self._result()
 
     @torch.no_grad()
@@ -236,34 +236,34 @@ class Trainer:
     @torch.no_grad()
     def _evaluate(self, val: Batches) -> tuple[float, float]:
         self.model.eval()
-        self._tally.clear()
+        self._sums.clear()
         for images, labels in val:
             self._run(self._eval_step, images, labels)
         return self._result()[:2]
 
     def so_far(self) -> tuple[float, float, int]:
         """(mean loss, accuracy, images) of the epoch that runs, on this rank; waits for the device."""
-        return self._tally.result()
+        return self._sums.result()
 
     def _result(self) -> tuple[float, float, int]:
-        sum_over_ranks(self._tally.sums)
-        return self._tally.result()
+        all_reduce_sum(self._sums.sums)
+        return self._sums.result()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         with self._autocast():
             logits = self._logits(images, labels)
             loss = F.cross_entropy(logits, labels, label_smoothing=self._smoothing)
         self.flat.backward(self.scaler.scale(loss))
-        mean_over_ranks(self.flat.grad, self.flat.rest_grad)
+        all_reduce_mean(self.flat.grad, self.flat.other_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._tally.add(loss, logits, labels)
+        self._sums.add(loss, logits, labels)
 
     def _eval_step(self, images: Tensor, labels: Tensor) -> None:
         with self._autocast():
             logits = self._logits(images, labels)
             loss = F.cross_entropy(logits, labels)
-        self._tally.add(loss, logits, labels)
+        self._sums.add(loss, logits, labels)
 
     def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = self._network(images)
@@ -294,9 +294,9 @@ class Trainer:
         group = self.optimizer.param_groups[0]
         hyper = (self._smoothing, *(group[name] for name in ("momentum", "weight_decay", "nesterov")))
         key = (step, images.shape, images.dtype, hyper if step == self._train_step else None)
-        if key not in self._captured:
-            self._captured[key] = Captured(step, *self._pool)
-        self._captured[key](images, labels)
+        if key not in self._graphed:
+            self._graphed[key] = GraphedStep(step, *self._pool)
+        self._graphed[key](images, labels)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """On the device; nothing waits for the copy."""
@@ -305,8 +305,8 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        low = _LOW[self.precision]
-        return nullcontext() if low is None else torch.autocast(self.device.type, low)
+        half = _HALF[self.precision]
+        return nullcontext() if half is None else torch.autocast(self.device.type, half)
 
     def _tensors(self) -> dict[str, Tensor]:
         buffers = {name: b for name, b in self.model.named_buffers() if b.dtype != torch.bool}  # masks are no state
@@ -314,11 +314,11 @@ class Trainer:
 
     def _rest(self, buffer: Tensor) -> dict[str, Tensor]:
         shapes = dict(self.model.named_parameters())
-        packed = ((s.name, s.view(buffer).to("cpu", copy=True)) for s in self.flat.rest_segments)
+        packed = ((s.name, s.view(buffer).to("cpu", copy=True)) for s in self.flat.other_segments)
         return {name: t.view(shapes[name].shape) for name, t in packed}
 
 
-def _network(model: nn.Module, low_views: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def _network(model: nn.Module, half_views: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """Images to logits; convs read the low-precision copy where there is one.
 
     No method of the Trainer, which would then refer to itself and, after its last use, keep its buffers until the
@@ -326,6 +326,6 @@ def _network(model: nn.Module, low_views: dict[str, Tensor]) -> Callable[[Tensor
     """
 
     def compute(images: Tensor) -> Tensor:
-        return functional_call(model, low_views, (images,)) if low_views else model(images)
+        return functional_call(model, half_views, (images,)) if half_views else model(images)
 
     return compute

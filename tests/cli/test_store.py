@@ -52,7 +52,7 @@ def test_ls(store, capsys):
 
 
 def test_ls_calls_a_data_set_by_its_name_where_a_figure_says_it(store, capsys):
-    record_figure(store, "A2", "paper", GRAPH.nodes, GRAPH.traces, "")
+    record_figure(store, "A2", "paper", GRAPH.nodes, GRAPH.histories, "")
     assert "tiny-imagenet (200 classes)" in run(capsys, "ls", "--store", store.root)[1]
 
 

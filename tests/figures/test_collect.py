@@ -6,17 +6,17 @@ from torch import nn
 
 from fastprune.figures import load
 from fastprune.figures.collect import collect
-from fastprune.figures.points import TracePoint, find_panel
-from fastprune.specs import DataSpec, Trace
-from fastprune.store import RunStore, trace_name, write_csv
-from fastprune.study.chains import Chains, Source
+from fastprune.figures.points import LprPoint, find_panel
+from fastprune.specs import DataSpec, LprHistory
+from fastprune.store import RunStore, lpr_name, write_csv
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.settings import preset
 from fastprune.training.trainer import Trainer
 
 DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
 SETTINGS = preset(load("A4").PROTOCOL, "smoke").override(seeds=1, epochs=2, fraction=0.5, rounds=2)
 DENSE = Chains(SETTINGS, DATA, 0).dense(0.5)
-TRACE = Trace(DENSE, 0.5)
+TRACE = LprHistory(DENSE, 0.5)
 
 
 def three_layers() -> nn.Module:
@@ -26,7 +26,7 @@ def three_layers() -> nn.Module:
 
 
 def ratios(model: nn.Module) -> dict[str, float]:
-    return Trainer(model).would_prune(0.5).layerwise_ratios()
+    return Trainer(model).preview_prune(0.5).layerwise_ratios()
 
 
 def test_the_lpr_of_three_layers_by_hand():
@@ -47,7 +47,7 @@ def test_the_lpr_of_three_layers_by_hand():
 def published(tmp_path, rows, diverged=False) -> RunStore:
     store = RunStore(tmp_path)
     result = {"epochs": len(rows) - 1, "diverged": diverged, "accuracy": None if diverged else 0.5}
-    store.publish(DENSE, result, {}, {trace_name(0.5): lambda p: write_csv(p, rows)})
+    store.publish(DENSE, result, {}, {lpr_name(0.5): lambda p: write_csv(p, rows)})
     return store
 
 
@@ -60,12 +60,12 @@ BY_HAND = [
 
 def test_ratios_and_their_distance_by_hand(tmp_path):
     store = published(tmp_path, BY_HAND)
-    layers = collect("A4", [TracePoint("a", None, 0, 0.5, TRACE)], store)
+    layers = collect("A4", [LprPoint("a", None, 0, 0.5, TRACE)], store)
     assert {(r.series, r.round): (r.x, r.y) for r in layers} == {
         (layer, row["epoch"]): (float(row["epoch"]), row[f"{layer}.weight"]) for row in BY_HAND for layer in "abc"
     }
     assert {(r.series, r.round): r.dead for r in layers if r.dead} == {("c", 0): 1}
-    distance = collect("A5", [TracePoint("a", "0.5", 0, 0.5, TRACE)], store)
+    distance = collect("A5", [LprPoint("a", "0.5", 0, 0.5, TRACE)], store)
     # Epoch 0: 0.75, 0.25 and 0.375 from the end; epoch 1: 0.25, 0.25 and 0.125.
     assert [r.y for r in distance] == [pytest.approx(1.375 / 3), pytest.approx(0.625 / 3), 0.0]
     assert [r.dead for r in distance] == [1, 0, 0]
@@ -75,16 +75,16 @@ def test_a_run_that_diverged_has_ratios_up_to_there_and_no_distance(tmp_path):
     store = RunStore(tmp_path)
     rows = BY_HAND[:2]
     result = {"epochs": 2, "diverged": True, "accuracy": None}
-    store.publish(DENSE, result, {}, {trace_name(0.5): lambda p: write_csv(p, rows)})
-    layers = collect("A4", [TracePoint("a", None, 0, 0.5, TRACE)], store)
+    store.publish(DENSE, result, {}, {lpr_name(0.5): lambda p: write_csv(p, rows)})
+    layers = collect("A4", [LprPoint("a", None, 0, 0.5, TRACE)], store)
     assert {(r.series, r.round) for r in layers if r.diverged} == {("a", 2), ("b", 2), ("c", 2)}
-    distance = collect("A5", [TracePoint("a", "0.5", 0, 0.5, TRACE)], store)
+    distance = collect("A5", [LprPoint("a", "0.5", 0, 0.5, TRACE)], store)
     assert [r.y for r in distance] == [None, None, None]
 
 
 def test_layers_that_died_are_counted_and_missing_runs_are_left_out(tmp_path):
     chains, store = Chains(SETTINGS, DATA, 0), RunStore(tmp_path)
-    points = find_panel(chains, [Source(0.5)])
+    points = find_panel(chains, [MaskRecipe(0.5)])
     assert collect("A6", points, store) == []
     first, second = points
     store.publish(first.node, {"epochs": 2, "diverged": False, "accuracy": 0.5}, {}, {})
@@ -102,6 +102,6 @@ def test_accuracy_at_an_epoch_is_that_of_the_epoch(tmp_path):
     metrics = [{"epoch": 1, "val_accuracy": 0.25}, {"epoch": 2, "val_accuracy": float("nan")}]
     result = {"epochs": 2, "diverged": True, "accuracy": None}
     store.publish(DENSE, result, {}, {"metrics.csv": lambda p: write_csv(p, metrics)})
-    point = find_panel(Chains(SETTINGS, DATA, 0), [Source(0.5)])[0]
+    point = find_panel(Chains(SETTINGS, DATA, 0), [MaskRecipe(0.5)])[0]
     found = [collect("A6", [replace(point, epoch=epoch)], store)[0].y for epoch in (1, 2)]
     assert found == [0.25, None]

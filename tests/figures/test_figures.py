@@ -7,10 +7,10 @@ import pytest
 
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, PAPER, load
-from fastprune.figures.points import Point, TracePoint, build_graph
+from fastprune.figures.points import LprPoint, Point, build_graph
 from fastprune.figures.reproduce import FigureRequest, planned_data
-from fastprune.specs import DataSpec, Filters, ModelSpec, Prune, Ratios, Rewind, Train
-from fastprune.study.chains import Chains, Source
+from fastprune.specs import ChannelSelection, DataSpec, ModelSpec, Prune, Ratios, Rewind, Train
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.graph import Cost, Graph, merge_graphs
 from fastprune.study.plan import NetworkSize, bytes_on_disk
 from fastprune.study.settings import PRESETS, preset
@@ -55,15 +55,18 @@ def test_a4_and_a5_read_the_runs_of_a3_and_a6():
     graph = merge_graphs(planned(name)[1] for name in ("A3", "A6"))
     for name in ("A4", "A5"):
         for point in planned(name)[0]:
-            assert isinstance(point, TracePoint)
+            assert isinstance(point, LprPoint)
             run = graph.by_key[point.node.key]
-            assert point.trace.fraction in graph.products(run).traces or point.lr_find in (0.05, 0.2)
+            assert point.history.fraction in graph.requested_outputs(run).histories or point.lr_find in (
+                0.05,
+                0.2,
+            )
 
 
 def test_a6_begins_with_snapshots_of_the_dense_run():
     points, graph = planned("A6", seeds=1)
     dense = {lr: Chains(preset(load("A6").PROTOCOL, "paper"), TINY, 0).dense(lr) for lr in (0.05, 0.2)}
-    assert graph.products(dense[0.05]).weights == (20, 50, 70, 110)
+    assert graph.requested_outputs(dense[0.05]).weights == (20, 50, 70, 110)
     for panel, lr in (("a", 0.05), ("b", 0.2)):
         zero = {p.series: (p.node, p.epoch, p.lr_eval) for p in points if p.panel == panel and p.round == 0}
         assert zero == {str(e): (dense[lr], e, lr) for e in (20, 50, 70, 110)}
@@ -88,7 +91,7 @@ def test_local_pruning_and_transplants_say_so_in_their_nodes():
 def test_structured_points_stand_in_each_panel():
     points, graph = planned("structured", seeds=1)
     assert len(points) == 4 * 3 * 10
-    assert all(isinstance(p.filters, Filters) for p in points)
+    assert all(isinstance(p.filters, ChannelSelection) for p in points)
     assert {p.filters.fraction for p in points} == {i / 10 for i in range(10)}
     tuned = [n for n in graph.trainings if n.mask is not None]
     assert {(n.schedule.lr, n.schedule.decay, n.schedule.warmup_epochs, n.stop) for n in tuned} == {
@@ -129,7 +132,7 @@ def test_every_run_of_a_figure_is_of_its_seed():
 
 def test_a_chain_by_ratios_needs_its_donor_first():
     chains = Chains(preset(load("transplant").PROTOCOL, "paper"), TINY, 0)
-    graph = Graph.of([chains.masks(Source(0.5, ratios_of=0.05))[0]])
+    graph = Graph.of([chains.masks(MaskRecipe(0.5, ratios_of=0.05))[0]])
     kinds = [(n.kind, n.schedule.lr if isinstance(n, Train) else None) for n in graph.nodes]
     assert sorted(map(str, kinds[:-1])) == sorted(map(str, [("train", 0.05), ("prune", None), ("train", 0.5)]))
 

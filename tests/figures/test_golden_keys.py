@@ -37,5 +37,5 @@ def test_keys_are_those_of_the_golden_file(name):
     assert digest([n.key for n in graph.nodes]) == golden["sha256"]
     shown = [f"{p.panel} {p.series} {p.seed} {getattr(p, 'round', '')} {p.node.key}" for p in points]
     assert digest(shown) == golden["points"]
-    traces = {f"{t.node.key} {t.fraction}" for t in graph.traces}
-    assert traces >= set(golden["traces"])
+    histories = {f"{t.node.key} {t.fraction}" for t in graph.histories}
+    assert histories >= set(golden["histories"])

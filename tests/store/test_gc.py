@@ -13,7 +13,7 @@ import pytest
 
 from fastprune.cli.store import main
 from fastprune.files import read_sums, write_tensors
-from fastprune.specs import Rewind, StateRef, Trace
+from fastprune.specs import LprHistory, Rewind, StateRef
 from fastprune.store import RunStore
 from fastprune.store.gc import collect
 from fastprune.store.lease import Leases, NoSpaceError
@@ -27,7 +27,7 @@ def gc(store: RunStore, *flags: str) -> int:
 
 
 def record(store: RunStore, graph: Graph = GRAPH, figure: str = "A2") -> Path:
-    return record_figure(store, figure, "paper", graph.nodes, graph.traces, f"reproduce.py --fig {figure}")
+    return record_figure(store, figure, "paper", graph.nodes, graph.histories, f"reproduce.py --fig {figure}")
 
 
 def old(path: Path) -> Path:
@@ -229,14 +229,14 @@ def test_the_last_state_of_a_run_that_diverged_is_the_one_that_is_read(tmp_path)
 def test_what_is_recorded(tmp_path):
     store = RunStore(tmp_path)
     late = replace(TRAIN, start=Rewind(StateRef(TRAIN, 10), 10, momentum=True), mask=PRUNE)
-    graph = Graph.of([late, Trace(TRAIN, 0.2)])
+    graph = Graph.of([late, LprHistory(TRAIN, 0.2)])
     path = record_figure(
-        store, "variants", "quick", graph.nodes, graph.traces, "reproduce.py --fig variants --preset quick"
+        store, "variants", "quick", graph.nodes, graph.histories, "reproduce.py --fig variants --preset quick"
     )
     assert path.parent == tmp_path / "figures"
     assert path.name.startswith("variants-quick-")
     assert len(path.stem) == len("variants-quick-") + 8
-    assert record_figure(store, "variants", "quick", graph.nodes, graph.traces, "again") == path
+    assert record_figure(store, "variants", "quick", graph.nodes, graph.histories, "again") == path
     found = json.loads(path.read_text())
     assert found["nodes"] == sorted(n.key for n in graph.nodes)
     assert found["command"] == "again"
@@ -245,7 +245,7 @@ def test_what_is_recorded(tmp_path):
         TRAIN.key: {
             "weights": {"10": [late.key], "110": [PRUNE.key]},
             "momentum": {"10": [late.key]},
-            "traces": [0.2],
+            "histories": [0.2],
         }
     }
     assert found["data"] == {"f" * 64: "tiny-imagenet"}

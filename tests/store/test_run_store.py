@@ -12,7 +12,7 @@ from fastprune.errors import InputError
 from fastprune.figures import a2
 from fastprune.files import read_sums, write_sums
 from fastprune.specs import DataSpec, StateRef
-from fastprune.store import Products, RunStore, write_csv
+from fastprune.store import RequestedOutputs, RunStore, write_csv
 from fastprune.store.run_store import gain
 from fastprune.study.chains import Chains
 from fastprune.study.graph import Graph
@@ -184,7 +184,7 @@ def test_a_product_that_is_not_listed_does_not_count(tmp_path):
     store = RunStore(tmp_path)
     publish(store)
     (store.path(TRAIN) / "state-110.safetensors").write_text("perhaps half")
-    assert not store.holds(TRAIN, Products(weights=(110,)))
+    assert not store.holds(TRAIN, RequestedOutputs(weights=(110,)))
     assert store.state(TRAIN.final) is None
     publish(store, states=(110,))
     assert store.state(TRAIN.final).read_text() == "one"

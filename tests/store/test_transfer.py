@@ -32,7 +32,7 @@ def ours(tmp_path) -> Path:
 def theirs(tmp_path) -> Path:
     """A store, and beside it the archive of it."""
     store = put_all(tmp_path / "theirs")
-    record_figure(store, "A2", "paper", GRAPH.nodes, GRAPH.traces, "reproduce.py --fig A2")
+    record_figure(store, "A2", "paper", GRAPH.nodes, GRAPH.histories, "reproduce.py --fig A2")
     return store.root
 
 

@@ -7,10 +7,10 @@ import pytest
 
 from fastprune.figures import load
 from fastprune.loaders.manifest import Manifest
-from fastprune.specs import DataSpec, Filters, Rewind, Trace
+from fastprune.specs import ChannelSelection, DataSpec, LprHistory, Rewind
 from fastprune.store import RunStore
 from fastprune.study import compute
-from fastprune.study.chains import Chains, Source
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.compute import WorkConfig, Worker
 from fastprune.study.graph import Graph
 from fastprune.study.run import execute
@@ -31,16 +31,16 @@ def chains(**changes) -> Chains:
 
 
 def graphs() -> dict[str, Graph]:
-    source = Source(0.05)
+    source = MaskRecipe(0.05)
     kinds = {
-        name: Graph.of([(c := chains(rewind=name)).evaluated(source, 2, 0.1), Trace(c.dense(0.05), 0.5)])
+        name: Graph.of([(c := chains(rewind=name)).eval_run(source, 2, 0.1), LprHistory(c.dense(0.05), 0.5)])
         for name in ("late", "lr", "finetune")
     }
-    taker = Source(0.2, ratios_of=0.05)
-    kinds["transplant"] = Graph.of([chains().evaluated(taker, 2, 0.2)])
+    taker = MaskRecipe(0.2, ratios_of=0.05)
+    kinds["transplant"] = Graph.of([chains().eval_run(taker, 2, 0.2)])
     structured = Chains(preset(load("structured").PROTOCOL, "smoke").override(**SMALL), DATA, 0)
     dense = structured.dense(0.1)
-    filters = Filters(dense.final, 0.5)
+    filters = ChannelSelection(dense.final, 0.5)
     kinds["structured"] = Graph.of([structured.train(0.05, filters, Rewind(dense.final, 0, momentum=False))])
     return kinds
 
@@ -130,27 +130,27 @@ def test_a_trace_that_is_missing_is_made_by_training_again_and_nothing_else_chan
     execute(Graph.of([dense]), config, Silent())
     store = RunStore(config.store)
     before = (store.path(dense) / "metrics.csv").read_bytes()
-    graph = Graph.of([Trace(dense, 0.5)])
+    graph = Graph.of([LprHistory(dense, 0.5)])
     assert graph.todo(store) == [dense]
     execute(graph, config, Silent())
     assert (store.path(dense) / "metrics.csv").read_bytes() == before
-    assert list(store.trace(Trace(dense, 0.5))) == [0, 1, 2, 3]
+    assert list(store.lpr_history(LprHistory(dense, 0.5))) == [0, 1, 2, 3]
     assert graph.todo(store) == []
 
 
 def test_the_run_that_is_pruned_first_leaves_its_trace_unasked(config):
     c = chains()
-    source = Source(0.05)
+    source = MaskRecipe(0.05)
     execute(Graph.of([c.masks(source)[0]]), config, Silent())
     store = RunStore(config.store)
-    assert Graph.of([Trace(c.dense(0.05), 0.5)]).todo(store) == []
-    last = store.trace(Trace(c.dense(0.05), 0.5))[3]
+    assert Graph.of([LprHistory(c.dense(0.05), 0.5)]).todo(store) == []
+    last = store.lpr_history(LprHistory(c.dense(0.05), 0.5))[3]
     assert last == store.node(c.masks(source)[0])["result"]["layerwise_ratios"]
 
 
 def test_momentum_is_kept_only_where_a_run_goes_on_from_it(config):
     c = chains(rewind="late")
-    run = c.evaluated(Source(0.05), 1, 0.1)
+    run = c.eval_run(MaskRecipe(0.05), 1, 0.1)
     execute(Graph.of([run]), config, Silent())
     store = RunStore(config.store)
     kept = sorted(p.name for p in store.path(c.dense(0.05)).glob("*.safetensors"))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from fastprune.cli.reproduce import main
 from fastprune.figures import load
 from fastprune.specs import DataSpec, Prune, Train
-from fastprune.study.chains import Chains, Source
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.graph import Graph
 from fastprune.study.plan import longest_chain, simulate
 from fastprune.study.settings import preset
@@ -68,7 +68,7 @@ def test_it_lies_between_the_bounds_of_list_scheduling(data, workers):
     """R. L. Graham, Bounds on multiprocessing timing anomalies, 1969: at most work / w + (1 - 1 / w) chain."""
     sources = st.sampled_from([None, 0.05, 0.2, 0.8])
     wanted = data.draw(st.lists(st.tuples(sources, st.integers(0, 3), st.sampled_from([0.5, 0.8])), min_size=1))
-    graph = Graph.of([CHAINS.evaluated(Source(lr), round, rate) for lr, round, rate in wanted])
+    graph = Graph.of([CHAINS.eval_run(MaskRecipe(lr), round, rate) for lr, round, rate in wanted])
     seconds = {n.key: data.draw(st.integers(0, 20), label=n.kind) * 1.0 for n in graph.nodes}
     found = simulate(graph, graph.nodes, seconds, workers)
     chain, work = longest_chain(graph, graph.nodes, seconds)[0], sum(seconds.values())

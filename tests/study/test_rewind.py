@@ -10,9 +10,9 @@ from fastprune.errors import InputError
 from fastprune.figures import a2
 from fastprune.loaders.manifest import Manifest
 from fastprune.specs import DataSpec, Init, Prune, Rewind, StateRef, Train
-from fastprune.store import Products, RunStore
+from fastprune.store import RequestedOutputs, RunStore
 from fastprune.study import compute
-from fastprune.study.chains import Chains, Source
+from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.compute import WorkConfig, Worker, read_mask, read_state
 from fastprune.study.graph import Graph
 from fastprune.study.run import execute
@@ -25,7 +25,7 @@ SETTINGS = preset(a2.PROTOCOL, "smoke").override(
     seeds=1, rounds=2, fraction=0.5, epochs=4, milestones=(1, 3), batch_size=8, rewind_epoch=LATE, lr_find=(0.05,)
 )
 DATA = DataSpec("made up", "f" * 64, 4, None, None, 8, 8)  # one batch an epoch: an epoch is a step
-SOURCE = Source(0.05)
+SOURCE = MaskRecipe(0.05)
 
 
 def settings(rewind: str):
@@ -64,7 +64,7 @@ def expected_start(store: RunStore, run: Train) -> tuple[dict, dict, float, int]
 def runs(kind: str) -> list[Train]:
     """The find run of round 1, to its end and stopped after its first step."""
     chains = Chains(settings(kind), DATA, 0)
-    run = chains.found(SOURCE, 1).node
+    run = chains.find_state(SOURCE, 1).node
     return [run, replace(run, stop=run.begin + 1)]
 
 
@@ -104,7 +104,7 @@ def test_the_first_step_is_that_of_what_is_restored(config, kind):
     assert short.begin == epoch
     rows = store.metrics(short)
     assert list(rows) == [epoch + 1]
-    worker.run(short, Products(weights=(epoch + 1,)), lambda *_: None)  # it gains what is asked for
+    worker.run(short, RequestedOutputs(weights=(epoch + 1,)), lambda *_: None)  # it gains what is asked for
     after = tensors(read_state(store, StateRef(short, epoch + 1)), "model")
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -137,7 +137,7 @@ def test_late_rewinding_without_a_mask_goes_on_as_the_dense_run_did(config):
     assert execute(Graph.of([again, dense]), config, Silent()).failed == {}
     worker, store = Worker(config), RunStore(config.store)
     for run in (dense, again):
-        worker.run(run, Products(weights=(4,), momentum=(4,)), lambda *_: None)
+        worker.run(run, RequestedOutputs(weights=(4,), momentum=(4,)), lambda *_: None)
     expected, found = (read_state(store, run.final, momentum=True) for run in (dense, again))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[k], found[k]) for k in expected)
@@ -147,15 +147,15 @@ def test_late_rewinding_without_a_mask_goes_on_as_the_dense_run_did(config):
 @pytest.mark.parametrize("rewind", ["late", "lr", "finetune"])
 def test_at_one_rate_the_eval_run_is_the_find_run(rewind):
     chains = Chains(settings(rewind), DATA, 0)
-    assert chains.evaluated(SOURCE, 1, 0.05) == chains.found(SOURCE, 1).node
-    assert chains.evaluated(SOURCE, 1, 0.5) != chains.found(SOURCE, 1).node
+    assert chains.eval_run(SOURCE, 1, 0.05) == chains.find_state(SOURCE, 1).node
+    assert chains.eval_run(SOURCE, 1, 0.5) != chains.find_state(SOURCE, 1).node
     # An eval run starts where the find run of its round does.
-    assert chains.evaluated(SOURCE, 1, 0.5).start == chains.found(SOURCE, 1).node.start
+    assert chains.eval_run(SOURCE, 1, 0.5).start == chains.find_state(SOURCE, 1).node.start
 
 
 def test_the_random_baseline_has_nothing_to_fine_tune():
     with pytest.raises(InputError, match="random"):
-        Chains(settings("lr"), DATA, 0).evaluated(Source(None), 1, 0.05)
+        Chains(settings("lr"), DATA, 0).eval_run(MaskRecipe(None), 1, 0.05)
 
 
 def test_rewinding_past_the_end_is_refused():

@@ -24,7 +24,7 @@ HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": False}
 
 def flat_of(low: torch.dtype | None = None) -> FlatParams:
     torch.manual_seed(0)
-    return FlatParams(build(SPEC), low_precision=low)
+    return FlatParams(build(SPEC), half_precision=low)
 
 
 def random_keep(flat: FlatParams, fraction: float = 0.6) -> torch.Tensor:
@@ -34,18 +34,18 @@ def random_keep(flat: FlatParams, fraction: float = 0.6) -> torch.Tensor:
 
 def test_all_buffers_are_laid_out_alike():
     flat = flat_of(torch.bfloat16)
-    flat.mark()
+    flat.save_rewind_point()
     convs = {n: p.detach() for n, p in flat._model.named_parameters() if p.dim() == 4}
     for s in flat.segments:
         assert s.offset % 64 == 0
         for buffer in (flat.weight, flat._rewind[0]):
             assert torch.equal(s.view(buffer), convs[s.name])
-        assert torch.equal(s.view(flat.low), convs[s.name].bfloat16())
+        assert torch.equal(s.view(flat.half), convs[s.name].bfloat16())
         assert s.view(flat.mask).all()
-        assert s.view(flat.low).is_contiguous(memory_format=torch.channels_last)
+        assert s.view(flat.half).is_contiguous(memory_format=torch.channels_last)
     assert int(flat.mask.sum()) == flat.total == sum(w.numel() for w in convs.values())
     assert len(flat.weight) > flat.total  # there is padding, never kept
-    assert len(flat.rest_weight) >= sum(p.numel() for p in flat._model.parameters()) - flat.total
+    assert len(flat.other_params) >= sum(p.numel() for p in flat._model.parameters()) - flat.total
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
@@ -54,7 +54,7 @@ def test_the_low_precision_copy_follows_every_write(low):
     keep = random_keep(flat)
 
     def follows() -> bool:
-        return torch.equal(flat.low, flat.weight.to(low)) and not flat.weight[~flat.mask].any()
+        return torch.equal(flat.half, flat.weight.to(low)) and not flat.weight[~flat.mask].any()
 
     flat.set_mask(keep)
     assert follows()
@@ -65,7 +65,7 @@ def test_the_low_precision_copy_follows_every_write(low):
     assert not follows()
     flat.sync()
     assert follows()
-    flat.mark()
+    flat.save_rewind_point()
     flat.sgd_step(**HYPER)
     flat.rewind()
     assert follows()
@@ -73,21 +73,21 @@ def test_the_low_precision_copy_follows_every_write(low):
 
 def test_rewinding_brings_weights_back_under_the_present_mask():
     flat = flat_of()
-    initial, rest = flat.weight.clone(), flat.rest_weight.clone()
+    initial, rest = flat.weight.clone(), flat.other_params.clone()
     with pytest.raises(RuntimeError, match="mark"):
         flat.rewind()
-    flat.mark()
+    flat.save_rewind_point()
     place = flat.weight.data_ptr()
-    for buffer in (flat.grad, flat.rest_grad):
+    for buffer in (flat.grad, flat.other_grad):
         buffer.normal_()
     flat.sgd_step(**HYPER)
     assert not torch.equal(flat.weight, initial)
     flat.set_mask(random_keep(flat))
     flat.rewind()
     assert torch.equal(flat.weight, torch.where(flat.mask, initial, 0.0))
-    assert torch.equal(flat.rest_weight, rest)
+    assert torch.equal(flat.other_params, rest)
     assert not flat.momentum.any()
-    assert not flat.rest_momentum.any()
+    assert not flat.other_momentum.any()
     assert flat.weight.data_ptr() == place
     flat.check_aliased()
 
@@ -117,12 +117,12 @@ def test_flat_buffers_and_what_holds_them_are_not_copied(copying):
 def test_gradients_of_unused_parameters_are_zero():
     flat = flat_of()
     flat.grad.fill_(float("nan"))
-    flat.rest_grad.fill_(float("nan"))
+    flat.other_grad.fill_(float("nan"))
     flat.backward(flat._model.conv1(torch.randn(1, 3, 32, 32)).sum())
     conv1 = flat.segments[0]
     assert conv1.view(flat.grad).any()
     assert int(flat.grad.count_nonzero()) <= conv1.numel
-    assert not flat.rest_grad.any()
+    assert not flat.other_grad.any()
 
 
 def test_model_zero_grad_in_place_is_allowed():

@@ -284,7 +284,7 @@ def test_flat_layout():
     assert [s.name for s in flat.segments] == list(model_convs)
     assert flat.total == sum(p.numel() for p in model_convs.values()) == int(flat.mask.sum())
     assert all(s.offset % 64 == 0 for s in flat.segments)
-    assert len(flat.rest_segments) == len(list(build(SPEC).parameters())) - len(model_convs)
+    assert len(flat.other_segments) == len(list(build(SPEC).parameters())) - len(model_convs)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -297,7 +297,7 @@ def test_thirty_rounds_compile_once(precision):
     compiled = Trainer(build(SPEC), precision=precision, compile="aot_eager")
     compiled.load_state(initial_state())
     for made in (plain, compiled):
-        made.mark()
+        made.save_rewind_point()
         made.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1)
     assert same(plain.state(), compiled.state())
     assert counters["stats"]["unique_graphs"] == 2
@@ -314,7 +314,7 @@ def test_thirty_rounds_compile_once(precision):
 
 def test_marked_weights_and_statistics_come_back():
     t = trainer("fp16")
-    t.mark()
+    t.save_rewind_point()
     initial = t.state()
     t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1)
     mask = t.prune(0.5)
