@@ -64,7 +64,7 @@ class _Meter:
 
 def time_shared(s: "Suite") -> None:
     """For a small network and the paper's: rows `NETWORK, N at once` with images/s of all N, and a batch's share."""
-    base = preset(load("A2").PROTOCOL, "smoke").override(seeds=max(WORKERS), precision="fp32" if s.small else "bf16")
+    base = preset(load("A2").protocol, "smoke").override(seeds=max(WORKERS), precision="fp32" if s.small else "bf16")
     size: dict[str, Any] = {"train_per_class": 100, "batch_size": 50, "epochs": 1000, "width": 4, "image_size": 32}
     if not s.small:
         size = {"train_per_class": 5000, "batch_size": 512, "epochs": 1000, "width": 16, "image_size": 32}

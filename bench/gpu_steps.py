@@ -139,10 +139,10 @@ def check_rounds(s: Suite) -> str:
     if s.interpreted:
         raise SkipTest("interpreted kernels would take hours")
     size = {"rounds": 2, "epochs": 1 if s.small else 2, "train_per_class": 20 if s.small else 100}
-    settings = preset(load("A2").PROTOCOL, "smoke").override(seeds=1, **size)
+    settings = preset(load("A2").protocol, "smoke").override(seeds=1, **size)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        figure = FigureRequest("A2", "smoke", settings, "synthetic", root / "out")
+        figure = FigureRequest(load("A2"), "smoke", settings, "synthetic", root / "out")
         request = Request((figure,), root / "store", device=str(s.device), workers=1)
         seen = []
         for _ in range(2):

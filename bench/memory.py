@@ -34,7 +34,7 @@ if not __package__:  # run as a file: `bench` then is importable from the folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fastprune.errors import InputError
-from fastprune.figures import a2
+from fastprune.figures.paper import A2
 from fastprune.figures.reproduce import data_spec
 from fastprune.loaders import SyntheticData, locate
 from fastprune.specs import ChannelSelection, DataSpec, Rewind, Runnable
@@ -48,7 +48,7 @@ LIMIT = 0.05
 WARM, LAST = 10, 20
 MIB = 1 << 20
 CLASSES, TRAIN, VAL = 4, 32, 10
-SETTINGS = preset(a2.PROTOCOL, "smoke").override(
+SETTINGS = preset(A2.protocol, "smoke").override(
     rounds=3,
     fraction=0.5,
     epochs=2,

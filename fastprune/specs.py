@@ -16,7 +16,6 @@ SEMANTICS = 2
 """Version of what the fields mean and of what training and pruning compute from them; part of every key."""
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-SCORES = ("magnitude", "random")
 ALLOCATIONS = ("global", "local")
 DECAYS = ("multistep", "cosine", "exponential")
 WARMUPS = ("linear", "constant")
@@ -245,18 +244,27 @@ class Train(Node):
             yield self.mask
 
 
+@dataclass(frozen=True)
+class CriterionRef(Record):
+    """A criterion of the user's own, as `fastprune.pruning.criteria` has it registered."""
+
+    name: str
+    version: int
+
+
 @dataclass(frozen=True, eq=False)
 class Prune(Node):
     """A mask: `prior` (None: dense) less `fraction` of what it keeps, the lowest scores of `source` first.
 
-    score: "magnitude" of the source's weights, or "random", drawn from `seed` for each round anew. allocation: where
-    the weights go: "global" over all layers, "local" (the same fraction of each layer), or as another mask's ratios.
+    score: "magnitude" of the source's weights, "random", drawn from `seed` for each round anew, or a user's criterion.
+    allocation: where the weights go: "global" over all layers, "local" (the same fraction of each layer), or as another
+    mask's ratios.
     """
 
     source: StateRef | Init
     prior: "Prune | None"
     fraction: float
-    score: str
+    score: str | CriterionRef
     allocation: str | Ratios
     seed: int
     kind = "prune"

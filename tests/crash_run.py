@@ -36,7 +36,7 @@ CONTEXT.set_forkserver_preload(["tests.crash_run"])
 def graph() -> Graph:
     """Find and eval chains of two rounds, late rewinding (states and momentum on the way), the random baseline."""
     settings = {"seeds": 1, "epochs": 5, "batch_size": 8, "rounds": 2, "fraction": 0.5, "width": 8}
-    base = preset(load("A2").PROTOCOL, "smoke").override(**settings)
+    base = preset(load("A2").protocol, "smoke").override(**settings)
     late, init = Chains(base.override(rewind="late", rewind_epoch=2), DATA, 0), Chains(base, DATA, 0)
     return Graph.of(
         [

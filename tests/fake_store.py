@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastprune.figures import a2
+from fastprune.figures.paper import A2
 from fastprune.files import write_tensors
 from fastprune.specs import ChannelSelection, DataSpec, Prune, Runnable, Train
 from fastprune.store import RunStore, write_csv
@@ -16,7 +16,7 @@ from fastprune.study.settings import preset
 from tests.fakes import eval_runs, find_runs, masks
 
 DATA = DataSpec("tiny-imagenet", "f" * 64, 200, None, None, 100_000, 10_000)
-CHAINS = Chains(preset(a2.PROTOCOL, "paper").override(rounds=2), DATA, 0)
+CHAINS = Chains(preset(A2.protocol, "paper").override(rounds=2), DATA, 0)
 FIND, MASKS = find_runs(CHAINS, 0.2), masks(CHAINS, 0.2)
 EVAL = eval_runs(CHAINS, 0.2, 0.05)
 GRAPH = Graph.of(EVAL)

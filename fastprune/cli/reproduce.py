@@ -4,16 +4,16 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from fastprune.cli.command import DONE, FAILED, Parser, checked, run_command
 from fastprune.errors import InputError
-from fastprune.figures import EXTRA, FIGURES, PAPER, load
+from fastprune.figures import EXTRA, PAPER, load
 from fastprune.figures.reproduce import FigureRequest, Request, plan, redraw, run
 from fastprune.loaders.choice import LOADERS
-from fastprune.specs import ALLOCATIONS, DECAYS, PRECISIONS
-from fastprune.study.settings import PRESETS, REWINDS, Settings, preset
+from fastprune.study.plugins import load_modules
+from fastprune.study.settings import PRESETS, Settings, flag_of, flags, preset
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +30,13 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="NAME",
         help=f"figures: {', '.join(PAPER)} of the paper; {', '.join(EXTRA)}; all",
+    )
+    p.add_argument(
+        "--figure-module",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module or .py file of your own that registers figures or criteria (may be repeated)",
     )
     p.add_argument("--preset", default="smoke", metavar="NAME", help=f"{', '.join(PRESETS)} (default smoke)")
     p.add_argument("--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; or 'synthetic' (smoke's default)")
@@ -78,34 +85,14 @@ def parser() -> argparse.ArgumentParser:
     )
 
     h = p.add_argument_group("hyperparameters (default: the protocol's, as the preset changes them)")
-    h.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1")
-    h.add_argument("--rounds", type=int, metavar="N", help="prune rounds after the dense one")
-    h.add_argument("--fraction", type=float, metavar="F", help="pruned of what remains, each round")
-    h.add_argument("--epochs", type=int, metavar="N", help="per training; the milestones scale along")
-    h.add_argument("--milestones", type=int, nargs="+", metavar="E", help="epochs after which the rate decays")
-    h.add_argument("--gamma", type=float, help="factor at each milestone")
-    h.add_argument("--warmup-epochs", type=int, metavar="N", help="linear, from 0")
-    h.add_argument("--decay", choices=DECAYS)
-    h.add_argument("--allocation", choices=ALLOCATIONS, help="where weights go")
-    h.add_argument("--rewind", choices=REWINDS, help="where training restarts after a prune step")
-    h.add_argument("--rewind-epoch", type=int, metavar="E", help="of late rewinding")
-    h.add_argument("--prune-epochs", type=int, nargs="+", metavar="E", help="A6: where find runs stop")
-    h.add_argument("--sparsities", type=float, nargs="+", metavar="F", help="structured: fractions of filters removed")
-    h.add_argument("--lr-find", type=float, nargs="+", metavar="LR")
-    h.add_argument("--lr-eval", type=float, nargs="+", metavar="LR")
-    h.add_argument("--batch-size", type=int, metavar="N")
-    h.add_argument("--momentum", type=float)
-    h.add_argument("--nesterov", action="store_true", default=None)
-    h.add_argument("--weight-decay", type=float)
-    h.add_argument("--label-smoothing", type=float)
-    h.add_argument("--model", choices=["resnet18", "resnet34", "resnet50"])
-    h.add_argument("--stem", choices=["imagenet", "small"])
-    h.add_argument("--width", type=int, metavar="N", help="channels of the first stage (64)")
-    h.add_argument("--precision", choices=PRECISIONS)
-    h.add_argument("--classes", type=int, metavar="N", help="use the first N classes only")
-    h.add_argument("--train-per-class", type=int, metavar="N", help="use the first N images of each class only")
-    h.add_argument("--val-per-class", type=int, metavar="N")
-    h.add_argument("--image-size", type=int, metavar="N", help="pixels a side of generated images (64)")
+    for name, (kind, several, flag) in flags().items():
+        how: dict[str, Any] = {"help": flag.help}
+        if kind is bool:
+            how |= {"action": "store_true", "default": None}
+        else:
+            how |= {"type": kind, "metavar": flag.metavar, "nargs": "+" if several else None}
+            how |= {"choices": flag.choices} if flag.choices else {}
+        h.add_argument(flag_of(name), **how)
     return p
 
 
@@ -132,11 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace, command: str) -> int:
     for flag in ("ray_address", "gpus_per_run"):
         if getattr(args, flag) is not None and args.executor != "ray":
-            raise InputError(f"--{flag.replace('_', '-')} means nothing without --executor ray")
+            raise InputError(f"--{flag.replace('_', '-')} requires --executor ray")
     if args.gpus is not None and not args.plan:
         raise InputError("--gpus only plans: add --plan (to run on some of them, see --workers and --device)")
     if args.executor == "ray" and args.device is not None:
-        raise InputError("--device means nothing with --executor ray: see --gpus-per-run")
+        raise InputError("--device does not go with --executor ray: see --gpus-per-run")
     request = Request(
         figures=_figures(args),
         store=args.store,
@@ -150,6 +137,7 @@ def _main(args: argparse.Namespace, command: str) -> int:
         ray=args.executor == "ray",
         ray_address=args.ray_address,
         gpus=args.gpus_per_run,
+        modules=_modules(args),
         command=command,
     )
     if args.redraw:
@@ -162,19 +150,26 @@ def _main(args: argparse.Namespace, command: str) -> int:
 
 
 def _figures(args: argparse.Namespace) -> tuple[FigureRequest, ...]:
-    names = FIGURES if "all" in args.fig else tuple(dict.fromkeys(args.fig))
-    given = {f.name: getattr(args, f.name, None) for f in fields(Settings)}
+    load_modules(args.figure_module)
+    names = (*PAPER, *EXTRA) if "all" in args.fig else tuple(dict.fromkeys(args.fig))
+    given = {name: getattr(args, name) for name in flags()}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    modules = {name: load(name) for name in names}
+    chosen = [load(name) for name in names]
     for setting in given:
-        if all(setting in module.UNUSED for module in modules.values()):
-            raise InputError(f"--{setting.replace('_', '-')} means nothing to figure {', '.join(names)}")
+        if all(figure.ignores(setting) for figure in chosen):
+            raise InputError(f"figure {', '.join(names)} takes no {flag_of(setting)}")
     figures = []
-    for name, module in modules.items():
-        used = {k: v for k, v in given.items() if k not in module.UNUSED}
-        settings = preset(module.PROTOCOL, args.preset, module.PRESETS).override(**used)
-        figures.append(FigureRequest(name, args.preset, settings, _data(args, settings, len(names)), args.out / name))
+    for figure in chosen:
+        used = {k: v for k, v in given.items() if not figure.ignores(k)}
+        settings = preset(figure.protocol, args.preset, figure.presets).override(**used)
+        data = _data(args, settings, len(names))
+        figures.append(FigureRequest(figure, args.preset, settings, data, args.out / figure.name))
     return tuple(figures)
+
+
+def _modules(args: argparse.Namespace) -> tuple[str, ...]:
+    """As workers find them, whose folder may be another one."""
+    return tuple(str(Path(m).expanduser().resolve()) if m.endswith(".py") else m for m in args.figure_module)
 
 
 def _data(args: argparse.Namespace, settings: Settings, count: int) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fastprune.errors import InputError
+from fastprune.figures.figure import Panel
 from fastprune.figures.results import Row
 
 
@@ -40,7 +41,7 @@ _MAGNITUDES = ((1e9, "G", "billions"), (1e6, "M", "millions"), (1e3, "k", "thous
 
 
 @dataclass(frozen=True)
-class Panel:
+class DrawnPanel:
     """x, y: names in X_AXES and Y_AXES. marks: places on the x axis with a thin line, explained by `marks_label`."""
 
     title: str
@@ -54,6 +55,11 @@ class Panel:
             raise ValueError(f"no axes {self.x!r} and {self.y!r}")
         object.__setattr__(self, "marks", tuple(self.marks))
 
+    @classmethod
+    def of(cls, panel: Panel) -> "DrawnPanel":
+        """How a figure's panel is drawn."""
+        return cls(panel.title, panel.x, panel.y, panel.marks, panel.marks_label)
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -66,7 +72,7 @@ class Drawing:
     """
 
     title: str
-    panels: Mapping[str, Panel]
+    panels: Mapping[str, DrawnPanel]
     series: Mapping[str, str] = field(default_factory=dict)
     legend_title: str = ""
     chance: float | None = None
@@ -80,10 +86,10 @@ class Drawing:
             raise ValueError(f"chance {self.chance!r} is not a fraction between 0 and 1")
 
 
-def check_rows(rows: Iterable[Row], panels: Mapping[str, Panel]) -> None:
+def check_rows(rows: Iterable[Row], panels: Mapping[str, DrawnPanel]) -> None:
     """InputError for a row whose values cannot stand on the axes of its panel (find runs: accuracy over density)."""
     for row in rows:
-        panel = panels.get(row.panel, Panel(""))
+        panel = panels.get(row.panel, DrawnPanel(""))
         x, y = X_AXES[panel.x], Y_AXES[panel.y]
         if not x.low <= row.x <= x.high or (row.y is not None and not y.low <= row.y <= y.high):
             point = f"panel {row.panel}, series {row.series}, seed {row.seed}, round {row.round}"
@@ -93,7 +99,7 @@ def check_rows(rows: Iterable[Row], panels: Mapping[str, Panel]) -> None:
             )
 
 
-def shown_x(panel: Panel, values: Sequence[float]) -> tuple[float, str]:
+def shown_x(panel: DrawnPanel, values: Sequence[float]) -> tuple[float, str]:
     """The factor and the label that suit the values on a panel's x axis: parameters in millions, FLOPs in GFLOPs."""
     axis = X_AXES[panel.x]
     if panel.x in ("parameters", "flops"):

@@ -10,35 +10,77 @@ seed a difference, left minus right, in points. The 95 % t-interval of these dif
 Everything else is undecided. Fewer than three seeds, results that stop before the end of the stated range, and a preset
 that only shows the machinery are always undecided; the effect is reported all the same.
 
-What is compared: accuracies in claims_accuracy.py, layerwise ratios in claims_ratios.py.
+Accuracies (`Accuracy`):
+
+1. Rounds in the stated range count, if both series have them. A seed counts if it has every such round in both series.
+2. A diverged run counts as chance accuracy.
+3. A round is dropped when the mean over seeds of *both* series is at most `CHANCE_MARGIN` above chance.
+4. Per seed, left minus right is averaged over the remaining rounds, each with the same weight.
+
+Layerwise pruning ratios (the other comparisons, all of kind "better"):
+
+1. Rows are those of A4 (a series for each layer: its LPR by epoch) and A5 (a series for each LR_find: the distance by
+   epoch). Points are percentage points of LPR.
+2. A seed counts if none of its runs that are compared diverged and all have the same epochs. Nothing stands in for a
+   run that diverged.
+3. A layer's movement is the maximum less the minimum over epochs of its LPR; the others' is the mean of the movements
+   of all layers but the first. It is compared with the others' in another panel (`MoreMovement`), with the fixed bound
+   `HARDLY_POINTS` (`Hardly`), and with the first layer's (`FirstAgainstOthers`).
+4. Distances at the start are those at the first epoch there is (`SmallerStart`). A line flattens at an epoch if its
+   mean fall an epoch from the first epoch to that one is more than from there to the last (`Flattens`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from statistics import fmean, stdev
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from fastprune.figures.results import Row
 
 SIMILAR_POINTS = 1.0
-
 MIN_SEEDS = 3
+CHANCE_MARGIN = 0.01  # accuracy, as a fraction
+# Counts are rounded to whole weights: a density may miss 0.8**round by a little, far less than the step to the next.
+SLACK = 0.01
+STEP = 0.8
+HARDLY_POINTS = 5.0
+"""What a layer's ratio may move and still be said to move hardly."""
 
 Outcome = Literal["holds", "fails", "undecided"]
-
 Kind = Literal["better", "similar", "not worse"]
-
 SIGNS: dict[str, str] = {"better": ">", "similar": "~", "not worse": ">="}
+Curves = dict[str, dict[int, float]]
+"""By series the value at each epoch, of one seed."""
+
+
+class Comparison(Protocol):
+    """One comparison: a frozen dataclass of plain values."""
+
+    @property
+    def panel(self) -> str: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def unit(self) -> str:
+        """What the points are of."""
+
+    @property
+    def text(self) -> str:
+        """What is compared, in a few signs."""
+
+    def measure(self, rows: Sequence[Row], chance: float) -> "Finding":
+        """Reads the rows; gives no verdict yet. chance: the accuracy of guessing, a fraction."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a comparison found: by seed the difference in points, or why there is none.
+class Finding:
+    """How one comparison came out.
 
-    rounds, dropped: used, and left out as being at chance. diverged, dead: runs among the compared that diverged, or in
-    which a layer is pruned whole. left_out: seeds that lack results. whole: whether all of the stated range is there.
-    why_not: the reason, exactly where there are no differences.
+    differences: by seed, left minus right in points; empty where `why` says why there are none. rounds, dropped: used,
+    and left out as being at chance. diverged, dead: runs among the compared that diverged, or in which a layer is
+    pruned whole. left_out: seeds that lack results. complete: whether all of the stated range is there. effect: the
+    mean difference; interval: its 95 % t-interval.
     """
 
     differences: Mapping[int, float] = field(default_factory=dict)
@@ -47,64 +89,19 @@ class Measured:
     diverged: int = 0
     dead: int = 0
     left_out: tuple[int, ...] = ()
-    whole: bool = True
-    why_not: str = ""
-
-
-class Comparing(Protocol):
-    """One comparison: a frozen dataclass of plain values."""
-
-    @property
-    def panel(self) -> str: ...
-    @property
-    def kind(self) -> Kind: ...
-    @property
-    def text(self) -> str:
-        """What is compared, in a few signs."""
+    complete: bool = True
+    why: str = ""
+    verdict: Outcome = "undecided"
+    effect: float | None = None
+    interval: tuple[float, float] | None = None
+    comparison: Any = None  # a Comparison; Any, because asdict() has to see dataclasses
+    text: str = ""
+    unit: str = ""
 
     @property
-    def unit(self) -> str:
-        """What the points are of."""
-
-    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
-        """Reads the rows. `chance`: the accuracy of guessing, a fraction."""
-
-
-def check_kind(kind: str) -> None:
-    """ValueError for a kind that the rule does not know."""
-    if kind not in SIGNS:
-        raise ValueError(f"kind {kind!r} is none of {', '.join(map(repr, SIGNS))}")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A sentence of a caption and the comparisons that must all be true for it."""
-
-    id: str
-    text: str
-    comparisons: tuple[Any, ...]  # Comparing; Any, because asdict() has to see dataclasses
-
-    def __post_init__(self) -> None:
-        if not self.comparisons:
-            raise ValueError(f"claim {self.id!r} compares nothing")
-
-
-@dataclass(frozen=True)
-class Part:
-    """How one comparison came out. `effect` is left minus right in points of `unit`, `interval` its 95 % t-interval."""
-
-    comparison: Any
-    text: str
-    unit: str
-    verdict: Outcome
-    effect: float | None
-    interval: tuple[float, float] | None
-    seeds: tuple[int, ...]
-    rounds: tuple[int, ...]
-    dropped: tuple[int, ...]
-    diverged: int
-    dead: int
-    why: str
+    def seeds(self) -> tuple[int, ...]:
+        """Those that count."""
+        return tuple(self.differences)
 
     @property
     def margin(self) -> float:
@@ -118,6 +115,19 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """A sentence of a caption and the comparisons that must all be true for it."""
+
+    id: str
+    text: str
+    comparisons: Sequence[Comparison]
+
+    def __post_init__(self) -> None:
+        if not self.comparisons:
+            raise ValueError(f"claim {self.id!r} compares nothing")
+
+
+@dataclass(frozen=True)
 class Verdict:
     """How a claim came out. `effect` and `interval` are those of the part that decided (of several, the weakest)."""
 
@@ -127,7 +137,7 @@ class Verdict:
     effect: float | None
     interval: tuple[float, float] | None
     why: str
-    parts: tuple[Part, ...]
+    parts: tuple[Finding, ...]
 
 
 def judge(claim: Claim, rows: Iterable[Row], *, chance: float, decisive: bool) -> Verdict:
@@ -146,10 +156,10 @@ def judge(claim: Claim, rows: Iterable[Row], *, chance: float, decisive: bool) -
     return Verdict(claim.id, claim.text, outcome, decider.effect, decider.interval, decider.why, parts)
 
 
-def _judge_part(comparison: Comparing, rows: Sequence[Row], chance: float, decisive: bool) -> Part:
-    measured = comparison.measure(rows, chance)
+def _judge_part(comparison: Comparison, rows: Sequence[Row], chance: float, decisive: bool) -> Finding:
+    found = comparison.measure(rows, chance)
     # Nine digits: 0.51 - 0.50 is to be one point, not 1.0000000000000009.
-    values = list(measured.differences.values())
+    values = list(found.differences.values())
     effect = round(fmean(values), 9) if values else None
     interval = None
     if len(values) > 1:
@@ -157,29 +167,17 @@ def _judge_part(comparison: Comparing, rows: Sequence[Row], chance: float, decis
         interval = (round(low, 9), round(high, 9))
     verdict, why = _decide(comparison.kind, interval)
     if effect is None:
-        verdict, why = "undecided", measured.why_not
+        verdict, why = "undecided", found.why
     elif not decisive:
         verdict, why = "undecided", "this preset shows the machinery only and never decides"
     elif len(values) < MIN_SEEDS:
         verdict, why = "undecided", f"needs {MIN_SEEDS} complete seeds, has {len(values)}"
-    elif not measured.whole:
+    elif not found.complete:
         verdict, why = "undecided", "the run stops before the end of the stated range"
-    if effect is not None and measured.left_out:
-        why += f"; incomplete and left out: seed {', '.join(map(str, measured.left_out))}"
-    return Part(
-        comparison,
-        comparison.text,
-        comparison.unit,
-        verdict,
-        effect,
-        interval,
-        tuple(measured.differences),
-        measured.rounds,
-        measured.dropped,
-        measured.diverged,
-        measured.dead,
-        why,
-    )
+    if effect is not None and found.left_out:
+        why += f"; incomplete and left out: seed {', '.join(map(str, found.left_out))}"
+    about: dict[str, Any] = {"comparison": comparison, "text": comparison.text, "unit": comparison.unit}
+    return replace(found, verdict=verdict, effect=effect, interval=interval, why=why, **about)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -215,16 +213,8 @@ def _decide(kind: Kind, interval: tuple[float, float] | None) -> tuple[Outcome, 
     return "undecided", f"the interval crosses {bound}"
 
 
-CHANCE_MARGIN = 0.01  # accuracy, as a fraction
-
-# Counts are rounded to whole weights: a density may miss 0.8**round by a little, far less than the step to the next.
-SLACK = 0.01
-
-STEP = 0.8
-
-
 @dataclass(frozen=True)
-class Comparison:
+class Accuracy:
     """Accuracy of series `left` against `right`, over a range of densities or of rounds.
 
     `densities` and `rounds` are (low, high), ends included; give one of them. Low density 0: wherever the run ends.
@@ -237,9 +227,11 @@ class Comparison:
     right: str
     densities: tuple[float, float] | None = None
     rounds: tuple[int, int] | None = None
+    unit: ClassVar[str] = "accuracy points"
 
     def __post_init__(self) -> None:
-        check_kind(self.kind)
+        if self.kind not in SIGNS:
+            raise ValueError(f"kind {self.kind!r} is none of {', '.join(map(repr, SIGNS))}")
         if self.left == self.right:
             raise ValueError(f"a comparison of {self.left!r} with itself")
         if (self.densities is None) == (self.rounds is None):
@@ -253,23 +245,19 @@ class Comparison:
     def text(self) -> str:
         return f"{self.panel:<5}{self.left} {SIGNS[self.kind]} {self.right}"
 
-    @property
-    def unit(self) -> str:
-        return "accuracy points"
-
-    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+    def measure(self, rows: Sequence[Row], chance: float) -> Finding:
         left, right = (points_of(rows, self.panel, name) for name in (self.left, self.right))
         for name, points in ((self.left, left), (self.right, right)):
             if not points:
-                return Measured(why_not=f"no results of {name} in panel {self.panel}")
+                return Finding(why=f"no results of {name} in panel {self.panel}")
         common = self._common_rounds(left, right)
         chosen = [number for number, density in sorted(common.items()) if self._in_range(number, density)]
         if not chosen:
-            return Measured(why_not="the run has no round in the stated range")
-        everyone = sorted({seed for seed, _ in left} | {seed for seed, _ in right})
-        seeds = [seed for seed in everyone if all((seed, n) in left and (seed, n) in right for n in chosen)]
+            return Finding(why="the run has no round in the stated range")
+        every = sorted({seed for seed, _ in left} | {seed for seed, _ in right})
+        seeds = [seed for seed in every if all((seed, n) in left and (seed, n) in right for n in chosen)]
         if not seeds:
-            return Measured(why_not="no seed has all rounds of both series")
+            return Finding(why="no seed has all rounds of both series")
         used = [points[seed, number] for points in (left, right) for seed in seeds for number in chosen]
 
         def accuracy(points: dict[tuple[int, int], Row], seed: int, number: int) -> float:
@@ -285,15 +273,15 @@ class Comparison:
             seed: 100 * fmean(accuracy(left, seed, number) - accuracy(right, seed, number) for number in kept)
             for seed in (seeds if kept else [])
         }
-        return Measured(
+        return Finding(
             differences,
             kept,
             dropped,
             diverged=sum(row.diverged for row in used),
             dead=sum(row.dead > 0 for row in used),
-            left_out=tuple(seed for seed in everyone if seed not in seeds),
-            whole=self._covered(common),
-            why_not="" if kept else "every round in the stated range is at chance level",
+            left_out=tuple(seed for seed in every if seed not in seeds),
+            complete=self._covered(common),
+            why="" if kept else "every round in the stated range is at chance level",
         )
 
     def _common_rounds(self, left: dict[tuple[int, int], Row], right: dict[tuple[int, int], Row]) -> dict[int, float]:
@@ -332,13 +320,6 @@ def points_of(rows: Iterable[Row], panel: str, series: str) -> dict[tuple[int, i
     return points
 
 
-HARDLY_POINTS = 5.0
-"""What a layer's ratio may move and still be said to move hardly."""
-
-Curves = dict[str, dict[int, float]]
-"""By series the value at each epoch, of one seed."""
-
-
 @dataclass(frozen=True)
 class _OfRatios:
     """What no figure chooses; a field all the same, so that summary.json tells it."""
@@ -363,7 +344,7 @@ class MoreMovement(_OfRatios):
     def text(self) -> str:
         return f"{self.panel:<5}others move more than in {self.than}"
 
-    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+    def measure(self, rows: Sequence[Row], chance: float) -> Finding:
         return _measure(
             rows,
             {self.panel: (self.first,), self.than: (self.first,)},
@@ -384,7 +365,7 @@ class Hardly(_OfRatios):
     def text(self) -> str:
         return f"{self.panel:<5}others move < {self.bound:g}"
 
-    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+    def measure(self, rows: Sequence[Row], chance: float) -> Finding:
         def difference(of: dict[str, Curves]) -> float:
             return self.bound / 100 - _others(of[self.panel], self.first)
 
@@ -402,7 +383,7 @@ class FirstAgainstOthers(_OfRatios):
     def text(self) -> str:
         return f"{self.panel:<5}{self.first} moves more than others"
 
-    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+    def measure(self, rows: Sequence[Row], chance: float) -> Finding:
         def difference(of: dict[str, Curves]) -> float:
             return _movement(of[self.panel][self.first]) - _others(of[self.panel], self.first)
 
@@ -425,7 +406,7 @@ class SmallerStart(_OfRatios):
     def text(self) -> str:
         return f"{self.panel:<5}{self.left} starts below {self.right}"
 
-    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+    def measure(self, rows: Sequence[Row], chance: float) -> Finding:
         def difference(of: dict[str, Curves]) -> float:
             left, right = of[self.panel][self.left], of[self.panel][self.right]
             return right[min(right)] - left[min(left)]
@@ -449,12 +430,12 @@ class Flattens(_OfRatios):
     def text(self) -> str:
         return f"{self.panel:<5}{self.series} flattens at {self.at}"
 
-    def measure(self, rows: Sequence[Row], chance: float) -> Measured:
+    def measure(self, rows: Sequence[Row], chance: float) -> Finding:
         epochs = {row.round for row in rows if (row.panel, row.series) == (self.panel, self.series)}
         if epochs and not min(epochs) < self.at < max(epochs):
-            return Measured(why_not=f"epoch {self.at} is not within the run")
+            return Finding(why=f"epoch {self.at} is not within the run")
         if epochs and self.at not in epochs:
-            return Measured(why_not=f"no results of {self.series} at epoch {self.at}")
+            return Finding(why=f"no results of {self.series} at epoch {self.at}")
 
         def difference(of: dict[str, Curves]) -> float:
             curve = of[self.panel][self.series]
@@ -471,7 +452,7 @@ def _measure(
     difference: Callable[[dict[str, Curves]], float],
     *,
     every: bool = False,
-) -> Measured:
+) -> Finding:
     """Applies `difference`, a fraction, to each seed's curves by panel. needed: by panel the series that must be there.
     Of a panel only those are read, unless `every` one is; then there must be others."""
     used = [r for r in rows if r.panel in needed and (every or r.series in needed[r.panel])]
@@ -479,9 +460,9 @@ def _measure(
     for panel, series in needed.items():
         for name in series:
             if name not in names[panel]:
-                return Measured(why_not=f"no results of {name} in panel {panel}")
+                return Finding(why=f"no results of {name} in panel {panel}")
         if every and names[panel] == set(series):
-            return Measured(why_not=f"no layer but {', '.join(series)} in panel {panel}")
+            return Finding(why=f"no layer but {', '.join(series)} in panel {panel}")
     curves: dict[int, dict[str, Curves]] = {}
     for row in used:
         curve = curves.setdefault(row.seed, {}).setdefault(row.panel, {}).setdefault(row.series, {})
@@ -491,18 +472,18 @@ def _measure(
         if row.y is not None:
             curve[row.round] = row.y
     epochs = {row.round for row in used}
-    whole = [
+    complete = [
         seed
         for seed, panels in sorted(curves.items())
         if all(panels.get(p, {}).get(name, {}).keys() == epochs for p in needed for name in names[p])
     ]
-    return Measured(
-        {seed: 100 * difference(curves[seed]) for seed in whole},
-        rounds=tuple(sorted(epochs)) if whole else (),
+    return Finding(
+        {seed: 100 * difference(curves[seed]) for seed in complete},
+        rounds=tuple(sorted(epochs)) if complete else (),
         diverged=len({(row.seed, row.lr_find) for row in used if row.diverged}),
         dead=len({(row.seed, row.lr_find) for row in used if row.dead}),
-        left_out=tuple(sorted(curves.keys() - set(whole))),
-        why_not="" if whole else "no seed has all epochs: runs diverged or are missing",
+        left_out=tuple(sorted(curves.keys() - set(complete))),
+        why="" if complete else "no seed has all epochs: runs diverged or are missing",
     )
 
 

@@ -26,7 +26,7 @@ def collect(figure: str, points: Iterable[AnyPoint], store: RunStore) -> list[Ro
 def remark(points: Iterable[AnyPoint], store: RunStore) -> str:
     """What a structured figure has to say beside its points: how long the whole network takes, and which layers were
     left one filter where the ranking alone would have left none."""
-    nodes = {p.filters for p in points if isinstance(p, Point) and p.filters is not None}
+    nodes = {p.selection for p in points if isinstance(p, Point) and p.selection is not None}
     found = [(node.fraction, store.node(node)["result"]) for node in nodes if store.has(node)]
     if not found:
         return ""
@@ -55,8 +55,8 @@ def _row(figure: str, p: Point, store: RunStore) -> Row:
         if result["diverged"] and p.epoch == result["epochs"]:
             accuracy = None
     x, dead = 1.0, 0
-    if p.filters is not None:
-        x = _size(store.node(p.filters)["result"], p.x)
+    if p.selection is not None:
+        x = _size(store.node(p.selection)["result"], p.x)
     elif isinstance(p.node.mask, Prune):
         mask = store.node(p.node.mask)["result"]
         x = mask["density"]

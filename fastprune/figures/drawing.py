@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastprune.figures.axes import X_AXES, Y_AXES, Drawing, Panel, check_rows, shown_x
+from fastprune.figures.axes import X_AXES, Y_AXES, Drawing, DrawnPanel, check_rows, shown_x
 from fastprune.figures.results import CurvePoint, Row, curve, depth_key, series_of, write_atomic
 
 if TYPE_CHECKING:
@@ -209,7 +209,9 @@ _STRIP = 0.035  # of the axis' top, for each line of marks below it
 _MARKS = 40  # side by side at most: more would overlap
 
 
-def draw_panel(ax: "Axes", panel: Panel, curves: Curves, names: Sequence[str], drawing: Drawing, floor: float) -> str:
+def draw_panel(
+    ax: "Axes", panel: DrawnPanel, curves: Curves, names: Sequence[str], drawing: Drawing, floor: float
+) -> str:
     """Draws the series of a panel; returns the label of its x axis. floor: where the strip of marks ends, below 0."""
     shown = [point for series in curves.values() for point in series]
     factor, label = shown_x(panel, [point.x for point in shown])
@@ -265,7 +267,7 @@ def _apart(places: Sequence[float], least: float) -> list[float]:
 
 
 def _draw_series(
-    ax: "Axes", points: list[CurvePoint], panel: Panel, style: dict[str, Any], order: int, factor: float
+    ax: "Axes", points: list[CurvePoint], panel: DrawnPanel, style: dict[str, Any], order: int, factor: float
 ) -> None:
     """Mean and band, or bars, of one standard deviation."""
     x, mean, lower, upper = _numbers(points, panel, factor)
@@ -279,7 +281,7 @@ def _draw_series(
     ax.plot(x, mean, zorder=3 + 0.01 * order, markevery=marked, markeredgecolor="white", markeredgewidth=0.4, **style)
 
 
-def _draw_layer(ax: "Axes", points: list[CurvePoint], panel: Panel, order: int, count: int, factor: float) -> None:
+def _draw_layer(ax: "Axes", points: list[CurvePoint], panel: DrawnPanel, order: int, count: int, factor: float) -> None:
     """A thin line; the first layer thick and above the others, with its band."""
     x, mean, lower, upper = _numbers(points, panel, factor)
     if order > 0:
@@ -289,7 +291,7 @@ def _draw_layer(ax: "Axes", points: list[CurvePoint], panel: Panel, order: int, 
     ax.plot(x, mean, zorder=3.5, **FIRST_LAYER)
 
 
-def _numbers(points: list[CurvePoint], panel: Panel, factor: float) -> tuple[list[float], ...]:
+def _numbers(points: list[CurvePoint], panel: DrawnPanel, factor: float) -> tuple[list[float], ...]:
     """x, mean, and mean less and plus the deviation, as shown. NaN is a gap: diverged, or a single run.
 
     The band ends where no value can be: below 0 are the marks.
@@ -304,7 +306,7 @@ def _numbers(points: list[CurvePoint], panel: Panel, factor: float) -> tuple[lis
     return [factor * point.x for point in points], mean, lower, upper
 
 
-def _draw_chance(ax: "Axes", chance: float, panel: Panel, points: list[CurvePoint]) -> None:
+def _draw_chance(ax: "Axes", chance: float, panel: DrawnPanel, points: list[CurvePoint]) -> None:
     """Dotted line, with its label at the end where the curves are farther away."""
     ax.axhline(100 * chance, color="0.35", linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
     places = sorted(point.x for point in points) or [1.0]
@@ -328,7 +330,7 @@ def _draw_chance(ax: "Axes", chance: float, panel: Panel, points: list[CurvePoin
     )
 
 
-def _draw_marks(ax: "Axes", panel: Panel, factor: float) -> None:
+def _draw_marks(ax: "Axes", panel: DrawnPanel, factor: float) -> None:
     """Thin vertical lines; the first one says what they are."""
     for index, place in enumerate(panel.marks):
         ax.axvline(factor * place, color="0.35", linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
@@ -346,7 +348,7 @@ def _draw_marks(ax: "Axes", panel: Panel, factor: float) -> None:
             )
 
 
-def _linear_axis(ax: "Axes", panel: Panel, values: list[float]) -> None:
+def _linear_axis(ax: "Axes", panel: DrawnPanel, values: list[float]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     end = max([*values, *panel.marks, 1e-9])

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, load
-from fastprune.figures.axes import X_AXES, Y_AXES, Drawing, Panel
+from fastprune.figures.axes import X_AXES, Y_AXES, Drawing, DrawnPanel
 from fastprune.figures.claims import Verdict
 from fastprune.figures.drawing import draw
 from fastprune.figures.results import Row, curve, depth_key, natural_key, read_csv, series_of, write_atomic, write_csv
@@ -86,7 +86,7 @@ def redraw(folder: Path, drawing: Drawing | None = None) -> list[Path]:
 def _recorded_drawing(path: Path) -> Drawing | None:
     try:
         recorded = json.loads(path.read_bytes())["drawing"]
-        panels = {letter: Panel(**panel) for letter, panel in recorded["panels"].items()}
+        panels = {letter: DrawnPanel(**panel) for letter, panel in recorded["panels"].items()}
         return Drawing(**{field.name: recorded[field.name] for field in fields(Drawing)} | {"panels": panels})
     except FileNotFoundError:
         return None
@@ -99,12 +99,12 @@ def _recorded_drawing(path: Path) -> Drawing | None:
 def _bare_drawing(rows: Sequence[Row]) -> Drawing:
     """What can be told from the rows and from which figure they are of: no rate that is not in them."""
     names = sorted({row.figure for row in rows})
-    module = load(names[0]) if names and names[0] in FIGURES else None
-    known: Mapping[str, Panel] = module.panels(module.PROTOCOL) if module else {}
+    figure = load(names[0]) if names and names[0] in FIGURES else None
+    known = {panel.id: panel for panel in figure.panels_of(figure.protocol)} if figure else {}
     shown = sorted({row.panel for row in rows if not row.panel.startswith("find")}) or ["find"]
-    axes = {panel: known.get(panel, Panel("")) for panel in shown}
-    panels = {panel: Panel(_rate(rows, panel), axes[panel].x, axes[panel].y) for panel in shown}
-    return Drawing(f"Figure {', '.join(names)}".strip(), panels, layers=getattr(module, "LAYERS", False))
+    axes = {panel: (known[panel].x, known[panel].y) if panel in known else () for panel in shown}
+    panels = {panel: DrawnPanel(_rate(rows, panel), *axes[panel]) for panel in shown}
+    return Drawing(f"Figure {', '.join(names)}".strip(), panels, layers=figure is not None and figure.layers)
 
 
 def _rate(rows: Sequence[Row], panel: str) -> str:
@@ -174,7 +174,7 @@ def _part(part: Mapping[str, Any], head: str, explain: bool) -> list[str]:
     if part["effect"] is not None:
         interval = "" if part["interval"] is None else "[{:+.2f}, {:+.2f}]".format(*part["interval"])
         place = "round" if part["unit"] == "accuracy points" else "epoch"
-        counts = [count_of(len(part["seeds"]), "seed"), count_of(len(part["rounds"]), place)]
+        counts = [count_of(len(part["differences"]), "seed"), count_of(len(part["rounds"]), place)]
         counts += [f"{len(part['dropped'])} at chance"] if part["dropped"] else []
         counts += [f"{part['diverged']} diverged"] if part["diverged"] else []
         counts += [f"{part['dead']} with a dead layer"] if part["dead"] else []

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastprune.errors import InputError
-from fastprune.figures import load
-from fastprune.figures.axes import Drawing
+from fastprune.figures.axes import Drawing, DrawnPanel
 from fastprune.figures.claims import judge
 from fastprune.figures.collect import collect, remark
+from fastprune.figures.figure import Figure
 from fastprune.figures.points import AnyPoint, build_graph
 from fastprune.figures.report import redraw as draw_again
 from fastprune.figures.report import summarize, terminal_summary, write_all
@@ -48,18 +48,25 @@ class FigureRequest:
     data: a folder, "synthetic", or None where none was given: enough to plan.
     """
 
-    name: str
+    figure: Figure
     preset: str
     settings: Settings
     data: str | None
     out: Path
 
+    @property
+    def name(self) -> str:
+        return self.figure.name
+
 
 @dataclass(frozen=True)
 class Request:
-    """One call of reproduce.py. rate: images/s to plan with, where not the measured ones. clusters: numbers of GPUs to
-    plan for. ray: run on a cluster, at
-    ray_address, with `gpus` GPUs a run (None: one where there are GPUs). command: for the record."""
+    """One call of reproduce.py.
+
+    rate: images/s to plan with, where not the measured ones. clusters: numbers of GPUs to plan for. ray: run on a
+    cluster, at ray_address, with `gpus` GPUs a run (None: one where there are GPUs). modules: of the user's own.
+    command: for the record.
+    """
 
     figures: tuple[FigureRequest, ...]
     store: Path
@@ -73,6 +80,7 @@ class Request:
     ray: bool = False
     ray_address: str | None = None
     gpus: float | None = None
+    modules: tuple[str, ...] = ()
     command: str = ""
 
 
@@ -168,7 +176,7 @@ def plan(request: Request) -> None:
     planned = []
     for figure in request.figures:
         data = planned_data(figure, request.store)
-        points, graph = build_graph(figure, data)
+        points, graph = build_graph(figure.figure, figure.settings, data)
         panels: dict[str, set[str]] = {}
         for point in points:
             panels.setdefault(point.panel, set()).add(point.node.key)
@@ -194,20 +202,20 @@ class _Figure:
 
     def drawing(self, store: RunStore) -> Drawing:
         """How it is shown: panels and series of its module, and a note on what was trained."""
-        module, s = load(self.request.name), self.request.settings
+        figure, s = self.request.figure, self.request.settings
         note = f"Preset {self.request.preset}: {self.data.classes} classes, width {s.width}, {s.epochs} epochs."
         if self.smoke:
             note += " It shows the machinery, not the paper's result."
         note = f"{note} {remark(self.points, store)}".strip()
         model = s.model.replace("resnet", "ResNet-")
-        panels = module.panels(s)
+        panels = {panel.id: DrawnPanel.of(panel) for panel in figure.panels_of(s)}
         return Drawing(
             f"{model} on {TITLES.get(self.data.name, self.data.name)}",
             panels,
-            module.series(s),
+            figure.labels(s),
             chance=1 / self.data.classes if any(p.y == "accuracy" for p in panels.values()) else None,
             note=note,
-            layers=getattr(module, "LAYERS", False),
+            layers=figure.layers,
         )
 
 
@@ -254,7 +262,7 @@ def _prepare(request: Request, devices: list[str], workers: int) -> "tuple[list[
     for figure in request.figures:
         manifest, folder, choice = find_data(request, figure, devices[0], -(-workers // len(devices)))
         data = data_spec(manifest, figure.settings)
-        points, graph = build_graph(figure, data)
+        points, graph = build_graph(figure.figure, figure.settings, data)
         if any(n.kind == "prune" for n in graph.nodes):
             check_rounds(figure.settings, data)
         # On a cluster each worker chooses by its own device.
@@ -305,7 +313,7 @@ def _summary(
     from fastprune.study.provenance import environment
 
     request, chance = figure.request, 1 / figure.data.classes
-    claims = load(request.name).claims(request.settings)
+    claims = request.figure.claims_of(request.settings)
     command = f"python scripts/reproduce.py --fig {request.name} --preset paper {data_flag(request.settings)} DIR"
     return summarize(
         rows,
@@ -357,6 +365,7 @@ def _execute(
         device=devices[0],
         checkpoint_seconds=request.checkpoint_seconds,
         checkpoint_epochs=request.checkpoint_epochs,
+        modules=request.modules,
     )
     crew = _ray_crew(request, graph, config, len(todo)) if request.ray and todo else None
     with nullcontext() if crew is None else closing(crew):  # whatever comes before it is at work

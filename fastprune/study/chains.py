@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from fastprune.errors import InputError
-from fastprune.specs import ChannelSelection, DataSpec, Init, Prune, Ratios, Rewind, StateRef, Train
+from fastprune.specs import ChannelSelection, CriterionRef, DataSpec, Init, Prune, Ratios, Rewind, StateRef, Train
 from fastprune.study.settings import Settings
 
 
@@ -22,6 +22,12 @@ class MaskRecipe:
         ratios = "" if self.ratios_of is None else f" by {self.ratios_of:g}"
         return "random" if self.lr is None else f"{self.lr:g}{ratios}"
 
+    @property
+    def label(self) -> str:
+        """In a legend."""
+        ratios = "" if self.ratios_of is None else f", ratios of {self.ratios_of:g}"
+        return "random pruning" if self.lr is None else f"LR_find = {self.lr:g}{ratios}"
+
 
 class Chains:
     """Builds the runs of one seed. The same run asked for twice is the same node, so nothing is shared by hand."""
@@ -29,6 +35,7 @@ class Chains:
     def __init__(self, settings: Settings, data: DataSpec, seed: int) -> None:
         self.settings, self.data, self.seed = settings, data, seed
         self.init = Init(settings.network(data), seed)
+        self.criterion = _criterion(settings.criterion)
         self._masks: dict[MaskRecipe, list[Prune]] = {}
         self._found: dict[tuple[MaskRecipe, int], StateRef] = {}
 
@@ -48,45 +55,54 @@ class Chains:
             )
         return Train(self.data, start, mask, s.optimizer(), schedule, stop or s.epochs, self.seed, s.precision)
 
-    def masks(self, source: MaskRecipe) -> list[Prune]:
+    def masks(self, recipe: MaskRecipe) -> list[Prune]:
         """The masks of rounds 1 to `rounds`."""
-        if source not in self._masks:
-            s, masks = self.settings, self._masks.setdefault(source, [])
-            donors = None if source.ratios_of is None else self.masks(MaskRecipe(source.ratios_of))
+        if recipe not in self._masks:
+            s, masks = self.settings, self._masks.setdefault(recipe, [])
+            donors = None if recipe.ratios_of is None else self.masks(MaskRecipe(recipe.ratios_of))
             for round in range(s.rounds):
-                pruned = self.init if source.lr is None else self.find_state(source, round)
-                score = "random" if source.lr is None else "magnitude"
+                pruned = self.init if recipe.lr is None else self.find_state(recipe, round)
+                score = "random" if recipe.lr is None else self.criterion
                 allocation = s.allocation if donors is None else Ratios(donors[round])
                 prior = masks[-1] if masks else None
                 masks.append(Prune(pruned, prior, s.fraction, score, allocation, self.seed))
-        return self._masks[source]
+        return self._masks[recipe]
 
-    def find_state(self, source: MaskRecipe, round: int) -> StateRef:
+    def find_state(self, recipe: MaskRecipe, round: int) -> StateRef:
         """The state that is pruned after `round`."""
-        if (source, round) not in self._found:
-            assert source.lr is not None
-            stop = source.stop or self.settings.epochs
-            run = self.dense(source.lr)
+        if (recipe, round) not in self._found:
+            assert recipe.lr is not None
+            stop = recipe.stop or self.settings.epochs
+            run = self.dense(recipe.lr)
             if round > 0:
-                mask, start = self.masks(source)[round - 1], self._start(source, round, source.lr)
-                run = self.train(source.lr, mask, start, stop)
-            self._found[source, round] = StateRef(run, stop)
-        return self._found[source, round]
+                mask, start = self.masks(recipe)[round - 1], self._start(recipe, round, recipe.lr)
+                run = self.train(recipe.lr, mask, start, stop)
+            self._found[recipe, round] = StateRef(run, stop)
+        return self._found[recipe, round]
 
-    def eval_run(self, source: MaskRecipe, round: int, lr_eval: float) -> Train:
+    def eval_run(self, recipe: MaskRecipe, round: int, lr_eval: float) -> Train:
         """The dense network, or the mask of `round`, trained with `lr_eval`."""
         if round == 0:
             return self.dense(lr_eval)
-        return self.train(lr_eval, self.masks(source)[round - 1], self._start(source, round, lr_eval))
+        return self.train(lr_eval, self.masks(recipe)[round - 1], self._start(recipe, round, lr_eval))
 
-    def _start(self, source: MaskRecipe, round: int, lr: float) -> Init | Rewind:
+    def _start(self, recipe: MaskRecipe, round: int, lr: float) -> Init | Rewind:
         """Where the network of `round` starts; the random baseline's late point is that of the run with `lr`."""
         s = self.settings
         if s.rewind == "init":
             return self.init
         if s.rewind == "late":
-            dense = self.dense(lr if source.lr is None else source.lr)
+            dense = self.dense(lr if recipe.lr is None else recipe.lr)
             return Rewind(StateRef(dense, s.late_epoch), s.late_epoch, momentum=True)
-        if source.lr is None:
+        if recipe.lr is None:
             raise InputError(f"--rewind {s.rewind}: the random baseline has no trained weights to go back to")
-        return Rewind(self.find_state(source, round - 1), 0, momentum=False)
+        return Rewind(self.find_state(recipe, round - 1), 0, momentum=False)
+
+
+def _criterion(name: str) -> str | CriterionRef:
+    """As a prune step names it. A user's has a version in the key, since what it computes can change under its name."""
+    if name == "magnitude":
+        return name
+    from fastprune.pruning.criteria import criterion  # here: it imports torch
+
+    return CriterionRef(name, criterion(name).version)

@@ -23,10 +23,9 @@ from fastprune.loaders.manifest import Manifest
 from fastprune.pruning import channels as structured
 from fastprune.pruning.allocation import prune, prune_to_ratios
 from fastprune.pruning.channels import latency
-from fastprune.pruning.criteria import magnitude_scores, random_scores
+from fastprune.pruning.criteria import criterion, magnitude_scores, random_scores, user_scores
 from fastprune.pruning.masks import Mask, layout, prunable
 from fastprune.specs import (
-    SCORES,
     ChannelSelection,
     DataSpec,
     Init,
@@ -40,6 +39,7 @@ from fastprune.specs import (
     n_to_prune,
 )
 from fastprune.store import RequestedOutputs, RunStore, lpr_name, write_csv
+from fastprune.study.plugins import load_modules
 from fastprune.study.provenance import environment
 from fastprune.training.models import build, initial_model
 from fastprune.training.step import EpochMetrics
@@ -64,8 +64,9 @@ class Images:
 class WorkConfig:
     """What a worker needs to know beside the node: nothing in here changes a result.
 
-    images: by fingerprint. show: progress on stderr while a data set is opened. A run is checkpointed at the first
-    epoch's end that lies `checkpoint_seconds` after the last checkpoint, and every `checkpoint_epochs` epochs.
+    images: by fingerprint. modules: of the user's own, imported first. show: progress on stderr while a data set is
+    opened. A run is checkpointed at the first epoch's end that lies `checkpoint_seconds` after the last checkpoint, and
+    every `checkpoint_epochs` epochs.
     """
 
     store: Path
@@ -75,6 +76,7 @@ class WorkConfig:
     show: bool = False
     checkpoint_seconds: float = 60.0
     checkpoint_epochs: int | None = None
+    modules: tuple[str, ...] = ()
 
 
 @dataclass
@@ -122,6 +124,7 @@ class Worker:
     """Runs nodes one after another in this process."""
 
     def __init__(self, config: WorkConfig) -> None:
+        load_modules(config.modules)
         self.config = config
         self.store = RunStore(config.store)
         # oneDNN would keep what it compiled for the last 1,024 shapes of convs: a smaller network brings 60 new ones.
@@ -145,7 +148,7 @@ class Worker:
         if isinstance(node, Prune):
             source = node.source
             state = self._initial_state(source) if isinstance(source, Init) else read_state(self.store, source)
-            result, files = choose_weights(self.store, node, state)
+            result, files = choose_weights(self.store, node, state, self.config.device)
         else:
             manifest = self.config.images[node.source.node.data.fingerprint].manifest
             result, files = choose_channels(self.store, node, manifest.height, self.config.device)
@@ -376,24 +379,17 @@ def load_start(store: RunStore, trainer: Trainer, ref: StateRef, *, momentum: bo
         raise _foreign(store, ref, str(error)) from error
 
 
-def choose_weights(store: RunStore, node: Prune, state: dict[str, Tensor]) -> Chosen:
-    """The mask of a prune step; `state` is that of its source."""
+def choose_weights(store: RunStore, node: Prune, state: dict[str, Tensor], device: str = "cpu") -> Chosen:
+    """The mask of a prune step, chosen on `device`; `state` is that of its source."""
     if node.prior is not None:
         mask = read_mask(store, node.prior)
     else:
         with torch.device("meta"):
             model = build(node.model)
         mask = Mask.dense(layout(prunable(model)))
-    if node.score not in SCORES:
-        raise ValueError(f"cannot prune by score {node.score!r}")
-    if node.score == "random":
-        scores = random_scores(mask, node.seed, node.round)
-    else:
-        weights = _model_state(state)
-        for s in mask.segments:
-            if s.name not in weights or tuple(weights[s.name].shape) != s.shape:
-                raise _foreign(store, node.source, f"no {s.name} of shape {s.shape} in it")
-        scores = magnitude_scores(weights, mask)
+    if node.score != "random":  # that one keeps its float64 bits, which are selected on a CPU
+        mask = Mask(mask.keep.to(device), mask.segments)
+    scores = _scores(store, node, mask, state)
     if isinstance(node.allocation, Ratios):
         new = prune_to_ratios(scores, mask, read_mask(store, node.allocation.mask).layerwise_ratios())
         if mask.kept - new.kept != n_to_prune(mask.kept, node.fraction):
@@ -410,6 +406,27 @@ def choose_weights(store: RunStore, node: Prune, state: dict[str, Tensor]) -> Ch
         "dead": sum(ratio == 1.0 for ratio in ratios.values()),
     }
     return result, {"mask.safetensors": new.save, "layers.csv": lambda p: p.write_text(new.ratios_csv())}
+
+
+def _scores(store: RunStore, node: Prune, mask: Mask, state: dict[str, Tensor]) -> Tensor:
+    """In the mask's storage order, where the mask is."""
+    if node.score == "random":
+        return random_scores(mask, node.seed, node.round)
+    weights = _model_state(state)
+    for s in mask.segments:
+        if s.name not in weights or tuple(weights[s.name].shape) != s.shape:
+            raise _foreign(store, node.source, f"no {s.name} of shape {s.shape} in it")
+    if node.score == "magnitude":
+        return magnitude_scores(weights, mask)
+    if isinstance(node.score, str):
+        raise ValueError(f"cannot prune by score {node.score!r}")
+    used = criterion(node.score.name)
+    if used.version != node.score.version:
+        raise InputError(
+            f"criterion {used.name} is of version {used.version}, the mask asks for {node.score.version}: "
+            "all processes of a run must import the same --figure-module"
+        )
+    return user_scores(used, weights, mask)
 
 
 def choose_channels(store: RunStore, node: ChannelSelection, image_size: int, device: str) -> Chosen:

@@ -1,18 +1,33 @@
-"""What can be set about a figure: the paper's protocol, presets over it, the command line over both. Data, no logic.
+"""What can be set about a figure: each setting once, with its type, default, bounds and help. Data, no logic.
 
-Standard library only.
+The paper's protocol, presets over it, the command line over both. Flags, checks and `--help` follow from the
+annotations. Standard library only.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from fastprune.errors import InputError
-from fastprune.specs import ALLOCATIONS, DECAYS, DataSpec, ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.specs import ALLOCATIONS, DECAYS, PRECISIONS, DataSpec, ModelSpec, OptimizerSpec, ScheduleSpec
+
+REWINDS = ("init", "late", "lr", "finetune")
 
 
 @dataclass(frozen=True)
+class Flag:
+    """How a setting stands on the command line. low, high: bounds of its value, ends included."""
+
+    help: str | None = None
+    metavar: str | None = None
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Every hyperparameter of a figure. `fraction` is pruned of what remains in each round.
+    """Every hyperparameter of a figure.
 
     rewind: where training restarts after a prune step. "init": the initial weights; "late": the dense run with LR_find
     after `rewind_epoch`, as it was then (weights, statistics, momentum, place in schedule and data order); "lr": the
@@ -20,39 +35,43 @@ class Settings:
     schedule's last rate throughout.
 
     milestones, warmup_epochs, rewind_epoch and prune_epochs are epochs of a run of `protocol_epochs`: a run of other
-    length scales them, but not those given `by_hand`. image_size: a side of generated images, in pixels.
+    length scales them, but not those given `by_hand`.
     """
 
-    model: str
-    stem: str
-    width: int
-    epochs: int
-    milestones: tuple[int, ...]
-    gamma: float
-    protocol_epochs: int
-    lr_find: tuple[float, ...]
-    lr_eval: tuple[float, ...]
+    seeds: Annotated[int, Flag("seeds 0 to N-1", "N", 1, 1000)] = 5
+    rounds: Annotated[int, Flag("prune rounds after the dense one", "N", 1, 1000)] = 30
+    fraction: Annotated[float, Flag("pruned of what remains, each round", "F", 1e-6, 1 - 1e-6)] = 0.2
+    epochs: Annotated[int, Flag("per training; the milestones scale along", "N", 1, 100_000)]
+    milestones: Annotated[tuple[int, ...], Flag("epochs after which the rate decays", "E")]
+    gamma: Annotated[float, Flag("factor at each milestone", None, 1e-9, 1.0)]
+    warmup_epochs: Annotated[int, Flag("linear, from 0", "N", 0, 100_000)] = 0
+    decay: Annotated[str, Flag(choices=DECAYS)] = "multistep"
+    criterion: Annotated[
+        str, Flag("why a weight goes: magnitude, or a name that --figure-module registers", "NAME")
+    ] = "magnitude"
+    allocation: Annotated[str, Flag("where weights go", choices=ALLOCATIONS)] = "global"
+    rewind: Annotated[str, Flag("where training restarts after a prune step", choices=REWINDS)] = "init"
+    rewind_epoch: Annotated[int, Flag("of late rewinding", "E", 1, 100_000)] = 2
+    prune_epochs: Annotated[tuple[int, ...], Flag("A6: where find runs stop", "E")] = ()
+    sparsities: Annotated[tuple[float, ...], Flag("structured: fractions of filters removed", "F")] = ()
+    lr_find: Annotated[tuple[float, ...], Flag(None, "LR")] = ()
+    lr_eval: Annotated[tuple[float, ...], Flag(None, "LR")] = ()
+    batch_size: Annotated[int, Flag(None, "N", 1, 1 << 20)] = 512
+    momentum: Annotated[float, Flag(low=0.0, high=0.999999)] = 0.9
+    nesterov: Annotated[bool, Flag()] = False
+    weight_decay: Annotated[float, Flag(low=0.0, high=1e6)] = 1e-4
+    label_smoothing: Annotated[float, Flag(low=0.0, high=0.999999)] = 0.0
+    model: Annotated[str, Flag(choices=("resnet18", "resnet34", "resnet50"))]
+    stem: Annotated[str, Flag(choices=("imagenet", "small"))]
+    # Narrower networks crash CPU convolutions of some PyTorch versions in channels-last.
+    width: Annotated[int, Flag("channels of the first stage (64)", "N", 4, 4096)]
+    precision: Annotated[str, Flag(choices=PRECISIONS)] = "bf16"
+    classes: Annotated[int | None, Flag("use the first N classes only", "N", 2, 1 << 20)] = None
+    train_per_class: Annotated[int | None, Flag("use the first N images of each class only", "N", 1, 1 << 30)] = None
+    val_per_class: Annotated[int | None, Flag(None, "N", 1, 1 << 30)] = None
+    image_size: Annotated[int, Flag("pixels a side of generated images (64)", "N", 32, 512)] = 64
     dataset: str = "tiny-imagenet-200"
-    seeds: int = 5
-    rounds: int = 30
-    fraction: float = 0.2
-    batch_size: int = 512
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 1e-4
-    label_smoothing: float = 0.0
-    decay: str = "multistep"
-    warmup_epochs: int = 0
-    allocation: str = "global"
-    rewind: str = "init"
-    rewind_epoch: int = 2
-    prune_epochs: tuple[int, ...] = ()
-    sparsities: tuple[float, ...] = ()
-    precision: str = "bf16"
-    classes: int | None = None
-    train_per_class: int | None = None
-    val_per_class: int | None = None
-    image_size: int = 64
+    protocol_epochs: int
     by_hand: tuple[str, ...] = ()
 
     def optimizer(self) -> OptimizerSpec:
@@ -95,54 +114,47 @@ class Settings:
             raise InputError(f"unknown settings: {', '.join(sorted(unknown))}")
         for name in ("lr_find", "lr_eval", "sparsities", "prune_epochs"):
             if name in changes and not changes[name]:
-                raise InputError(f"{_flag(name)} names nothing")
+                raise InputError(f"{flag_of(name)} names nothing")
         by_hand = {*self.by_hand, *(changes.keys() & _IN_EPOCHS)}
         return check(replace(self, **changes, by_hand=tuple(sorted(by_hand))))
 
 
 _IN_EPOCHS = {"milestones", "warmup_epochs", "rewind_epoch", "prune_epochs"}
 
-REWINDS = ("init", "late", "lr", "finetune")
 
-_BOUNDS: dict[str, tuple[float, float]] = {
-    # Narrower networks crash CPU convolutions of some PyTorch versions in channels-last.
-    "width": (4, 4096),
-    "epochs": (1, 100_000),
-    "seeds": (1, 1000),
-    "rounds": (1, 1000),
-    "batch_size": (1, 1 << 20),
-    "classes": (2, 1 << 20),
-    "train_per_class": (1, 1 << 30),
-    "val_per_class": (1, 1 << 30),
-    "warmup_epochs": (0, 100_000),
-    "rewind_epoch": (1, 100_000),
-    "image_size": (32, 512),
-    "gamma": (1e-9, 1.0),
-    "fraction": (1e-6, 1 - 1e-6),
-    "momentum": (0.0, 0.999999),
-    "weight_decay": (0.0, 1e6),
-    "label_smoothing": (0.0, 0.999999),
-}
+def flags() -> dict[str, tuple[type, bool, Flag]]:
+    """By setting that the command line can change: the type of a value, whether it takes several, and its flag."""
+    found = {}
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            kind, flag = get_args(hint)
+            several = get_origin(kind) is tuple
+            found[name] = (get_args(kind)[0] if get_args(kind) else kind, several, flag)
+    return found
+
+
+def flag_of(name: str) -> str:
+    """A setting as the command line calls it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check(s: Settings) -> Settings:
     """InputError, one line, for settings that make no sense."""
-    for name, (low, high) in _BOUNDS.items():
+    for name, (_, _, flag) in flags().items():
         value = getattr(s, name)
-        if value is not None and not low <= value <= high:
-            raise InputError(f"{_flag(name)} is {value}, expected {low:g} to {high:g}")
+        if flag.choices and value not in flag.choices:
+            raise InputError(f"{flag_of(name)} is {value}, expected one of {', '.join(flag.choices)}")
+        if flag.low is not None and flag.high is not None and value is not None and not flag.low <= value <= flag.high:
+            raise InputError(f"{flag_of(name)} is {value}, expected {flag.low:g} to {flag.high:g}")
     if s.nesterov and s.momentum == 0:
         raise InputError("--nesterov needs a --momentum above 0")
     if any(m < 1 for m in s.milestones) or list(s.milestones) != sorted(set(s.milestones)):
         raise InputError(
             f"--milestones are {' '.join(map(str, s.milestones))}, expected epochs in rising order, from 1"
         )
-    for name, known in (("allocation", ALLOCATIONS), ("rewind", REWINDS), ("decay", DECAYS)):
-        if getattr(s, name) not in known:
-            raise InputError(f"{_flag(name)} is {getattr(s, name)}, expected one of {', '.join(known)}")
     for name, epoch in (("warmup_epochs", s.schedule(1.0).warmup_epochs), ("rewind_epoch", s.late_epoch)):
         if epoch > s.epochs:
-            raise InputError(f"{_flag(name)} is {epoch}, but a training has {s.epochs} epochs")
+            raise InputError(f"{flag_of(name)} is {epoch}, but a training has {s.epochs} epochs")
     if s.rewind == "late" and s.late_epoch >= min((*s.stops, s.epochs)):
         raise InputError(
             f"--rewind-epoch is {s.late_epoch}: nothing is left to train up to {min((*s.stops, s.epochs))}"
@@ -155,14 +167,10 @@ def check(s: Settings) -> Settings:
     for name in ("lr_find", "lr_eval"):
         rates = getattr(s, name)
         if any(not 0 < r < float("inf") for r in rates):
-            raise InputError(f"{_flag(name)} needs rates above 0")
+            raise InputError(f"{flag_of(name)} needs rates above 0")
         if len({f"{r:g}" for r in rates}) < len(rates):
-            raise InputError(f"{_flag(name)} names a rate twice (to six digits)")
+            raise InputError(f"{flag_of(name)} names a rate twice (to six digits)")
     return s
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -185,8 +193,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(protocol: Settings, name: str, figure: dict[str, dict[str, Any]] | None = None) -> Settings:
-    """The protocol under a preset; `figure`: what a figure changes of the presets. InputError for an unknown one."""
+def preset(protocol: Settings, name: str, changes: Mapping[str, Mapping[str, Any]] | None = None) -> Settings:
+    """The protocol under a preset. changes: what a figure changes of the presets. InputError for an unknown one."""
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    return protocol.override(**(PRESETS[name] | (figure or {}).get(name, {})))
+    return protocol.override(**(PRESETS[name] | dict((changes or {}).get(name, {}))))

@@ -11,7 +11,7 @@ import pytest
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, load
 from fastprune.figures import drawing as draw
-from fastprune.figures.axes import Drawing, Panel, check_rows, shown_x
+from fastprune.figures.axes import Drawing, DrawnPanel, check_rows, shown_x
 from fastprune.figures.report import panel_table, redraw, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
 
@@ -27,15 +27,15 @@ SPANS = {"filters": (0.0, 0.9), "parameters": (25.5e6, 0.4e6), "flops": (0.66e9,
 
 
 def drawing_of(name: str) -> Drawing:
-    module = load(name)
-    panels = module.panels(module.PROTOCOL)
+    figure = load(name)
+    panels = {panel.id: DrawnPanel.of(panel) for panel in figure.panels_of(figure.protocol)}
     accuracy = any(panel.y == "accuracy" for panel in panels.values())
     return Drawing(
         "ResNet-50 on made-up data",
         panels,
-        module.series(module.PROTOCOL),
+        figure.labels(figure.protocol),
         chance=0.005 if accuracy else None,
-        layers=getattr(module, "LAYERS", False),
+        layers=figure.layers,
     )
 
 
@@ -107,7 +107,7 @@ def test_a_figure_is_drawn_again_from_its_files(name, tmp_path):
     before = [(tmp_path / f"figure.{kind}").read_bytes() for kind in ("png", "pdf")]
     redraw(tmp_path)
     assert [(tmp_path / f"figure.{kind}").read_bytes() for kind in ("png", "pdf")] == before
-    assert Panel(**json.loads(json.dumps(asdict(next(iter(drawing.panels.values())))))) in drawing.panels.values()
+    assert DrawnPanel(**json.loads(json.dumps(asdict(next(iter(drawing.panels.values())))))) in drawing.panels.values()
     text = terminal_summary(summary)
     assert max(map(len, text.splitlines())) <= 100
     assert text.isascii()
@@ -184,24 +184,24 @@ def test_each_panel_of_structured_names_its_axis(tmp_path, seen):
     ],
 )
 def test_units_fit_the_values(axis, values, label):
-    assert shown_x(Panel("", axis), values)[1] == label
+    assert shown_x(DrawnPanel("", axis), values)[1] == label
 
 
 @pytest.mark.parametrize(
     ("panel", "change"),
     [
-        (Panel(""), {"y": 47.0}),
-        (Panel(""), {"y": -0.1}),
-        (Panel(""), {"x": 0.0}),
-        (Panel(""), {"x": 1.01}),
-        (Panel("", "epoch", "ratio"), {"x": -1.0}),
-        (Panel("", "epoch", "ratio"), {"x": 3.0, "y": 1.5}),
-        (Panel("", "filters"), {"x": 10.0}),
+        (DrawnPanel(""), {"y": 47.0}),
+        (DrawnPanel(""), {"y": -0.1}),
+        (DrawnPanel(""), {"x": 0.0}),
+        (DrawnPanel(""), {"x": 1.01}),
+        (DrawnPanel("", "epoch", "ratio"), {"x": -1.0}),
+        (DrawnPanel("", "epoch", "ratio"), {"x": 3.0, "y": 1.5}),
+        (DrawnPanel("", "filters"), {"x": 10.0}),
     ],
     ids=str,
 )
 def test_a_value_that_cannot_stand_on_its_axis_is_one_line(panel, change):
-    check_rows([ROW], {"a": Panel("")})
+    check_rows([ROW], {"a": DrawnPanel("")})
     with pytest.raises(InputError, match=r"panel a, series 0\.05, seed 0, round 1") as caught:
         check_rows([replace(ROW, **change)], {"a": panel})
     assert "\n" not in str(caught.value)
@@ -222,7 +222,7 @@ def test_cells_do_not_touch():
 def test_panels_that_make_no_sense():
     for axes in ({"x": "time"}, {"y": "loss"}):
         with pytest.raises(ValueError, match="no axes"):
-            Panel("", **axes)
+            DrawnPanel("", **axes)
 
 
 def test_the_table_of_layers_has_the_first_the_others_and_the_restless():

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.figures.claims import Claim, Comparison, judge, t_interval
+from fastprune.figures.claims import Accuracy, Claim, judge, t_interval
 from fastprune.figures.results import Row
 
 CHANCE = 0.005
 PRUNED = (0.3, 0.9)  # rounds 1 to 5
-BETTER = Comparison("a", "better", "0.05", "0.8", densities=PRUNED)
-SIMILAR = Comparison("a", "similar", "0.05", "0.8", densities=PRUNED)
-NOT_WORSE = Comparison("a", "not worse", "0.05", "0.8", densities=PRUNED)
+BETTER = Accuracy("a", "better", "0.05", "0.8", densities=PRUNED)
+SIMILAR = Accuracy("a", "similar", "0.05", "0.8", densities=PRUNED)
+NOT_WORSE = Accuracy("a", "not worse", "0.05", "0.8", densities=PRUNED)
 
 
 def claim(*comparisons):
@@ -105,7 +105,7 @@ def test_neither_a_constant_nor_the_order_of_rows_means_anything(points, constan
 
 @given(st.lists(st.floats(-20, 20), min_size=3, max_size=6))
 def test_turning_the_sides_turns_the_verdict(points):
-    turned = Comparison("a", "better", "0.8", "0.05", densities=PRUNED)
+    turned = Accuracy("a", "better", "0.8", "0.05", densities=PRUNED)
     forth, back = (verdict(c, gap(points)) for c in (BETTER, turned))
     assert {"holds": "fails", "fails": "holds", "undecided": "undecided"}[forth.verdict] == back.verdict
     assert forth.effect == pytest.approx(-back.effect, abs=1e-8)
@@ -144,7 +144,7 @@ def test_a_range_of_rounds_takes_the_dense_networks():
         for series, y in (("0.8", 0.5), ("0.05", 0.4))
         for seed in range(3)
     ]
-    found = verdict(Comparison("find", "better", "0.8", "0.05", rounds=(0, 0)), rows)
+    found = verdict(Accuracy("find", "better", "0.8", "0.05", rounds=(0, 0)), rows)
     assert (found.verdict, found.effect, found.parts[0].rounds) == ("holds", pytest.approx(10.0), (0,))
 
 
@@ -226,9 +226,9 @@ def test_a_run_that_stops_early_is_undecided():
     assert (found.verdict, found.effect) == ("undecided", pytest.approx(5.1))
     assert "stops before" in found.why
     # One step of 20 % from the end of the range is as far as rounds can come.
-    near = Comparison("a", "better", "0.05", "0.8", densities=(0.42, 0.9))
-    open_ended = Comparison("a", "better", "0.05", "0.8", densities=(0.0, 0.9))
-    by_round = Comparison("a", "better", "0.05", "0.8", rounds=(1, 4))
+    near = Accuracy("a", "better", "0.05", "0.8", densities=(0.42, 0.9))
+    open_ended = Accuracy("a", "better", "0.05", "0.8", densities=(0.0, 0.9))
+    by_round = Accuracy("a", "better", "0.05", "0.8", rounds=(1, 4))
     for comparison, expected in ((near, "holds"), (open_ended, "holds"), (by_round, "undecided")):
         assert verdict(comparison, gap([5.0, 5.1, 5.2], rounds=3)).verdict == expected
 
@@ -291,7 +291,7 @@ def test_chance_is_a_fraction(chance):
 )
 def test_comparisons_that_make_no_sense_are_refused(arguments, says):
     with pytest.raises(ValueError, match=says):
-        Comparison(**{"panel": "a", "left": "0.05", "right": "0.8"} | arguments)
+        Accuracy(**{"panel": "a", "left": "0.05", "right": "0.8"} | arguments)
 
 
 def test_a_claim_compares_something():

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fastprune.figures.claims import (
     HARDLY_POINTS,
+    Accuracy,
     Claim,
-    Comparison,
     FirstAgainstOthers,
     Flattens,
     Hardly,
@@ -153,7 +153,7 @@ def test_another_series_that_diverged_does_no_harm():
 def test_a_claim_of_several_kinds_is_told_by_its_weakest_part():
     rows = [r for seed in range(3) for r in layers("b", seed, (30, 4.5, 4.5)) + line("0.05", seed, (50.2,) * 3)]
     rows += [r for seed in range(3) for r in line("0.8", seed, (50,) * 3)]
-    accurate = Comparison("a", "not worse", "0.05", "0.8", rounds=(0, 2))
+    accurate = Accuracy("a", "not worse", "0.05", "0.8", rounds=(0, 2))
     found = judge(Claim("id", "text", (accurate, Hardly("b", "conv1"))), rows, chance=0.005, decisive=True)
     assert [p.effect for p in found.parts] == pytest.approx([0.2, 0.5])
     # 0.2 is 1.2 points from what would be worse, 0.5 half a point from what would not be hardly.

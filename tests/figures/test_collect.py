@@ -6,7 +6,8 @@ from torch import nn
 
 from fastprune.figures import load
 from fastprune.figures.collect import collect
-from fastprune.figures.points import LprPoint, find_panel
+from fastprune.figures.figure import Panel, Series
+from fastprune.figures.points import LprPoint, find_points
 from fastprune.specs import DataSpec, LprHistory
 from fastprune.store import RunStore, lpr_name, write_csv
 from fastprune.study.chains import Chains, MaskRecipe
@@ -14,7 +15,8 @@ from fastprune.study.settings import preset
 from fastprune.training.trainer import Trainer
 
 DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
-SETTINGS = preset(load("A4").PROTOCOL, "smoke").override(seeds=1, epochs=2, fraction=0.5, rounds=2)
+SETTINGS = preset(load("A4").protocol, "smoke").override(seeds=1, epochs=2, fraction=0.5, rounds=2)
+FOUND = Panel("a", "", SETTINGS, (Series("0.5", "", MaskRecipe(0.5), 0.5),))
 DENSE = Chains(SETTINGS, DATA, 0).dense(0.5)
 TRACE = LprHistory(DENSE, 0.5)
 
@@ -84,7 +86,7 @@ def test_a_run_that_diverged_has_ratios_up_to_there_and_no_distance(tmp_path):
 
 def test_layers_that_died_are_counted_and_missing_runs_are_left_out(tmp_path):
     chains, store = Chains(SETTINGS, DATA, 0), RunStore(tmp_path)
-    points = find_panel(chains, [MaskRecipe(0.5)])
+    points = list(find_points(FOUND, chains))
     assert collect("A6", points, store) == []
     first, second = points
     store.publish(first.node, {"epochs": 2, "diverged": False, "accuracy": 0.5}, {}, {})
@@ -102,6 +104,6 @@ def test_accuracy_at_an_epoch_is_that_of_the_epoch(tmp_path):
     metrics = [{"epoch": 1, "val_accuracy": 0.25}, {"epoch": 2, "val_accuracy": float("nan")}]
     result = {"epochs": 2, "diverged": True, "accuracy": None}
     store.publish(DENSE, result, {}, {"metrics.csv": lambda p: write_csv(p, metrics)})
-    point = find_panel(Chains(SETTINGS, DATA, 0), [MaskRecipe(0.5)])[0]
+    point = next(find_points(FOUND, Chains(SETTINGS, DATA, 0)))
     found = [collect("A6", [replace(point, epoch=epoch)], store)[0].y for epoch in (1, 2)]
     assert found == [0.25, None]

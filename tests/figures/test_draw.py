@@ -9,13 +9,13 @@ import pytest
 
 from fastprune.errors import InputError
 from fastprune.figures import drawing as draw
-from fastprune.figures.axes import Drawing, Panel
+from fastprune.figures.axes import Drawing, DrawnPanel
 from fastprune.figures.drawing import style_of
 from fastprune.figures.results import Row
 
 DRAWING = Drawing(
     title="A small network on made-up data",
-    panels={"a": Panel("LR_eval = 0.5"), "b": Panel("LR_eval = 0.8")},
+    panels={"a": DrawnPanel("LR_eval = 0.5"), "b": DrawnPanel("LR_eval = 0.8")},
     series={"0.05": "0.05", "0.2": "0.2", "0.8": "0.8", "random": "random masks"},
     legend_title="LR_find",
     chance=0.1,
@@ -165,7 +165,7 @@ def test_nothing_is_clipped_or_overlaps(tmp_path, seen, count, labels, legend_ti
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
-    panels = {letter: Panel(f"LR_eval = {letter}") for letter in "abcde"[:count]}
+    panels = {letter: DrawnPanel(f"LR_eval = {letter}") for letter in "abcde"[:count]}
     title = "A title that is long enough to need two lines in a narrow figure with one panel"
     note = "And a note that says so much that it needs more than one line in a figure that has only one panel."
     drawing = Drawing(title, panels, LABELS[labels], legend_title, chance=0.1, note=note)
@@ -191,7 +191,7 @@ def test_nothing_is_clipped_or_overlaps(tmp_path, seen, count, labels, legend_ti
 
 
 def test_a_dollar_sign_is_a_dollar_sign(tmp_path):
-    drawing = Drawing("costs $5 or $x_{", {"a": Panel("100 % of $")}, legend_title="$", note="$HOME/_x {$")
+    drawing = Drawing("costs $5 or $x_{", {"a": DrawnPanel("100 % of $")}, legend_title="$", note="$HOME/_x {$")
     draw.draw(rows_of(panels="a"), drawing, tmp_path)
 
 
@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
 @pytest.mark.parametrize(("change", "says"), [({"panels": {}}, "panels"), ({"chance": 10.0}, "chance")])
 def test_a_drawing_that_makes_no_sense_is_refused(change, says):
     with pytest.raises(ValueError, match=says):
-        Drawing(**{"title": "t", "panels": {"a": Panel("a")}} | change)
+        Drawing(**{"title": "t", "panels": {"a": DrawnPanel("a")}} | change)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
@@ -242,7 +242,7 @@ def test_bands_end_where_no_value_can_be(tmp_path, seen):
 def test_panels_over_different_things_have_axes_of_their_own(tmp_path, seen):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    panels = {"a": Panel("A"), "b": Panel("B"), "c": Panel("C", "epoch", "ratio")}
+    panels = {"a": DrawnPanel("A"), "b": DrawnPanel("B"), "c": DrawnPanel("C", "epoch", "ratio")}
     rows = rows_of(2, 3, panels="ab")
     rows += [replace(row, panel="c", x=float(row.round), y=0.1) for row in rows if row.panel == "a"]
     draw.draw(rows, replace(DRAWING, panels=panels), tmp_path)

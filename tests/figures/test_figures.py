@@ -1,7 +1,6 @@
 """The graphs behind the figures: how many trainings, which are shared, what each point stands for."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -20,10 +19,10 @@ PLACES = DataSpec("miniplaces", "m" * 64, 100, None, None, 100_000, 10_000)
 
 
 def planned(name: str, preset_name: str = "paper", **changes):
-    module = load(name)
-    settings = preset(module.PROTOCOL, preset_name, module.PRESETS).override(**changes)
+    figure = load(name)
+    settings = preset(figure.protocol, preset_name, figure.presets).override(**changes)
     data = PLACES if settings.dataset == "miniplaces" else TINY
-    return build_graph(FigureRequest(name, preset_name, settings, None, Path(name)), data)
+    return build_graph(figure, settings, data)
 
 
 # By hand, of 30 rounds. A1: 3 dense; find runs 3 x 29; evaluated at another rate 6 x 30, at their own once more each
@@ -65,7 +64,7 @@ def test_a4_and_a5_read_the_runs_of_a3_and_a6():
 
 def test_a6_begins_with_snapshots_of_the_dense_run():
     points, graph = planned("A6", seeds=1)
-    dense = {lr: Chains(preset(load("A6").PROTOCOL, "paper"), TINY, 0).dense(lr) for lr in (0.05, 0.2)}
+    dense = {lr: Chains(preset(load("A6").protocol, "paper"), TINY, 0).dense(lr) for lr in (0.05, 0.2)}
     assert graph.requested_outputs(dense[0.05]).weights == (20, 50, 70, 110)
     for panel, lr in (("a", 0.05), ("b", 0.2)):
         zero = {p.series: (p.node, p.epoch, p.lr_eval) for p in points if p.panel == panel and p.round == 0}
@@ -91,8 +90,8 @@ def test_local_pruning_and_transplants_say_so_in_their_nodes():
 def test_structured_points_stand_in_each_panel():
     points, graph = planned("structured", seeds=1)
     assert len(points) == 4 * 3 * 10
-    assert all(isinstance(p.filters, ChannelSelection) for p in points)
-    assert {p.filters.fraction for p in points} == {i / 10 for i in range(10)}
+    assert all(isinstance(p.selection, ChannelSelection) for p in points)
+    assert {p.selection.fraction for p in points} == {i / 10 for i in range(10)}
     tuned = [n for n in graph.trainings if n.mask is not None]
     assert {(n.schedule.lr, n.schedule.decay, n.schedule.warmup_epochs, n.stop) for n in tuned} == {
         (0.1, "cosine", 5, 200)
@@ -105,17 +104,17 @@ def test_structured_points_stand_in_each_panel():
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_point_has_its_place(name, preset_name):
     points, graph = planned(name, preset_name)
-    module, settings = load(name), preset(load(name).PROTOCOL, preset_name, load(name).PRESETS)
-    panels = module.panels(settings)
+    figure, settings = load(name), preset(load(name).protocol, preset_name, load(name).presets)
+    panels = {panel.id: panel for panel in figure.panels_of(settings)}
     drawn = [p for p in points if not p.panel.startswith("find")]
     assert {p.panel for p in drawn} == set(panels)
-    assert {p.series for p in drawn if p.series is not None} <= set(module.series(settings))
+    assert {p.series for p in drawn if p.series is not None} <= set(figure.labels(settings))
     places = [(p.panel, p.series, p.seed, p.round) for p in points if isinstance(p, Point)]
     assert len(places) == len(set(places))
     for panel, shown in panels.items():
         assert {p.x for p in drawn if isinstance(p, Point) and p.panel == panel} <= {shown.x}
     named = {p.series for p in points if p.series is not None}
-    for claim in module.claims(settings):
+    for claim in figure.claims_of(settings):
         for comparison in claim.comparisons:
             assert comparison.panel in {p.panel for p in points}
             sides = {getattr(comparison, side, None) for side in ("left", "right", "series")} - {None}
@@ -131,7 +130,7 @@ def test_every_run_of_a_figure_is_of_its_seed():
 
 
 def test_a_chain_by_ratios_needs_its_donor_first():
-    chains = Chains(preset(load("transplant").PROTOCOL, "paper"), TINY, 0)
+    chains = Chains(preset(load("transplant").protocol, "paper"), TINY, 0)
     graph = Graph.of([chains.masks(MaskRecipe(0.5, ratios_of=0.05))[0]])
     kinds = [(n.kind, n.schedule.lr if isinstance(n, Train) else None) for n in graph.nodes]
     assert sorted(map(str, kinds[:-1])) == sorted(map(str, [("train", 0.05), ("prune", None), ("train", 0.5)]))
@@ -166,9 +165,9 @@ def test_disk_of_the_paper_is_mostly_find_states():
 
 def test_settings_that_a_figure_has_not():
     with pytest.raises(InputError, match="lr-find"):
-        load("transplant").points(replace(load("transplant").PROTOCOL, lr_find=(0.1,)), TINY)
+        planned("transplant", lr_find=(0.1,))
     with pytest.raises(InputError, match="lr-eval"):
-        load("A6").points(replace(load("A6").PROTOCOL, lr_eval=(0.1, 0.2)), TINY)
+        planned("A6", lr_eval=(0.1, 0.2))
     with pytest.raises(InputError, match="choose one of"):
         load("A7")
 
@@ -179,8 +178,8 @@ def test_a_plan_counts_the_images_of_the_folder_without_reading_them(tmp_path):
             (tmp_path / "animals" / split / name).mkdir(parents=True)
             for i in range(count + (name == "c")):
                 (tmp_path / "animals" / split / name / f"{i}.jpg").touch()
-    settings = preset(load("A3").PROTOCOL, "paper")
-    figure = FigureRequest("A3", "paper", settings, str(tmp_path / "animals"), tmp_path / "out")
+    settings = preset(load("A3").protocol, "paper")
+    figure = FigureRequest(load("A3"), "paper", settings, str(tmp_path / "animals"), tmp_path / "out")
     data = planned_data(figure, tmp_path / "store")
     assert (data.name, data.classes, data.train_count, data.val_count) == ("animals", 3, 22, 7)
     part = replace(figure, settings=settings.override(classes=2, train_per_class=5))

@@ -11,7 +11,6 @@ import pytest
 
 from fastprune.figures import FIGURES, load
 from fastprune.figures.points import build_graph
-from fastprune.figures.reproduce import FigureRequest
 from fastprune.specs import DataSpec
 from fastprune.study.settings import preset
 
@@ -28,10 +27,10 @@ def test_every_figure_is_frozen():
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_keys_are_those_of_the_golden_file(name):
-    module, golden = load(name), GOLDEN[name]
-    settings = preset(module.PROTOCOL, "paper", module.PRESETS)
+    figure, golden = load(name), GOLDEN[name]
+    settings = preset(figure.protocol, "paper", figure.presets)
     data = DataSpec(settings.dataset, "0" * 64, 200, None, None, 100_000, 10_000)
-    points, graph = build_graph(FigureRequest(name, "paper", settings, None, Path("out")), data)
+    points, graph = build_graph(figure, settings, data)
     assert {kind: sum(n.kind == kind for n in graph.nodes) for kind in golden["nodes"]} == golden["nodes"]
     assert {label: key for label, key in golden["some"].items() if key not in graph.by_key} == {}
     assert digest([n.key for n in graph.nodes]) == golden["sha256"]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from fastprune.errors import InputError
-from fastprune.figures.axes import Drawing, Panel
-from fastprune.figures.claims import Claim, Comparison, judge
+from fastprune.figures.axes import Drawing, DrawnPanel
+from fastprune.figures.claims import Accuracy, Claim, judge
 from fastprune.figures.report import redraw, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row, read_csv
 
 DRAWING = Drawing(
     title="A small network on made-up data",
-    panels={"a": Panel("LR_eval = 0.5"), "b": Panel("LR_eval = 0.8")},
+    panels={"a": DrawnPanel("LR_eval = 0.5"), "b": DrawnPanel("LR_eval = 0.8")},
     series={"0.05": "0.05", "0.8": "0.8", "random": "random masks"},
     legend_title="LR_find",
     chance=0.005,
@@ -25,10 +25,10 @@ CLAIMS = [
     Claim(
         "better",
         "0.05 is clearly better than 0.8",
-        tuple(Comparison(panel, "better", "0.05", "0.8", densities=(0.001, 0.9)) for panel in "ab"),
+        tuple(Accuracy(panel, "better", "0.05", "0.8", densities=(0.001, 0.9)) for panel in "ab"),
     ),
-    Claim("dense", "0.8 trains the best dense network", (Comparison("find", "better", "0.8", "0.05", rounds=(0, 0)),)),
-    Claim("absent", "0.3 is similar to 0.05", (Comparison("a", "similar", "0.3", "0.05", rounds=(1, 9)),)),
+    Claim("dense", "0.8 trains the best dense network", (Accuracy("find", "better", "0.8", "0.05", rounds=(0, 0)),)),
+    Claim("absent", "0.3 is similar to 0.05", (Accuracy("a", "similar", "0.3", "0.05", rounds=(1, 9)),)),
 ]
 
 
@@ -92,7 +92,7 @@ def test_summary_is_plain_and_says_what_was_found(tmp_path):
     assert better["effect"] == pytest.approx(4.0, abs=0.1)
     assert better["interval"][0] < better["effect"] < better["interval"][1]
     assert [part["comparison"]["panel"] for part in better["parts"]] == ["a", "b"]
-    assert dense["parts"][0]["seeds"] == [0, 1, 2]
+    assert list(dense["parts"][0]["differences"]) == ["0", "1", "2"]
     assert (absent["verdict"], absent["effect"]) == ("undecided", None)
     first = summary["panels"]["a"][0]
     assert (first["round"], first["x"], first["series"]["0.05"]["runs"]) == (0, 1.0, 3)
@@ -151,7 +151,7 @@ def test_many_series_stay_within_the_terminal(tmp_path):
         for seed in range(2)
         for number in range(3)
     ]
-    drawing = Drawing("Many", {"a": Panel("")}, chance=0.1)
+    drawing = Drawing("Many", {"a": DrawnPanel("")}, chance=0.1)
     summary = summarize(rows, drawing, [], figure="A2", preset="x", settings={}, data={}, cost={}, environment={})
     text = terminal_summary(summary)
     assert max(map(len, text.splitlines())) <= 100

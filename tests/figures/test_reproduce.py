@@ -11,9 +11,8 @@ import pytest
 
 from fastprune.cli.reproduce import main
 from fastprune.cli.store import main as store_main
-from fastprune.figures import a2
+from fastprune.figures.paper import A2
 from fastprune.figures.points import build_graph
-from fastprune.figures.reproduce import FigureRequest
 from fastprune.figures.results import read_csv
 from fastprune.specs import DataSpec
 from fastprune.study.settings import preset
@@ -53,7 +52,7 @@ def test_what_a_run_leaves(finished):
     assert {r.x for r in rows if r.round == 2} == {(left - round(0.8 * left)) / weights}
     summary = json.loads((out / "summary.json").read_text())
     assert {c["verdict"] for c in summary["claims"]} == {"undecided"}
-    assert [c["id"] for c in summary["claims"]] == [c.id for c in a2.claims(preset(a2.PROTOCOL, "smoke"))]
+    assert [c["id"] for c in summary["claims"]] == [c.id for c in A2.claims_of(preset(A2.protocol, "smoke"))]
 
 
 def test_the_resident_loader_gives_the_same_figure(finished, tmp_path, capsys, monkeypatch):
@@ -285,7 +284,7 @@ BAD = {
     "out": (["--fig", "A2", "--out", "/proc/out"], "/proc/out"),
     "store": (["--fig", "A2", "--store", "/proc/store"], "/proc/store"),
     "redraw": (["--fig", "A2", "--redraw"], "results.csv"),
-    "unused": (["--fig", "A2", "--sparsities", "0.5"], "--sparsities means nothing to figure A2"),
+    "unused": (["--fig", "A2", "--sparsities", "0.5"], "figure A2 takes no --sparsities"),
     "rewind": (["--fig", "A2", "--rewind", "lr"], "--rewind lr: the random baseline"),
     "two data sets": (["--fig", "A1", "A2", "--preset", "paper", "--data", "/"], "--miniplaces"),
     "stops": (["--fig", "A6", "--prune-epochs", "3", "2"], "--prune-epochs"),
@@ -323,8 +322,7 @@ def test_a_diverged_rate_is_recorded(tmp_path, monkeypatch):
 
 def test_every_node_has_a_name():
     data = DataSpec("x", "f", 10, None, None, 1000, 100)
-    figure = FigureRequest("A2", "smoke", preset(a2.PROTOCOL, "smoke"), "synthetic", Path("o"))
-    _, graph = build_graph(figure, data)
+    _, graph = build_graph(A2, preset(A2.protocol, "smoke"), data)
     labels = [graph.label(n) for n in graph.nodes]
     assert len(set(labels)) == len(labels)
     assert all("seed" in label and "round" in label for label in labels)

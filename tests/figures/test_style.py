@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.figures.axes import Drawing, Panel
+from fastprune.figures.axes import Drawing, DrawnPanel
 from fastprune.figures.drawing import _width, arranged, legend
 
 
@@ -53,7 +53,7 @@ SERIES = {"1": "LR_find = 1", "2": "LR_find = 2", "e1": "LR_eval = 1", "e2": "LR
     ids=["apart", "linked", "one-alone"],
 )
 def test_series_that_share_a_panel_stand_merge_graphs(panels, expected):
-    drawing = Drawing("t", {"a": Panel("")}, SERIES)
+    drawing = Drawing("t", {"a": DrawnPanel("")}, SERIES)
     blocks = legend(list(SERIES), panels, drawing, diverged=True, dead=True)
     *series, marks = [[entry.get_label() for entry in block] for block in blocks]
     assert marks == ["diverged", "a layer is pruned whole"]

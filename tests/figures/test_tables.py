@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastprune.figures.axes import Panel
+from fastprune.figures.axes import DrawnPanel
 from fastprune.figures.report import COLUMNS, _blocks, panel_table
 
 
@@ -23,7 +23,7 @@ def test_two_marks_leave_the_numbers_in_line():
         {"round": 0, "x": 1.0, "series": {"0.1": cell(0.5), "0.2": cell(0.5)}},
         {"round": 1, "x": 0.8, "series": {"0.1": cell(0.4, 1, 1), "0.2": cell(0.4, 0, 1)}},
     ]
-    drawing = {"panels": {"a": vars(Panel(""))}, "series": {}, "legend_title": "", "layers": False}
+    drawing = {"panels": {"a": vars(DrawnPanel(""))}, "series": {}, "legend_title": "", "layers": False}
     assert panel_table("a", rounds, drawing).splitlines()[1:] == [
         "  weights left              0.1            0.2",
         "  1 (dense)       50.0 +- 1.0    50.0 +- 1.0",

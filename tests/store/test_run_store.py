@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.errors import InputError
-from fastprune.figures import a2
+from fastprune.figures.paper import A2
 from fastprune.files import read_sums, write_sums
 from fastprune.specs import DataSpec, StateRef
 from fastprune.store import RequestedOutputs, RunStore, write_csv
@@ -20,7 +20,7 @@ from fastprune.study.settings import preset
 from tests.fakes import find_runs, masks
 
 DATA = DataSpec("tiny-imagenet", "f" * 64, 200, None, None, 100_000, 10_000)
-CHAINS = Chains(preset(a2.PROTOCOL, "paper").override(rounds=2), DATA, 0)
+CHAINS = Chains(preset(A2.protocol, "paper").override(rounds=2), DATA, 0)
 TRAIN, PRUNE = find_runs(CHAINS, 0.2)[0], masks(CHAINS, 0.2)[0]
 
 

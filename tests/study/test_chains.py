@@ -27,7 +27,7 @@ class Killed(BaseException):
 
 
 def chains(**changes) -> Chains:
-    return Chains(preset(load("A2").PROTOCOL, "smoke").override(rounds=2, fraction=0.5, **SMALL, **changes), DATA, 0)
+    return Chains(preset(load("A2").protocol, "smoke").override(rounds=2, fraction=0.5, **SMALL, **changes), DATA, 0)
 
 
 def graphs() -> dict[str, Graph]:
@@ -38,7 +38,7 @@ def graphs() -> dict[str, Graph]:
     }
     taker = MaskRecipe(0.2, ratios_of=0.05)
     kinds["transplant"] = Graph.of([chains().eval_run(taker, 2, 0.2)])
-    structured = Chains(preset(load("structured").PROTOCOL, "smoke").override(**SMALL), DATA, 0)
+    structured = Chains(preset(load("structured").protocol, "smoke").override(**SMALL), DATA, 0)
     dense = structured.dense(0.1)
     filters = ChannelSelection(dense.final, 0.5)
     kinds["structured"] = Graph.of([structured.train(0.05, filters, Rewind(dense.final, 0, momentum=False))])

@@ -5,7 +5,9 @@ from dataclasses import fields, replace
 import pytest
 
 from fastprune.errors import InputError
-from fastprune.figures import a2, load
+from fastprune.figures import load
+from fastprune.figures.paper import A2
+from fastprune.figures.points import points_of
 from fastprune.specs import DataSpec, Init, ModelSpec, OptimizerSpec, Prune, ScheduleSpec, StateRef, Train, n_to_prune
 from fastprune.study.chains import Chains
 from fastprune.study.graph import Cost, Graph
@@ -13,12 +15,12 @@ from fastprune.study.settings import PRESETS, preset
 from tests.fakes import eval_runs, find_runs, masks
 
 DATA = DataSpec("tiny-imagenet", "f" * 64, 200, None, None, 100_000, 10_000)
-PAPER = preset(a2.PROTOCOL, "paper")
+PAPER = preset(A2.protocol, "paper")
 SMALL = PAPER.override(seeds=2, rounds=3, epochs=4)
 
 
 def graph(settings=SMALL) -> Graph:
-    return Graph.of([p.node for p in a2.points(settings, DATA)])
+    return Graph.of([p.node for p in points_of(A2, settings, DATA)])
 
 
 def test_the_paper_is_302_trainings_a_seed():
@@ -121,7 +123,7 @@ def test_milestones_scale_with_the_epochs_unless_given():
 
 
 def test_quick_ends_at_the_papers_sparsity():
-    quick = preset(a2.PROTOCOL, "quick")
+    quick = preset(A2.protocol, "quick")
     assert (1 - quick.fraction) ** quick.rounds == pytest.approx(0.8**30)
     assert quick.seeds == 3
 
@@ -156,5 +158,5 @@ def test_unknown_names():
     with pytest.raises(InputError, match="unknown figure 'A9'"):
         load("A9")
     with pytest.raises(InputError, match="unknown preset"):
-        preset(a2.PROTOCOL, "tiny")
+        preset(A2.protocol, "tiny")
     assert set(PRESETS) == {"smoke", "quick", "paper"}

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fastprune.errors import InputError
-from fastprune.figures import a2
+from fastprune.figures.paper import A2
 from fastprune.loaders.manifest import Manifest
 from fastprune.specs import DataSpec, Init, Prune, Rewind, StateRef, Train
 from fastprune.store import RequestedOutputs, RunStore
@@ -21,7 +21,7 @@ from fastprune.training.models import build, initial_model
 from tests.fakes import Epochs, Images, Silent
 
 LATE = 2
-SETTINGS = preset(a2.PROTOCOL, "smoke").override(
+SETTINGS = preset(A2.protocol, "smoke").override(
     seeds=1, rounds=2, fraction=0.5, epochs=4, milestones=(1, 3), batch_size=8, rewind_epoch=LATE, lr_find=(0.05,)
 )
 DATA = DataSpec("made up", "f" * 64, 4, None, None, 8, 8)  # one batch an epoch: an epoch is a step

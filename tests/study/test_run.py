@@ -12,7 +12,7 @@ from multiprocessing.context import SpawnProcess
 import pytest
 
 from fastprune.errors import InputError
-from fastprune.figures import a2
+from fastprune.figures.paper import A2
 from fastprune.loaders.manifest import Manifest
 from fastprune.specs import DataSpec, Prune, Train
 from fastprune.store import RunStore
@@ -27,7 +27,7 @@ from fastprune.study.settings import preset
 from fastprune.study.workers import Processes
 from tests.fakes import Images, Silent, eval_runs, find_runs, masks
 
-SETTINGS = preset(a2.PROTOCOL, "smoke").override(seeds=1, rounds=2, fraction=0.6, epochs=3, batch_size=8)
+SETTINGS = preset(A2.protocol, "smoke").override(seeds=1, rounds=2, fraction=0.6, epochs=3, batch_size=8)
 DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
 
 
