@@ -4,11 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without an install
+from fastprune.launch import launch
 
 if __name__ == "__main__":
-    try:
-        from fastprune.cli.train import main
-
-        sys.exit(main())
-    except KeyboardInterrupt:  # before main could say so
-        sys.exit(130)
+    launch("fastprune.cli.train", __file__)
