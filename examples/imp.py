@@ -3,7 +3,7 @@
     python examples/imp.py                                    # generated images, two minutes on a CPU core
     python examples/imp.py --data DIR --epochs 90 --lr 0.1    # DIR/train/<class>/ and DIR/val/<class>/
 
-Each round prunes 20 % of the conv weights that are left, those of the smallest magnitude over all layers, and trains the
+Each round prunes 20 % of the conv weights that are left, the smallest magnitudes over all layers, and trains the
 rest from the initial weights (Frankle and Carbin, 2019).
 """
 
