@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,7 @@ register(
     )
 )
 """
+ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     *"--seeds 1 --rounds 1 --epochs 1 --classes 3 --train-per-class 8 --val-per-class 4".split(),
     *"--batch-size 12 --width 4 --image-size 32 --device cpu".split(),
@@ -142,3 +144,13 @@ def test_claims_keep_their_roles_under_other_rates():
         if "lr_find" not in figure.exactly:
             one = preset(figure.protocol, "quick").override(lr_find=(0.1,))
             assert figure.claims(Roles(one, figure.panels_of(one)))
+
+
+def test_the_module_of_the_documentation_works(clean, tmp_path, capsys):
+    text = (ROOT / "docs" / "figures.md").read_text()
+    module = tmp_path / "mine.py"
+    module.write_text(text.split("```python\n", 1)[1].split("```", 1)[0])
+    assert main(["--fig", "mine", "--figure-module", str(module), "--plan", "--store", str(tmp_path / "store")]) == 0
+    assert "Figure mine, preset smoke" in capsys.readouterr().out
+    settings = preset(load("mine").protocol, "smoke")
+    assert load("mine").claims_of(settings)[0].comparisons[0].left == "0.05"
