@@ -42,11 +42,14 @@ from fastprune.kernels import (
     masked_sgd_,
     masked_weight,
     pack_bits,
-    reference,
     segment_counts,
     unpack_bits,
 )
-from fastprune.kernels.crop_reference import crop_flip_normalize_reference
+from fastprune.kernels.crop import crop_flip_normalize_reference
+from fastprune.kernels.keep_top import keep_top_reference, kth_smallest_magnitude_reference
+from fastprune.kernels.masked_cast import masked_cast_reference
+from fastprune.kernels.masked_sgd import masked_sgd_reference
+from fastprune.kernels.pack_bits import pack_bits_reference
 from fastprune.loaders import augment
 
 if TYPE_CHECKING:
@@ -57,7 +60,7 @@ if TYPE_CHECKING:
 def check_cast(s: Suite) -> None:
     for n, kept, source, target in product(sizes(s), KEPT, FLOATS, FLOATS):
         weight, mask = values(s, n, kind=source), mask_of(s, n, kept)
-        expected = reference.masked_cast(weight, mask, target)
+        expected = masked_cast_reference(weight, mask, target)
         there = weight.to(s.device)
         out = there if source == target else torch.empty(n, dtype=target, device=s.device)
         masked_cast(there, mask.to(s.device), out)
@@ -67,7 +70,7 @@ def check_cast(s: Suite) -> None:
 def sgd(kind: torch.dtype, before: Sequence[Tensor], mask: Tensor | None, **hyper: Any) -> tuple[Tensor, Tensor]:
     """The meaning, computed in `kind`; before: weight, gradient, momentum."""
     weight, grad, momentum = (t.to(kind) for t in before)
-    return reference.masked_sgd(weight, grad, momentum, mask, **hyper)
+    return masked_sgd_reference(weight, grad, momentum, mask, **hyper)
 
 
 @poisoned
@@ -159,13 +162,13 @@ def check_threshold(s: Suite) -> None:
             for k in {1, left // 5, left // 2, left} - {0}:
                 if k <= left:
                     got = kth_smallest_magnitude(weight.to(s.device), mask.to(s.device), k)
-                    expected = reference.kth_smallest_magnitude(weight, mask, k).float()
+                    expected = kth_smallest_magnitude_reference(weight, mask, k).float()
                     same(s, got, expected, f"{k} of {n} {kind}, {kept:.0%} kept")
 
 
 def compare_prune(s: Suite, score: Tensor, mask: Tensor, n: Any, segments: Any, what: str) -> None:
     new = keep_top(score.to(s.device), mask.to(s.device), n, segments)
-    same(s, new, reference.keep_top(score, mask, n, segments), what)
+    same(s, new, keep_top_reference(score, mask, n, segments), what)
 
 
 @poisoned
@@ -199,7 +202,7 @@ def check_segments(s: Suite) -> None:
             compare_prune(s, score, mask, sum(each), segments, f"{what}: {share:.0%} of all")
             compare_prune(s, score, mask, each, segments, f"{what}: {share:.0%} of each")
     number = int(counts.sum()) // 5
-    expected = reference.kth_smallest_magnitude(score, mask, number)
+    expected = kth_smallest_magnitude_reference(score, mask, number)
     same(s, kth_smallest_magnitude(score.to(s.device), mask.to(s.device), number), expected, "threshold of a network")
 
 
@@ -208,7 +211,7 @@ def check_bits(s: Suite) -> None:
     for n, kept in product(sizes(s), (*KEPT, 0.01)):
         flags = mask_of(s, n, kept)
         packed = pack_bits(flags.to(s.device))
-        same(s, packed, reference.pack_bits(flags), f"pack {n}")
+        same(s, packed, pack_bits_reference(flags), f"pack {n}")
         if n % 8:
             packed[-1] |= 255 << n % 8 & 255  # what no element has may be anything
         same(s, unpack_bits(packed, n), flags, f"unpack {n}")
@@ -263,10 +266,10 @@ def check_masked_weight(s: Suite) -> None:
         there = weight.to(s.device, memory_format=form).requires_grad_()
         out = masked_weight(there, mask.to(s.device, memory_format=form), kind)
         what = f"{shape} {kind}, {kept:.0%} kept"
-        same(s, out.detach(), reference.masked_cast(weight, mask, kind), what, rounded=True)
+        same(s, out.detach(), masked_cast_reference(weight, mask, kind), what, rounded=True)
         out.backward(grad.to(s.device))
         require(there.grad is not None, f"{what}: no gradient")
-        same(s, there.grad, reference.masked_cast(grad, mask, torch.float32), f"{what}: gradient")  # type: ignore[arg-type]
+        same(s, there.grad, masked_cast_reference(grad, mask, torch.float32), f"{what}: gradient")  # type: ignore[arg-type]
 
 
 CHECKS: dict[str, Check] = {

@@ -27,10 +27,12 @@ from fastprune.kernels import (
     masked_cast,
     masked_sgd_,
     pack_bits,
-    reference,
     segment_counts,
     unpack_bits,
 )
+from fastprune.kernels.keep_top import keep_top_reference, kth_smallest_magnitude_reference
+from fastprune.kernels.masked_cast import masked_cast_reference
+from fastprune.kernels.pack_bits import pack_bits_reference
 
 if TYPE_CHECKING:
     from bench.gpu_suite import Suite
@@ -78,7 +80,7 @@ def check_far_cast(s: Suite) -> None:
     weight, mask = far(s, 1, torch.bfloat16), far(s, 2, torch.bool)
     out = masked_cast(weight, mask, torch.empty_like(weight))
     for part in chunks():
-        same(s, out[part], reference.masked_cast(weight[part], mask[part], out.dtype), f"from {part.start}")
+        same(s, out[part], masked_cast_reference(weight[part], mask[part], out.dtype), f"from {part.start}")
 
 
 @poisoned
@@ -127,10 +129,10 @@ def check_far_prune(s: Suite) -> None:
     few_scores, few = score[start:].cpu(), mask[start:].cpu()
     for number in ([31, 5], 50):
         new = keep_top(score, mask, number, segments)
-        same(s, new[start:], reference.keep_top(few_scores, few, number, near_by), f"{number}")
+        same(s, new[start:], keep_top_reference(few_scores, few, number, near_by), f"{number}")
         require(not any(new[:start][part].any() for part in chunks(start)), f"{number}: something else is kept")
     got = kth_smallest_magnitude(score, mask, 40)
-    same(s, got, reference.kth_smallest_magnitude(few_scores, few, 40), "threshold of few")
+    same(s, got, kth_smallest_magnitude_reference(few_scores, few, 40), "threshold of few")
     mask.fill_(True)
     for part in chunks():
         score[part].uniform_(generator=s.generator)
@@ -150,7 +152,7 @@ def check_far_bits(s: Suite) -> None:
     unpacked = unpack_bits(packed, FAR)
     for part in chunks():
         bytes_of = slice(part.start // 8, (part.stop + 7) // 8)
-        same(s, packed[bytes_of], reference.pack_bits(flags[part]), f"pack from {part.start}")
+        same(s, packed[bytes_of], pack_bits_reference(flags[part]), f"pack from {part.start}")
         same(s, unpacked[part], flags[part], f"unpack from {part.start}")
 
 

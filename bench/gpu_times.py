@@ -25,10 +25,10 @@ from fastprune.kernels import (
     masked_sgd_,
     masked_weight,
     pack_bits,
-    reference,
     segment_counts,
     unpack_bits,
 )
+from fastprune.kernels.pack_bits import pack_bits_reference, unpack_bits_reference
 from fastprune.loaders import augment
 from fastprune.pruning.masks import layout, prunable
 from fastprune.specs import ModelSpec
@@ -211,9 +211,9 @@ def time_bits(net: Network) -> None:
     sums = each(lambda m: [m[p.span].sum() for p in net.segments])
     net.s.time(f"{net.name} mask.sum() a layer", sums, graph=True, ours=counts)
     net.s.time(pack, each(pack_bits), graph=True, bytes=9 * n / 8)
-    net.s.time(f"{net.name} pack_bits in torch", each(reference.pack_bits), graph=True, ours=pack)
+    net.s.time(f"{net.name} pack_bits in torch", each(pack_bits_reference), graph=True, ours=pack)
     net.s.time(unpack, each(lambda t: unpack_bits(t, n), packed), graph=True, bytes=9 * n / 8)
-    theirs = each(lambda t: reference.unpack_bits(t, n), packed)
+    theirs = each(lambda t: unpack_bits_reference(t, n), packed)
     net.s.time(f"{net.name} unpack_bits in torch", theirs, graph=True, ours=unpack)
 
 

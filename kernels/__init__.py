@@ -1,19 +1,16 @@
-"""The hot operations of pruning, each with its meaning in plain torch in `reference.py`.
+"""The hot operations of pruning, one file each: what it means, how a CPU computes it, how a GPU does.
 
-They work on flat buffers and know no model, data or experiment. Masks are bool: True keeps, False prunes.
+They work on flat buffers and know no model, data or experiment. Masks are bool: True keeps, False prunes. In each file
+`<operation>_reference` is the meaning in plain torch, on any device and in any floating dtype, written to be read and
+not to be fast: the specification that tests compare with. A change that makes a kernel faster may not touch it.
 """
 
 from fastprune.kernels.crop import crop_flip_normalize
-from fastprune.kernels.ops import (
-    keep_top,
-    kth_smallest_magnitude,
-    masked_cast,
-    masked_sgd_,
-    masked_weight,
-    pack_bits,
-    segment_counts,
-    unpack_bits,
-)
+from fastprune.kernels.keep_top import keep_top, kth_smallest_magnitude
+from fastprune.kernels.masked_cast import masked_cast, masked_weight
+from fastprune.kernels.masked_sgd import masked_sgd_
+from fastprune.kernels.pack_bits import pack_bits, unpack_bits
+from fastprune.kernels.segment_counts import segment_counts
 from fastprune.kernels.segments import Segment
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Where each layer lies in a flat buffer, and which logical position a stored element has.
+"""Where each layer lies in a flat buffer, which logical position a stored element has, which program works where.
 
 A conv weight of logical shape (O, I, H, W) is stored as (O, H, W, I), the order that channels-last convs read.
 Positions (ties, packed masks, saved files) are always those of the logical order, layer after layer, without padding.
@@ -6,9 +6,12 @@ Positions (ties, packed masks, saved files) are always those of the logical orde
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -73,3 +76,44 @@ def check_segments(segments: Sequence[Segment], numel: int) -> None:
         end = segment.offset + segment.numel
     if end > numel:
         raise ValueError(f"the segments end at {end}, but the buffer has {numel} elements")
+
+
+class Tiling(NamedTuple):
+    """What the programs of one launch work on, int64 on the device. A tile never crosses a segment.
+
+    tiles [n, 4]: start, length, segment, group; a group is what shares one count: all segments together, or each by
+    itself. table [segments, 4]: offset, position, channels, pixels. ranges [groups, 2]: first element and size in the
+    buffer. aligned: tiles start and end at multiples of 16.
+    """
+
+    tiles: Tensor
+    table: Tensor
+    ranges: Tensor
+    aligned: bool
+
+
+# Cached, because a training asks for the same few again and again, and each is a copy from host to device.
+@lru_cache(maxsize=32)
+def tiling(
+    segments: tuple[Segment, ...], n: int, block: int, local: bool, device: torch.device, padded: bool = True
+) -> Tiling:
+    """For a buffer of n elements. local: a group is a segment. padded: a segment's last tile may take in the padding
+    behind it, which no mask keeps.
+    """
+    tiles, table, ranges = [], [], [] if local else [(0, n)]
+    ends = [*(s.offset for s in segments[1:]), n]
+    for number, (s, room) in enumerate(zip(segments, ends, strict=True)):
+        channels, pixels = (s.shape[1], s.shape[2] * s.shape[3]) if len(s.shape) == 4 else (1, 1)
+        table.append((s.offset, s.position, max(channels, 1), max(pixels, 1)))
+        end = s.offset + s.numel
+        end = min(-(-end // 16) * 16, room) if padded else end
+        if local:
+            ranges.append((s.offset, end - s.offset))
+        for start in range(s.offset, end, block):
+            tiles.append((start, min(block, end - start), number, number if local else 0))
+    aligned = all(start % 16 == 0 == length % 16 for start, length, _, _ in tiles)
+    a, b, c = (
+        torch.tensor(rows, dtype=torch.int64).view(-1, width).to(device)
+        for rows, width in ((tiles, 4), (table, 4), (ranges, 2))
+    )
+    return Tiling(a, b, c, aligned)

@@ -6,7 +6,7 @@ as wide as an output pixel, never narrower than an input pixel, sampled at pixel
 
 import numpy as np
 
-from fastprune.kernels.jit import compiled
+from fastprune.kernels.dispatch import compiled
 
 
 def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,32 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where operations are tested: cpu (the default), cuda or cuda:1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    require_device(config.getoption("--device"))
+
+
+def require_device(name: str) -> None:
+    """UsageError, one line, for a device that is not there: a run that skips all its tests would look green."""
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise pytest.UsageError(f"--device {name}: expected cpu, cuda or cuda:N")
+    if kind == "cuda" and torch.cuda.device_count() <= int(index or 0):
+        raise pytest.UsageError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if kind == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+        raise pytest.UsageError(f"--device {name}: unset TRITON_INTERPRET, which is for tests on a CPU")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
 VARIABLE = "FASTPRUNE_TINY_IMAGENET"
 CLASSES = 4
 

@@ -1,15 +1,25 @@
 """The Triton kernels compile to machine code for the GPUs that people have, without one: A100, H100, B200."""
 
-import os
+import re
 
 import pytest
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from fastprune.kernels import bits, crop_triton, elementwise, select
+from fastprune.kernels.crop import _crop_kernel
+from fastprune.kernels.dispatch import INTERPRETED
+from fastprune.kernels.keep_top import (
+    _bracket_kernel,
+    _gather_kernel,
+    _search_kernel,
+    _settle_kernel,
+    _ties_kernel,
+    _write_kernel,
+)
+from fastprune.kernels.masked_cast import _masked_cast_kernel
+from fastprune.kernels.masked_sgd import _masked_sgd_kernel
+from fastprune.kernels.pack_bits import _pack_bits_kernel, _unpack_bits_kernel
+from fastprune.kernels.segment_counts import _segment_counts_kernel
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="an interpreted kernel is no source")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is no source")
 
 F, B, L = "*fp32", "*i1", "*i64"
 SGD = {
@@ -19,48 +29,66 @@ SGD = {
 SGD_ON = {"HAS_MASK": True, "HAS_COPY": True, "NESTEROV": True, "SCALED": True, "BLOCK": 2048}
 WHERE = {"score": F, "mask": B, "tiles": L}
 KNOWN = {"wanted": L, "state": L}
-GATHER = {**WHERE, **KNOWN, "ranges": L, "room": "*i32"}
-SEARCH = {**KNOWN, "room": "*i32", "ranges": L, "counts": L}
+GATHER = {**WHERE, **KNOWN, "ranges": L, "candidates": "*i32"}
+SEARCH = {**KNOWN, "candidates": "*i32", "ranges": L, "counts": L}
 TIES = {**WHERE, "table": L, "state": L, "counts": L}
 WRITE = {**WHERE, **KNOWN, "new": B, "table": L, "counts": L}
-CROP = {"images": "*u8", "index": L, "boxes": "*i32", "flip": B, "table": F, "norm": F, "out": "*bf16", "H": "i32",
+CROP = {"images": "*u8", "index": L, "crop_boxes": "*i32", "flip": B, "table": F, "norm": F, "out": "*bf16", "H": "i32",
         "W": "i32"}  # fmt: skip
 CASES = {
-    "masked_cast": (elementwise._masked_cast, {"weight": F, "mask": B, "out": "*bf16", "n": "i64"}, {"BLOCK": 2048}),
-    "masked_sgd": (elementwise._masked_sgd, {**SGD, "lr": "fp32"}, {**SGD_ON, "LR_ON_DEVICE": False}),
-    "masked_sgd, rate on the device": (elementwise._masked_sgd, {**SGD, "lr": F}, {**SGD_ON, "LR_ON_DEVICE": True}),
-    "bracket": (select._bracket, {"score": F, "mask": B, "ranges": L, **KNOWN}, {}),
-    "gather": (select._gather, GATHER, {"AGAIN": False, "ALIGNED": True, "BLOCK": 4096}),
+    "masked_cast": (_masked_cast_kernel, {"weight": F, "mask": B, "out": "*bf16", "n": "i64"}, {"BLOCK": 2048}),
+    "masked_sgd": (_masked_sgd_kernel, {**SGD, "lr": "fp32"}, {**SGD_ON, "LR_ON_DEVICE": False}),
+    "masked_sgd, rate on the device": (_masked_sgd_kernel, {**SGD, "lr": F}, {**SGD_ON, "LR_ON_DEVICE": True}),
+    "bracket": (_bracket_kernel, {"score": F, "mask": B, "ranges": L, **KNOWN}, {}),
+    "gather": (_gather_kernel, GATHER, {"ALL": False, "ALIGNED": True, "BLOCK": 4096}),
     "gather all, bf16": (
-        select._gather,
+        _gather_kernel,
         {**GATHER, "score": "*bf16"},
-        {"AGAIN": True, "ALIGNED": False, "BLOCK": 4096},
+        {"ALL": True, "ALIGNED": False, "BLOCK": 4096},
     ),
-    "search, first digit": (select._search, SEARCH, {"D": 0, "BLOCK": 4096}),
-    "search, last digit": (select._search, SEARCH, {"D": 3, "BLOCK": 4096}),
-    "settle": (select._settle, {**KNOWN, "counts": L, "out": "*i32"}, {}),
-    "ties": (select._ties, TIES, {"D": 3, "DIGITS": 4, "ALIGNED": True, "BLOCK": 4096}),
-    "write": (select._write, WRITE, {"DIGITS": 4, "ALIGNED": True, "BLOCK": 4096}),
-    "pack": (bits._pack, {"bits": B, "packed": "*u8", "n": "i64"}, {"BLOCK": 1024}),
-    "unpack": (bits._unpack, {"packed": "*u8", "bits": B, "n": "i64"}, {"BLOCK": 1024}),
-    "segment counts": (bits._count, {"mask": B, "tiles": L, "counts": L}, {"BLOCK": 8192}),
-    "crop": (crop_triton._crop, CROP, {"h": 64, "w": 60, "ROWS": 16, "COLUMNS": 64}),
+    "search, first digit": (_search_kernel, SEARCH, {"D": 0, "BLOCK": 4096}),
+    "search, last digit": (_search_kernel, SEARCH, {"D": 3, "BLOCK": 4096}),
+    "settle": (_settle_kernel, {**KNOWN, "counts": L, "out": "*i32"}, {}),
+    "ties": (_ties_kernel, TIES, {"D": 3, "DIGITS": 4, "ALIGNED": True, "BLOCK": 4096}),
+    "write": (_write_kernel, WRITE, {"DIGITS": 4, "ALIGNED": True, "BLOCK": 4096}),
+    "pack": (_pack_bits_kernel, {"flags": B, "packed": "*u8", "n": "i64"}, {"BLOCK": 1024}),
+    "unpack": (_unpack_bits_kernel, {"packed": "*u8", "flags": B, "n": "i64"}, {"BLOCK": 1024}),
+    "segment counts": (_segment_counts_kernel, {"mask": B, "tiles": L, "counts": L}, {"BLOCK": 8192}),
+    "crop": (_crop_kernel, CROP, {"h": 64, "w": 60, "ROWS": 16, "COLUMNS": 64}),
 }
+
+
+# Kernels whose programs walk over elements, and not over tiles with 64-bit starts.
+FLAT = ["masked_cast", "masked_sgd", "masked_sgd, rate on the device", "pack", "unpack", "crop"]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # a notice of one Triton version; either value is right
 def test_compiles(name, capability, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     kernel, types, constants = CASES[name]
     names = kernel.arg_names
     assert {*types, *constants} == set(names)
-    source = ASTSource(
+    source = triton.compiler.ASTSource(
         kernel,
         {n: types.get(n, "constexpr") for n in names},
         constexprs={(names.index(n),): value for n, value in constants.items()},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 8})
     assert len(compiled.asm["cubin"]) > 1000
     assert f"sm_{capability}" in compiled.asm["ptx"]
+    if name in FLAT:
+        assert_counts_in_64_bits(compiled.asm["ttir"])
+
+
+def assert_counts_in_64_bits(text):
+    """In 32 bits program x block wraps beyond 2^31 elements. Of crop it is the image's: pixels of one image are few."""
+    programs = re.findall(r"(%\w+) = tt\.get_program_id x : i32", text)
+    assert programs
+    for program in programs:
+        uses = [line for line in text.splitlines() if re.search(rf"[ (,]{program}\b(?! =)", line.split("=", 1)[-1])]
+        assert uses
+        assert all(re.search(rf"arith\.extsi {program} : i32 to i64", line) for line in uses), uses

@@ -1,0 +1,545 @@
+"""Which weights stay: the exact k-th lowest score, and the mask that prunes so many, over all layers or in each.
+
+Non-negative floats order as their bits do: a score is a key, NaN as +inf. A sample of the keys brackets the k-th; one
+pass over everything counts what lies below the bracket and gathers what lies inside, a few percent, and only that is
+searched. Where the sample misleads, everything is gathered: exact either way. Ties go by logical position, so that the
+mask does not depend on how layers are stored.
+
+float64 scores (random pruning) are chosen on a CPU only: Triton's keys have 32 bits, and a rounded score would prune
+other weights.
+"""
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastprune.kernels.dispatch import (
+    FULL,
+    HALF,
+    check_block,
+    check_tensor,
+    compiled,
+    on_its_device,
+    tl,
+    triton,
+    uses_triton,
+)
+from fastprune.kernels.segment_counts import count_kept, segment_counts
+from fastprune.kernels.segments import Segment, Tiling, check_segments, logical_positions, tiling
+
+
+@on_its_device
+def kth_smallest_magnitude(weight: Tensor, mask: Tensor, k: int, *, block: int = 4096) -> Tensor:
+    """The k-th smallest |weight| (k from 1) among the elements that the mask keeps; NaN counts as +inf.
+
+    weight: floating [n] (float64 on a CPU only), mask: bool [n]. Returns a tensor [] on the same device: the value in
+    float32 (float64 for float64), exactly. ValueError unless 1 <= k <= n; on a CPU also if fewer than k are kept, while
+    on a GPU, which that check would wait for, the result then has no meaning. block: elements a program.
+    """
+    on_triton = _check_scores("weight", weight, mask)
+    if not 1 <= k <= weight.numel():
+        raise ValueError(f"k is {k}, but there are {weight.numel()} elements")
+    if on_triton:
+        check_block(block)
+        n = weight.numel()
+        where = tiling((Segment("", (n,), 0, 0),), n, block, False, weight.device)
+        return _threshold_triton(weight, mask, [k], where, block).key.view(torch.float32)[0]
+    kept = count_kept(mask)
+    if k > kept:
+        raise ValueError(f"k is {k}, but the mask keeps {kept} elements")
+    keys, top = _keys_of(weight)
+    key = _kth_key(keys, mask.numpy(), k, kept, top)
+    return torch.from_numpy(np.array([key], keys.dtype).view(f"f{keys.itemsize}"))[0]
+
+
+@on_its_device
+def keep_top(
+    score: Tensor,
+    mask: Tensor,
+    n_prune: int | Sequence[int],
+    segments: Sequence[Segment] | None = None,
+    *,
+    block: int = 4096,
+) -> Tensor:
+    """A new mask that keeps what `mask` keeps, less exactly n_prune elements with the lowest scores.
+
+    score: non-negative floating [n] (NaN counts as +inf; float64 on a CPU only), mask: bool [n], False outside
+    segments. n_prune: a number for all segments together (global pruning), or one for each segment (local). Ties go by
+    position, the lowest first: the logical position where segments are given, else the index. Returns a fresh bool [n];
+    a GPU is waited for once, to check the counts. block: elements a program. ValueError if more would be pruned than is
+    left.
+    """
+    on_triton = _check_scores("score", score, mask)
+    local = isinstance(n_prune, Sequence)
+    if segments is not None:
+        check_segments(segments, mask.numel())
+    elif local:
+        raise ValueError("n_prune as a sequence needs segments, one number for each")
+    parts = tuple([Segment("", (mask.numel(),), 0, 0)] if segments is None else segments)
+    wanted = list(n_prune) if isinstance(n_prune, Sequence) else [index(n_prune)]
+    if local and len(wanted) != len(parts):
+        raise ValueError(f"{len(wanted)} numbers for {len(parts)} segments")
+    kept = segment_counts(mask, parts).tolist() if local or on_triton else [count_kept(mask)]
+    for number, left in zip(wanted, kept if local else [sum(kept)], strict=True):
+        if not 0 <= number <= left:
+            raise ValueError(f"cannot prune {number} of the {left} elements that are left")
+    if on_triton:
+        check_block(block)
+        return _keep_top_triton(score, mask, wanted, parts, local, block)
+    return _keep_top_cpu(score, mask, wanted, kept, parts if local else None, segments)
+
+
+def _check_scores(name: str, score: Tensor, mask: Tensor) -> bool:
+    """ValueError for what no device can order. Whether Triton does."""
+    check_tensor(name, score, score, FULL + HALF)
+    check_tensor("mask", mask, score, (torch.bool,))
+    if score.dtype == torch.float64:
+        if score.device.type != "cpu":
+            raise ValueError(f"{name} is float64 on {score.device}, where keys have 32 bits: choose on the CPU")
+        return False
+    return uses_triton(score)
+
+
+def kth_smallest_magnitude_reference(weight: Tensor, mask: Tensor, k: int) -> Tensor:
+    """The k-th smallest |weight| (k from 1) among the kept ones; NaN counts as the largest."""
+    return weight[mask].abs().nan_to_num(nan=torch.inf, posinf=torch.inf).sort().values[k - 1]
+
+
+def keep_top_reference(
+    score: Tensor, mask: Tensor, n_prune: int | Sequence[int], segments: Sequence[Segment] | None = None
+) -> Tensor:
+    """The mask less its n_prune lowest scores (a sequence: that many in each segment); ties go by logical position."""
+    if segments is None:
+        order = score.masked_fill(score.isnan(), torch.inf)[mask].argsort(stable=True)
+        new = mask.clone()
+        new[mask.nonzero().flatten()[order[: int(n_prune)]]] = False  # type: ignore[arg-type]
+        return new
+    groups = [list(segments)] if isinstance(n_prune, int) else [[s] for s in segments]
+    counts = [n_prune] if isinstance(n_prune, int) else list(n_prune)
+    new = mask.clone()
+    for group, count in zip(groups, counts, strict=True):
+        logical_mask = torch.cat([s.view(mask).reshape(-1) for s in group])
+        logical_score = torch.cat([s.view(score).reshape(-1) for s in group])
+        kept = keep_top_reference(logical_score, logical_mask, count)
+        for s, part in zip(group, kept.split([s.numel for s in group]), strict=True):
+            s.view(new).copy_(part.view(s.shape))
+    return new
+
+
+# CPU: numba counts and gathers, numpy partitions what was gathered
+
+_CPU_SAMPLE = 1 << 14
+
+
+def _keys_of(scores: Tensor) -> tuple[np.ndarray, int]:
+    """(scores, contiguous floating [n], as unsigned keys of 32 bits, of 64 for float64; the key of +inf)."""
+    # float32 holds every bf16 and fp16 exactly.
+    values = scores.detach().to(torch.float32 if scores.dtype in HALF else scores.dtype).numpy()
+    kind = np.uint32 if values.dtype == np.float32 else np.uint64
+    return values.view(kind), int(np.array(np.inf, values.dtype).view(kind))
+
+
+def _kth_key(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) -> int:
+    """The k-th lowest (from 1) of the keys that the mask keeps (bool, `kept` of them), the sign bit cleared first.
+
+    keys: uint32 or uint64 [n]; keys above `top` count as `top`.
+    """
+    low, high = _bracket_cpu(keys, mask, k, kept, top)
+    kind = keys.dtype.type
+    candidates = np.empty(kept + 1, keys.dtype)
+    below, inside = compiled(_gather_loop)(keys, mask, kind(low), kind(high), _magnitude(keys), kind(top), candidates)
+    if not below < k <= below + inside:
+        below, inside = compiled(_gather_loop)(keys, mask, kind(0), kind(top), _magnitude(keys), kind(top), candidates)
+    return int(np.partition(candidates[:inside], k - below - 1)[k - below - 1])
+
+
+def _keep_top_cpu(
+    score: Tensor,
+    mask: Tensor,
+    wanted: Sequence[int],
+    kept: Sequence[int],
+    groups: Sequence[Segment] | None,
+    segments: Sequence[Segment] | None,
+) -> Tensor:
+    """The new mask. wanted, kept: how many go and how many are there in each group; None is one group, the buffer."""
+    new = mask.clone()
+    keys, top = _keys_of(score)
+    spans = [slice(0, mask.numel())] if groups is None else [s.span for s in groups]
+    for span, number, left in zip(spans, wanted, kept, strict=True):
+        _clear_lowest(keys[span], new.numpy()[span], number, left, top, segments, span.start)
+    return new
+
+
+def _clear_lowest(
+    keys: np.ndarray, mask: np.ndarray, count: int, kept: int, top: int, segments: Sequence[Segment] | None, start: int
+) -> None:
+    """Clears in `mask` (in place) the `count` lowest keys that it keeps; ties by position, the lowest first.
+
+    start: index of keys[0] and mask[0] in the buffer that `segments` describe.
+    """
+    if not count:
+        return
+    threshold = keys.dtype.type(_kth_key(keys, mask, count, kept, top))
+    least, above = np.empty_like(mask), np.empty_like(mask)
+    compiled(_compare_loop)(keys, mask, threshold, _magnitude(keys), keys.dtype.type(top), least, above)
+    at_least = np.count_nonzero(least)
+    wanted = count - (kept - at_least)
+    if wanted == at_least - np.count_nonzero(above):
+        mask[:] = above
+        return
+    mask[:] = least
+    tied = np.flatnonzero(least & ~above)
+    if segments is not None:
+        tied = tied[np.argsort(logical_positions(segments, tied + start), kind="stable")]
+    mask[tied[:wanted]] = False
+
+
+def _magnitude(keys: np.ndarray) -> np.unsignedinteger[Any]:
+    """All bits but the sign."""
+    return keys.dtype.type(np.iinfo(keys.dtype).max >> 1)
+
+
+def _bracket_cpu(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) -> tuple[int, int]:
+    """Keys that very likely lie below and above the k-th: six standard deviations of a sample's rank away."""
+    if kept < 4 * _CPU_SAMPLE:
+        return 0, top
+    # Evenly spaced with an odd stride, so that no layout of layers or channels lines up with it.
+    stride = (max(1, keys.size // (4 * _CPU_SAMPLE))) | 1
+    kind = keys.dtype.type
+    sample = np.minimum(keys[::stride][mask[::stride]] & _magnitude(keys), kind(top))
+    if sample.size < 64:
+        return 0, top
+    sample.sort()
+    place = k / kept * sample.size
+    slack = 6 * np.sqrt(place * (1 - k / kept)) + 8
+    first, last = int(place - slack), int(place + slack)
+    return int(sample[first]) if first >= 0 else 0, int(sample[last]) if last < sample.size else top
+
+
+def _gather_loop(keys, mask, low, high, magnitude, top, candidates):
+    """Counts kept keys below `low`; writes those in [low, high] to `candidates`, one longer than needed, and counts
+    them.
+    """
+    below, inside = 0, 0
+    for i in range(keys.size):
+        key = min(keys[i] & magnitude, top)
+        # Without a branch: which key is kept cannot be predicted.
+        candidates[inside] = key
+        below += mask[i] & (key < low)
+        inside += mask[i] & (key >= low) & (key <= high)
+    return below, inside
+
+
+def _compare_loop(keys, mask, threshold, magnitude, top, least, above):
+    """What the mask keeps of the keys from the threshold on, and above it. Counts nothing, so it vectorises."""
+    for i in range(keys.size):
+        key = min(keys[i] & magnitude, top)
+        least[i] = mask[i] & (key >= threshold)
+        above[i] = mask[i] & (key > threshold)
+
+
+# GPU: Triton, without the host in between
+#
+# What was gathered is searched eight bits at a time. Counting everything in a histogram instead costs `tl.histogram`
+# hundreds of instructions a weight at 2,048 bins, many times the one read that is the floor; over what was gathered,
+# with 256 bins, it is nothing. Counts are added with integer atomics and what is gathered is a set: no order of
+# programs changes the result.
+
+_SAMPLE = tl.constexpr(8192)
+_BINS = tl.constexpr(256)
+_DIGITS = tl.constexpr(4)
+_INFINITY = tl.constexpr(0x7F800000)
+_PROGRAMS = 528  # that search what was gathered: four on each multiprocessor of a large GPU
+
+# What is known of a group, int64: the bracket, how many lie below it and inside it (twice: the second time everything
+# was gathered), the threshold, how many share it and how many of those go.
+_LOW, _HIGH, _BELOW, _INSIDE, _, _, _THRESHOLD, _EQUAL, _LEFT, _FIELDS = (tl.constexpr(i) for i in range(10))
+
+
+@triton.jit
+def _load_key(score, i, valid):
+    value = tl.load(score + i, mask=valid, other=0.0).to(tl.float32)
+    return tl.minimum(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, _INFINITY)
+
+
+@triton.jit
+def _position(i, table, segment):
+    """Logical positions of stored elements of a segment."""
+    known = table + 4 * segment
+    channels, pixels = tl.load(known + 2), tl.load(known + 3)
+    local = i - tl.load(known)
+    rest = local // channels
+    out = rest // pixels
+    return tl.load(known + 1) + (out * channels + local - rest * channels) * pixels + (rest - out * pixels)
+
+
+@triton.jit
+def _tile(tiles, ALIGNED: tl.constexpr):
+    """First element, number of elements, segment, group."""
+    at = tiles + 4 * tl.program_id(0)
+    start, length = tl.load(at), tl.load(at + 1)
+    if ALIGNED:  # then loads are wide
+        start, length = tl.multiple_of(start, 16), tl.multiple_of(length, 16)
+    return start, length.to(tl.int32), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def _bracket_kernel(score, mask, ranges, wanted, state):
+    """One program a group: two keys between which the wanted one lies, six standard deviations of a sample apart."""
+    group = tl.program_id(0).to(tl.int64)
+    start, size, rank = tl.load(ranges + 2 * group), tl.load(ranges + 2 * group + 1), tl.load(wanted + group)
+    if rank == 0:
+        return
+    # An odd stride: no layout of layers or channels lines up with it.
+    stride = (size // _SAMPLE) | 1
+    i = tl.arange(0, _SAMPLE).to(tl.int64) * stride
+    valid = i < size
+    valid &= tl.load(mask + start + i, mask=valid, other=0) != 0
+    key = tl.where(valid, _load_key(score + start, i, valid), 0x7FFFFFFF)
+    place = rank.to(tl.float32) / stride.to(tl.float32)
+    slack = 6.0 * tl.sqrt(place) + 8.0
+    first, last = (place - slack).to(tl.int32), (place + slack).to(tl.int32) + 1
+    low, high = first * 0, first * 0
+    for i in range(31):
+        # The largest key that fewer than `first` of the sample, or `last`, lie below: both counts in one sum.
+        a, b = low | (1 << (30 - i)), high | (1 << (30 - i))
+        both = tl.sum((key < a).to(tl.int32) + ((key < b).to(tl.int32) << 16))
+        low = tl.where((both & 0xFFFF) < first, a, low)
+        high = tl.where((both >> 16) < last, b, high)
+    known = state + group * _FIELDS
+    tl.store(known + _LOW, low.to(tl.int64))
+    tl.store(known + _HIGH, tl.where(last <= tl.sum(valid.to(tl.int32)), high, _INFINITY).to(tl.int64))
+
+
+@triton.jit
+def _found(known, rank):
+    """Which of the two gatherings holds the rank: 0 or 2, to be added to _BELOW and _INSIDE."""
+    below = tl.load(known + _BELOW)
+    return tl.where((below < rank) & (rank <= below + tl.load(known + _INSIDE)), 0, 2)
+
+
+@triton.jit
+def _gather_kernel(
+    score, mask, tiles, ranges, wanted, state, candidates, ALL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Counts kept keys below the bracket and writes those inside it to `candidates`, from the group's first on. ALL:
+    every kept key, where the first gathering missed the wanted one.
+    """
+    start, length, _, group = _tile(tiles, ALIGNED)
+    known = state + group * _FIELDS
+    rank = tl.load(wanted + group)
+    if rank == 0:
+        return
+    if ALL:  # noqa: SIM102, for the compiler the first is a constant
+        if _found(known, rank) == 0:
+            return
+    i = tl.arange(0, BLOCK)
+    valid = i < length
+    kept = tl.load(mask + start + i, mask=valid, other=0) != 0
+    # Above every bracket where nothing is kept.
+    key = tl.where(kept, _load_key(score + start, i, valid), 0x7FFFFFFF)
+    low, high = tl.load(known + _LOW).to(tl.int32), tl.load(known + _HIGH).to(tl.int32)
+    if ALL:
+        low, high = low * 0, high * 0 + _INFINITY
+    below = tl.sum((key < low).to(tl.int32))
+    inside = ((key >= low) & (key <= high)).to(tl.int32)
+    upto = tl.cumsum(inside, 0)
+    number = tl.sum(inside)
+    slot = tl.atomic_add(known + _INSIDE + 2 * ALL, number.to(tl.int64), sem="relaxed")
+    tl.atomic_add(known + _BELOW + 2 * ALL, below.to(tl.int64), sem="relaxed")
+    tl.store(candidates + (tl.load(ranges + 2 * group) + slot - 1) + upto, key, mask=inside != 0)
+
+
+@triton.jit
+def _walk(counts, rank, DONE: tl.constexpr):
+    """The digits counted so far: their value, the rank that is left among those who share them, and how many do."""
+    bins = tl.arange(0, _BINS)
+    prefix, equal = rank * 0, rank * 0
+    for d in tl.static_range(DONE):
+        count = tl.load(counts + d * _BINS + bins)
+        upto = tl.cumsum(count, 0)
+        # Bins that end before the rank; beyond the last one only if fewer are kept than were asked for.
+        chosen = tl.minimum(tl.sum((upto < rank).to(tl.int32)), _BINS - 1)
+        equal = tl.sum(tl.where(bins == chosen, count, 0))
+        rank -= tl.sum(tl.where(bins == chosen, upto, 0)) - equal
+        prefix = (prefix << 8) | chosen
+    return prefix, rank, equal
+
+
+@triton.jit
+def _digits(digit, valid, BLOCK: tl.constexpr):
+    """Histogram of `digit` where `valid`."""
+    # What is not valid is counted in bin 0, and taken off again.
+    count = tl.histogram(tl.where(valid, digit, 0), _BINS)
+    return count - tl.where(tl.arange(0, _BINS) == 0, BLOCK - tl.sum(valid.to(tl.int32)), 0)
+
+
+@triton.jit
+def _search_kernel(candidates, ranges, wanted, state, counts, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Counts the D-th digit, from the highest, of what was gathered and shares the digits before it."""
+    group = tl.program_id(0).to(tl.int64)
+    known, counts = state + group * _FIELDS, counts + group * _DIGITS * _BINS
+    rank = tl.load(wanted + group)
+    if rank == 0:
+        return
+    attempt = _found(known, rank)
+    low = tl.where(attempt == 0, tl.load(known + _LOW), 0).to(tl.int32)
+    number = tl.load(known + _INSIDE + attempt)
+    prefix, _, _ = _walk(counts, rank - tl.load(known + _BELOW + attempt), D)
+    gathered = candidates + tl.load(ranges + 2 * group)
+    count = tl.zeros([_BINS], tl.int32)
+    at = tl.program_id(1).to(tl.int64) * BLOCK
+    while at < number:
+        i = at + tl.arange(0, BLOCK)
+        valid = i < number
+        key = tl.load(gathered + i, mask=valid, other=0) - low
+        if D > 0:
+            valid &= (key >> (8 * (_DIGITS - D))) == prefix.to(tl.int32)
+        count += _digits((key >> (8 * (_DIGITS - 1 - D))) & 255, valid, BLOCK)
+        at += tl.num_programs(1).to(tl.int64) * BLOCK
+    tl.atomic_add(counts + D * _BINS + tl.arange(0, _BINS), count.to(tl.int64), mask=count > 0, sem="relaxed")
+
+
+@triton.jit
+def _settle_kernel(wanted, state, counts, out):
+    """One program a group: the threshold, how many share it and how many of those go; its bits to `out`."""
+    group = tl.program_id(0).to(tl.int64)
+    known, rank = state + group * _FIELDS, tl.load(wanted + group)
+    if rank == 0:
+        return
+    attempt = _found(known, rank)
+    prefix, left, equal = _walk(counts + group * _DIGITS * _BINS, rank - tl.load(known + _BELOW + attempt), _DIGITS)
+    threshold = tl.where(attempt == 0, tl.load(known + _LOW), 0) + prefix
+    tl.store(known + _THRESHOLD, threshold)
+    tl.store(known + _EQUAL, equal)
+    tl.store(known + _LEFT, left)
+    tl.store(out + group, threshold.to(tl.int32))
+
+
+@triton.jit
+def _ties_kernel(
+    score,
+    mask,
+    tiles,
+    table,
+    state,
+    counts,
+    D: tl.constexpr,
+    DIGITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Counts the D-th digit of the positions of tied elements; nothing to do where all of them go anyway."""
+    start, length, segment, group = _tile(tiles, ALIGNED)
+    known, counts = state + group * _FIELDS, counts + group * DIGITS * _BINS
+    left = tl.load(known + _LEFT)
+    if left == tl.load(known + _EQUAL):
+        return
+    i = tl.arange(0, BLOCK)
+    valid = i < length
+    valid &= tl.load(mask + start + i, mask=valid, other=0) != 0
+    valid &= _load_key(score + start, i, valid) == tl.load(known + _THRESHOLD).to(tl.int32)
+    place = _position(start + i, table, segment)
+    if D > 0:
+        prefix, _, _ = _walk(counts, left, D)
+        valid &= (place >> (8 * (DIGITS - D))) == prefix
+    count = _digits(((place >> (8 * (DIGITS - 1 - D))) & 255).to(tl.int32), valid, BLOCK)
+    tl.atomic_add(counts + D * _BINS + tl.arange(0, _BINS), count.to(tl.int64), mask=count > 0, sem="relaxed")
+
+
+@triton.jit
+def _write_kernel(
+    score,
+    mask,
+    new,
+    tiles,
+    table,
+    wanted,
+    state,
+    counts,
+    DIGITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    start, length, segment, group = _tile(tiles, ALIGNED)
+    i = tl.arange(0, BLOCK)
+    valid = i < length
+    keep = valid & (tl.load(mask + start + i, mask=valid, other=0) != 0)
+    if tl.load(wanted + group) > 0:
+        known = state + group * _FIELDS
+        key = _load_key(score + start, i, valid)
+        threshold = tl.load(known + _THRESHOLD).to(tl.int32)
+        gone = key < threshold
+        tied = keep & (key == threshold)
+        if tl.sum(tied.to(tl.int32)) > 0:
+            left = tl.load(known + _LEFT)
+            if left == tl.load(known + _EQUAL):
+                gone |= tied
+            else:
+                last, _, _ = _walk(counts + group * DIGITS * _BINS, left, DIGITS)
+                gone |= tied & (_position(start + i, table, segment) <= last)
+        keep &= gone == 0
+    tl.store(new + start + i, keep.to(tl.int8), mask=valid)
+
+
+def _warps(block: int) -> int:
+    """So that a thread has sixteen elements."""
+    return min(max(block // 512, 1), 16)
+
+
+class _Threshold(NamedTuple):
+    """wanted: int64 [groups]. state: int64 [groups, fields]. key: int32 [groups], the threshold's bits."""
+
+    wanted: Tensor
+    state: Tensor
+    key: Tensor
+
+
+def _threshold_triton(score: Tensor, mask: Tensor, wanted: Sequence[int], where: Tiling, block: int) -> _Threshold:
+    groups, device = len(wanted), score.device
+    # One number is written by the device itself, so that a graph can capture it.
+    ranks = (
+        torch.full((1,), wanted[0], dtype=torch.int64, device=device)
+        if groups == 1
+        else torch.tensor(list(wanted), dtype=torch.int64).to(device)
+    )
+    fields, bins = _FIELDS.value, _DIGITS.value * _BINS.value
+    zeros = torch.zeros(groups * (fields + bins), dtype=torch.int64, device=device)
+    state, counts = zeros.split([groups * fields, groups * bins])
+    key = torch.zeros(groups, dtype=torch.int32, device=device)
+    candidates = torch.empty(score.numel(), dtype=torch.int32, device=device)
+    _, _, ranges, aligned = where
+    _bracket_kernel[(groups,)](score, mask, ranges, ranks, state, num_warps=16)
+    grid, shape = (len(where.tiles),), {"ALIGNED": aligned, "BLOCK": block, "num_warps": _warps(block)}
+    for everything in (False, True):
+        _gather_kernel[grid](score, mask, where.tiles, ranges, ranks, state, candidates, ALL=everything, **shape)
+    programs = max(1, min(_PROGRAMS // groups, triton.cdiv(score.numel(), groups * 8 * block)))
+    for digit in range(_DIGITS.value):
+        _search_kernel[(groups, programs)](
+            candidates, ranges, ranks, state, counts, D=digit, BLOCK=block, num_warps=_warps(block)
+        )
+    _settle_kernel[(groups,)](ranks, state, counts, key)
+    return _Threshold(ranks, state, key)
+
+
+def _keep_top_triton(
+    score: Tensor, mask: Tensor, wanted: Sequence[int], segments: tuple[Segment, ...], local: bool, block: int
+) -> Tensor:
+    """The new mask. wanted: one number for all, or with `local` one for each segment."""
+    new = torch.zeros_like(mask)
+    where = tiling(segments, score.numel(), block, local, score.device)
+    if not len(where.tiles):
+        return new
+    ranks, state, _ = _threshold_triton(score, mask, wanted, where, block)
+    grid, shape = (len(where.tiles),), {"ALIGNED": where.aligned, "BLOCK": block, "num_warps": _warps(block)}
+    positions = max(s.position + s.numel for s in segments)
+    digits = max(1, -(-(positions - 1).bit_length() // 8))
+    counts = torch.zeros(len(wanted) * digits * _BINS.value, dtype=torch.int64, device=score.device)
+    for digit in range(digits):
+        _ties_kernel[grid](score, mask, where.tiles, where.table, state, counts, D=digit, DIGITS=digits, **shape)
+    _write_kernel[grid](score, mask, new, where.tiles, where.table, ranks, state, counts, DIGITS=digits, **shape)
+    return new
