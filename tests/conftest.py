@@ -14,11 +14,18 @@ import torch
 torch.set_num_threads(1)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
     parser.addoption("--device", default="cpu", help="where operations are tested: cpu (the default), cuda or cuda:1")
+    # A machine with a GPU may lack the plug-ins that pyproject.toml sets up; what it says of them is then ignored.
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "of pytest-timeout, which is not installed")
+    if not pluginmanager.hasplugin("benchmark"):
+        parser.addoption("--benchmark-disable", action="store_true", help="of pytest-benchmark, which is not installed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for marker in ("timeout(seconds): of pytest-timeout", "xdist_group(name): of pytest-xdist"):
+        config.addinivalue_line("markers", marker)
     require_device(config.getoption("--device"))
 
 

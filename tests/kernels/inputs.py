@@ -6,6 +6,7 @@ Inputs are made on the CPU and moved to the device under test; what is expected 
 import mmap
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,10 +172,15 @@ def far_zeros(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def resident() -> int:
-    """Bytes of memory that this process really has; 0 where the system does not say."""
+@contextmanager
+def little_memory(device: torch.device, limit: int = 2**26) -> Iterator[None]:
+    """Fails where the body makes the system give this process more than `limit` bytes; on a GPU, not measured."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * mmap.PAGESIZE if statm.exists() else 0
+    measured = device.type == "cpu" and statm.exists()
+    before = int(statm.read_text().split()[1]) if measured else 0
+    yield
+    if measured:
+        assert (int(statm.read_text().split()[1]) - before) * mmap.PAGESIZE < limit
 
 
 def chunks(n: int = FAR) -> Iterator[slice]:

@@ -52,9 +52,9 @@ def test_step(n, kept, nesterov, device):
         short = None if copy is None else torch.empty(n, dtype=copy, device=device)
         options = dict(hyper)
         if kept == "mixed":
-            rate, factor, finite = (torch.tensor(v, device=device) for v in (hyper["lr"], 1024.0, 0.0))
+            rate, factor, zero = (torch.tensor(v, device=device) for v in (hyper["lr"], 1024.0, 0.0))
             grad *= factor
-            options |= {"lr": rate, "grad_scale": factor, "found_inf": finite}
+            options |= {"lr": rate, "grad_scale": factor, "found_inf": zero}
         masked_sgd_(weight, grad, buffer, mask_there, short, **options)
         for got, plain_one, exact_one in zip((weight.cpu(), buffer.cpu()), plain, exact, strict=True):
             finite = plain_one.isfinite()
