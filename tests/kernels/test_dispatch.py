@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
+import numpy as np
 import pytest
 import torch
 
 from fastprune import kernels
-from fastprune.kernels.dispatch import INTERPRETED, check_block
+from fastprune.kernels.dispatch import INTERPRETED, check_block, compiled
+from fastprune.kernels.masked_cast import _zero_pruned_loop
 from tests.conftest import require_device
 from tests.kernels.inputs import captured, far_zeros, little_memory, odd_layout, random_mask
 
@@ -25,10 +28,10 @@ def test_fresh_memory_is_poisoned(device):
             assert (fresh == torch.iinfo(kind).max).all()
     assert torch.empty(5, dtype=torch.bool, device=device).all()
     for module in ("crop", "keep_top", "masked_cast", "pack_bits", "segment_counts", "segments"):
-        np = sys.modules[f"fastprune.kernels.{module}"].np
-        assert (np.empty(5, np.uint32) == 2**32 - 1).all()
-        assert np.empty_like(np.zeros(5, bool)).all()
-        assert np.isnan(np.empty(5)).all()
+        poisoned = sys.modules[f"fastprune.kernels.{module}"].np
+        assert (poisoned.empty(5, np.uint32) == 2**32 - 1).all()
+        assert poisoned.empty_like(np.zeros(5, bool)).all()
+        assert np.isnan(poisoned.empty(5)).all()
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="what is really used is read from /proc")
@@ -135,44 +138,25 @@ def test_a_block_is_a_power_of_two(block):
         check_block(block)
 
 
-def run(code: str, tmp_path: Path, **environment: str) -> str:
-    """What a new process prints that has no home and is told nothing of caches or the interpreter."""
-    known = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home")}
-    for name in ("NUMBA_CACHE_DIR", "TRITON_INTERPRET"):
-        known.pop(name, None)
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=known | environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "home").exists()
-    return done.stdout.strip()
-
-
-once = pytest.mark.skipif(INTERPRETED, reason="the same with and without the interpreter")
-
-
-@once
-def test_compiled_code_is_kept_where_told(tmp_path):
-    code = (
-        "import torch; from fastprune.kernels.masked_cast import _zero_pruned_loop as loop, masked_cast;"
-        "from fastprune.kernels.dispatch import compiled;"
-        "masked_cast(torch.ones(4), torch.ones(4) > 0, torch.empty(4));"
-        "print(type(compiled(loop)._cache).__name__)"
-    )
+@pytest.mark.parametrize("given", [True, False])
+def test_compiled_code_is_kept_only_where_told(given, tmp_path, monkeypatch):
     folder = tmp_path / "numba"
-    assert run(code, tmp_path, NUMBA_CACHE_DIR=str(folder)) == "FunctionCache"
-    assert list(folder.rglob("*.nbi"))
+    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(folder) if given else "")
+    loop = compiled.__wrapped__(_zero_pruned_loop)  # anew, without the memory of this process
+    loop(np.ones(4, np.uint32), np.ones(4, bool), np.uint32(0))
+    assert type(loop._cache).__name__ == ("FunctionCache" if given else "NullCache")
+    assert bool(list(folder.rglob("*.nbi"))) is given
 
 
-@once
-def test_without_triton_and_a_cache_the_cpu_paths_work(tmp_path):
-    """A process in which Triton cannot be imported; and numba keeps nothing where it is told of no folder."""
+@pytest.mark.skipif(INTERPRETED, reason="the same with and without the interpreter")
+def test_without_triton_the_cpu_paths_work(tmp_path):
+    """In a process in which Triton cannot be imported; without a folder for it, numba writes nothing into its home."""
     code = """
 import sys
 sys.modules["triton"] = None
 import torch
 from fastprune.kernels import *
-from fastprune.kernels.dispatch import HAS_TRITON, compiled, uses_triton
-from fastprune.kernels.masked_cast import _zero_pruned_loop
+from fastprune.kernels.dispatch import HAS_TRITON, uses_triton
 weight, mask = torch.tensor([3.0, -1.0, 2.0, 0.5]), torch.tensor([True, True, True, False])
 assert not HAS_TRITON and not uses_triton(weight)
 assert masked_cast(weight, mask, torch.empty(4)).tolist() == [3.0, -1.0, 2.0, 0.0]
@@ -184,6 +168,9 @@ assert segment_counts(mask, segments).tolist() == [3]
 assert unpack_bits(pack_bits(mask), 4).tolist() == mask.tolist()
 masked_sgd_(weight, torch.ones(4), torch.zeros(4), mask, lr=1.0)
 assert weight.tolist() == [2.0, -2.0, 1.0, 0.0]
-print(type(compiled(_zero_pruned_loop)._cache).__name__)
 """
-    assert run(code, tmp_path) == "NullCache"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path / "home")}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "home").exists()

@@ -118,9 +118,11 @@ def test_segments(n, kept, ties, device):
         if ties:
             score[s.span][1::2] = 1e-40
     counts = [int(mask[s.span].sum()) for s in segments]
-    for share in (0.0, 0.3, 1.0):
-        check(score, mask, int(share * sum(counts)), segments, device)
-        check(score, mask, [int(share * c) for c in counts], segments, device)
+    shares = (0.0, 0.3, 1.0)
+    for number in {int(share * sum(counts)) for share in shares}:
+        check(score, mask, number, segments, device)
+    for each in {tuple(int(share * c) for c in counts) for share in shares}:
+        check(score, mask, each, segments, device)
 
 
 @pytest.mark.parametrize("all_the_same", [0.0, -0.0, 1.5, INF, NAN])
