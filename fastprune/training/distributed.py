@@ -1,8 +1,11 @@
-"""Data parallel over torch.distributed, without a wrapper; without a process group each function does nothing.
+"""Data parallelism over torch.distributed: all_reduce of flat buffers. Without a process group nothing is changed.
 
-Every rank holds all weights and gives its own batches. Gradients are averaged in one all_reduce for each flat buffer,
-so all ranks keep the same weights, and prune to the same mask.
+Every rank holds all weights and reads its own batches. Averaged gradients keep the weights equal on all ranks, so all
+ranks prune to the same mask.
 """
+
+# No DistributedDataParallel: it buckets gradients into buffers of its own, which FlatParams has already, and broadcasts
+# the model's buffers, masks included, at every forward.
 
 import torch
 import torch.distributed as dist
@@ -10,12 +13,12 @@ from torch import Tensor, nn
 
 
 def world_size() -> int:
-    """Number of ranks, 1 without a process group."""
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def all_reduce_mean(*buffers: Tensor) -> None:
-    """Replaces each buffer by its mean over all ranks."""
+    """Replaces each buffer, in place, by its mean over all ranks."""
     if (ranks := world_size()) > 1:
         for buffer in buffers:
             dist.all_reduce(buffer)
@@ -23,14 +26,15 @@ def all_reduce_mean(*buffers: Tensor) -> None:
 
 
 def all_reduce_sum(buffer: Tensor) -> None:
-    """Replaces the buffer by its sum over all ranks."""
+    """Replaces the buffer, in place, by its sum over all ranks."""
     if world_size() > 1:
         dist.all_reduce(buffer)
 
 
 def broadcast_statistics(model: nn.Module) -> None:
-    """Gives every rank the first one's buffers (batch-norm statistics), so that all evaluate the same network."""
+    """Copies the buffers of `model` (batch-norm statistics) from rank 0 to all ranks, in place."""
+    # Each rank's statistics come from its own batches; to add up their validation sums, all must evaluate one network.
     if world_size() > 1:
         for buffer in model.buffers():
-            if buffer.dtype != torch.bool:  # masks are the same anyway
+            if buffer.dtype != torch.bool:  # masks are equal on all ranks already
                 dist.broadcast(buffer, 0)

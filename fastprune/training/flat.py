@@ -1,6 +1,6 @@
-"""Flat parameters: every prunable weight of a model in one buffer, everything else that trains in another.
+"""Flat parameters: all prunable weights of a model in one buffer, all its other parameters in another.
 
-The optimiser, the masks, pruning and rewinding then are a few operations on long vectors, whatever the model.
+The optimiser step, masking, pruning and rewinding are then a few operations on long vectors, for any model.
 """
 
 from typing import Any
@@ -13,22 +13,22 @@ from fastprune.pruning.masks import buffer_size, layout, prunable
 
 
 class FlatParams:
-    """Moves a model's parameters into flat fp32 buffers; its parameters become views of them, as do their gradients.
+    """Moves the parameters of `model` into flat float32 buffers, of which they and their gradients become views.
 
-    weight, grad, momentum: float32 [n], mask: bool [n] (True keeps; all True but for the padding), each in storage
-    order: segment after segment, conv weights as OHWI. other_params, other_grad, other_momentum: float32 [m], all other
-    parameters. half: bf16 or fp16 [n] or None, what the weight is in `half_precision`, kept up to date by `sgd_step`,
-    `set_mask` and `sync`.
+    weight, grad, momentum: float32 [n], all prunable weights in storage order: segment after segment, convs as OHWI.
+    mask: bool [n], True keeps; at first all True but the padding. other_params, other_grad, other_momentum: float32
+    [m], all other parameters. half: bf16 or fp16 [n], the weight in `half_precision`, or None; `sgd_step`, `set_mask`,
+    `sync` and `rewind` keep it up to date.
 
-    The views stay valid as long as nobody rebinds a parameter: `.to(dtype)`, `load_state_dict(assign=True)` and
-    `zero_grad(set_to_none=True)` do. `check_aliased()` finds out. A `deepcopy` of the model is a model of its own; of
-    this it is a TypeError.
+    Rebinding a parameter breaks the views: `.to(dtype)`, `load_state_dict(assign=True)` and
+    `zero_grad(set_to_none=True)` do so, and `check_aliased()` detects it. `copy.deepcopy` of the model gives an
+    independent model; of a FlatParams it is a TypeError. ValueError for a frozen parameter.
     """
 
     def __init__(self, model: nn.Module, linear: bool = False, half_precision: torch.dtype | None = None) -> None:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
-                raise ValueError(f"{name} is frozen (requires_grad is False): a flat buffer is trained as a whole")
+                raise ValueError(f"{name} is frozen (requires_grad is False): set it, flat buffers train as a whole")
         named = prunable(model, linear)
         prunable_ids = {id(p) for _, p in named}
         rest = [(name, p) for name, p in model.named_parameters() if id(p) not in prunable_ids]
@@ -51,23 +51,25 @@ class FlatParams:
         self._leaves = [p for _, p in named] + [p for _, p in rest]
         self._grads = [p.grad for p in self._leaves if p.grad is not None]
         self.half_views: dict[str, Tensor] = {}
-        """By parameter name, what a forward pass in low precision computes with instead of the weight: leaves."""
+        """By parameter name, leaf views of `half` that a forward in low precision uses in place of the weights."""
         if self.half is not None:
+            # Leaves, so that gradients arrive in low precision: autograd need not go through a cast of every weight.
             self.half_views = {s.name: s.view(self.half).requires_grad_() for s in self.segments}
             self._leaves[: len(named)] = self.half_views.values()
         self.sync()
 
     @property
     def total(self) -> int:
-        """Number of prunable weights, padding not counted."""
+        """Number of prunable weights; padding is not counted."""
         return sum(s.numel for s in self.segments)
 
     def check_aliased(self) -> None:
-        """RuntimeError unless every parameter and gradient still is its view of the buffers."""
+        """RuntimeError unless every parameter and every gradient is still a view of its part of the buffers."""
         parameters = dict(self._model.named_parameters())
         places = [(s, self.weight, self.grad) for s in self.segments]
         places += [(s, self.other_params, self.other_grad) for s in self.other_segments]
         for segment, weight, grad in places:
+            # The model's parameters of now, not those of __init__: load_state_dict(assign=True) makes new objects.
             p = parameters[segment.name]
             if p.data_ptr() != weight.data_ptr() + weight.element_size() * segment.offset or p.dtype != weight.dtype:
                 raise RuntimeError(f"{segment.name} no longer lies in the flat buffer: something rebound the parameter")
@@ -77,11 +79,13 @@ class FlatParams:
                 )
 
     def backward(self, loss: Tensor) -> None:
-        """Writes the gradients of `loss` into the flat buffers, whatever was there; zero where it does not depend."""
+        """Overwrites the flat gradients by those of `loss`: zero for parameters that it does not depend on."""
+        # Not loss.backward(): it accumulates, so that the buffers would have to be zeroed first, one more pass.
         grads = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         if any(grad is None for grad in grads):
             self.zero_grad()
-        # In two calls, for one is a single launch only where all gradients have one dtype.
+        # Two calls, because _foreach_copy_ is a single launch only if all tensors share a dtype, and the gradients of
+        # convs may be bf16 or fp16.
         first = len(self.segments)
         for part in (slice(first), slice(first, None)):
             there = [(into, g) for into, g in zip(self._grads[part], grads[part], strict=True) if g is not None]
@@ -89,26 +93,28 @@ class FlatParams:
                 torch._foreach_copy_([into for into, _ in there], [g for _, g in there])
 
     def zero_grad(self) -> None:
-        """Sets all gradients to zero, in place."""
+        """Sets all gradients to zero, in place; they stay views of the buffers."""
         self.grad.zero_()
         self.other_grad.zero_()
 
     def set_mask(self, mask: Tensor) -> None:
-        """Writes `mask` (bool [n]) in place, and +0 into what it prunes, momentum included."""
+        """Writes `mask` (bool [n]) into the mask in place, and +0 into pruned weights and their momentum."""
         self.mask.copy_(mask)
+        # Momentum, too: a weight that a later mask keeps again must not move by a momentum from before it was pruned.
         masked_cast(self.momentum, self.mask, self.momentum)
         self.sync()
 
     @torch.no_grad()
     def sync(self) -> None:
-        """After something else than `sgd_step` wrote weights: +0 where pruned, and the low-precision copy anew."""
+        """Sets pruned weights to +0 and renews `half`; to be called after other code than `sgd_step` wrote weights."""
         masked_cast(self.weight, self.mask, self.weight)
         if self.half is not None:
             self.half.copy_(self.weight)
 
     @torch.no_grad()
     def save_rewind_point(self) -> None:
-        """Keeps the weights as they are now for `rewind`, in copies of the same layout (made at the first call)."""
+        """Copies the present weights and other parameters for `rewind`; a later call overwrites the copy."""
+        # Into the memory of the first call, so that later rounds allocate nothing.
         if self._rewind is None:
             self._rewind = torch.empty_like(self.weight), torch.empty_like(self.other_params)
         for copy, now in zip(self._rewind, (self.weight, self.other_params), strict=True):
@@ -116,9 +122,12 @@ class FlatParams:
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Weights become those of the last `save_rewind_point`, +0 where the mask prunes now, and all momentum zero."""
+        """Restores the weights of the last `save_rewind_point` under the present mask, in place; sets momentum to zero.
+
+        RuntimeError without a rewind point.
+        """
         if self._rewind is None:
-            raise RuntimeError("nothing to rewind to: save_rewind_point() was never called")
+            raise RuntimeError("no rewind point: call save_rewind_point() first")
         weight, rest = self._rewind
         masked_cast(weight, self.mask, self.weight)
         if self.half is not None:
@@ -137,7 +146,11 @@ class FlatParams:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """One masked SGD step on all parameters; pruned weights and their momentum are exactly +0 after it."""
+        """One masked SGD step on all parameters, in place, as kernels.masked_sgd_ defines it.
+
+        Mutates weights, momentum and `half`; pruned weights and their momentum are exactly +0 afterwards. The gradients
+        are undefined afterwards.
+        """
         hyper: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
@@ -150,10 +163,11 @@ class FlatParams:
         masked_sgd_(self.other_params, self.other_grad, self.other_momentum, None, **hyper)
 
     def packed(self, buffer: Tensor) -> dict[str, Tensor]:
-        """A flat buffer as fresh contiguous CPU tensors of logical shape, by parameter name: what is saved."""
+        """The segments of a flat buffer [n] by parameter name: fresh contiguous CPU tensors of logical shape."""
         return {s.name: s.view(buffer).to("cpu", copy=True).contiguous() for s in self.segments}
 
     def __reduce__(self) -> Any:
+        # The parameters of a copied model would be no views of the copied buffers, and no error would say so.
         raise TypeError("views of flat buffers cannot be copied or pickled: copy the model, or save its state")
 
 
@@ -162,6 +176,7 @@ def _buffer(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
 
 
 def _rebind(p: Tensor, weight: Tensor, grad: Tensor) -> None:
+    """Moves parameter `p` to the view `weight`, with its values, and its gradient to the view `grad`."""
     weight.copy_(p.detach())
-    p.data = weight
+    p.data = weight  # not a new Parameter: a reference to this one would go on with the old memory
     p.grad = grad

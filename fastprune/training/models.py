@@ -1,4 +1,4 @@
-"""torchvision's ResNets with a stem and a width option, and any of its classification networks by name."""
+"""Networks: torchvision's ResNets with a choice of stem and width, and any torchvision classification model by name."""
 
 import copy
 import difflib
@@ -20,9 +20,9 @@ _RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]
 
 
 def build(spec: ModelSpec) -> nn.Module:
-    """The network of `spec`, initialised from torch's global generator as torchvision initialises it.
+    """The network of `spec`, initialised by torchvision's rules (He et al., 2015) from torch's global generator.
 
-    At width 64 with the ImageNet stem it is torchvision's own network, draw for draw. InputError for an unknown name.
+    With width 64 and the ImageNet stem it equals torchvision's network draw for draw. InputError for an unknown name.
     """
     if spec.name not in _RESNETS:
         raise InputError(f"unknown model {spec.name!r}: choose one of {', '.join(_RESNETS)}")
@@ -30,6 +30,8 @@ def build(spec: ModelSpec) -> nn.Module:
     model = resnet.ResNet(block, layers, num_classes=spec.classes)
     if spec.width == 64 and spec.stem == "imagenet":
         return model
+    # torchvision's ResNet has no argument for the width of its first stage, so all layers are made again. `inplanes` is
+    # where _make_layer reads and writes the channels that the next block gets.
     model.inplanes = width = spec.width
     if spec.stem == "small":
         model.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
@@ -44,23 +46,29 @@ def build(spec: ModelSpec) -> nn.Module:
     model.fc = nn.Linear(8 * width * block.expansion, spec.classes)
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
+            # As torchvision's constructor does, which initialised the layers that were replaced.
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return model
 
 
 def initial_model(init: Init) -> nn.Module:
-    """The network with the initial weights that `init.seed` draws on the CPU; torch's generator is left as it was."""
+    """The network with the initial weights of `init.seed`, drawn on the CPU; torch's generator is not advanced."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(init.seed)
         return build(init.model)
 
 
+# In training mode these return the logits of several classifiers; the Trainer's loss takes those of one.
 _AUXILIARY = ("googlenet", "inception_v3")
 
 
 def build_model(name: str, asked: str | None, classes: int, size: tuple[int, int], seed: int) -> nn.Module:
-    """torchvision's model `name`, with the weights `asked` for or as `seed` initialises it; torch's generator is left
-    as it was. InputError where it cannot be had, or takes no images of this size (height, width)."""
+    """torchvision's classification model `name` for `classes` classes, on the CPU; torch's generator is not advanced.
+
+    asked: name of pretrained weights, or None to initialise from `seed`. size: (height, width) in pixels. InputError if
+    torchvision has no such model or weights, if the weights cannot be downloaded, or if the model is not supported or
+    takes no images of this size.
+    """
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         close = difflib.get_close_matches(name, known, 3) or ["resnet18", "resnet50"]
@@ -73,7 +81,7 @@ def build_model(name: str, asked: str | None, classes: int, size: tuple[int, int
             torch.manual_seed(seed)
             model = torchvision.models.get_model(name, weights=weights, num_classes=classes)
     except (OSError, RuntimeError) as error:
-        if weights is None:
+        if weights is None:  # nothing was downloaded: a bug, not bad input
             raise
         raise InputError(
             f"cannot fetch {weights} ({' '.join(str(error).split())}): fetch {weights.url} elsewhere and give the file "
@@ -101,12 +109,13 @@ def _weights(name: str, asked: str, classes: int) -> torchvision.models.WeightsE
 
 
 def _try_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
-    """InputError where the network takes no images of this size. Computes shapes only."""
+    """InputError if the network takes no images of this size (height, width)."""
+    # On the meta device, which computes shapes only: a size that cannot work is found before any data is read.
     shapes = copy.deepcopy(model).to("meta").eval()
     try:
         with torch.no_grad():
             shapes(torch.empty(2, 3, *size, device="meta"))
-    except NotImplementedError:  # an operation whose shapes are not known in advance
+    except NotImplementedError:  # an operation without shape inference: the first batch will tell
         return
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).strip().split("\n")[0]

@@ -1,4 +1,4 @@
-"""Optimisers under which pruned weights stay +0: for a user's own loop, for any torch optimiser, for flat parameters.
+"""Optimisers that keep pruned weights at +0: MaskedSGD and keep_pruned for a user's own loop, FlatSGD for the Trainer.
 
 model = fastprune.attach(model, mask)
 optimizer = MaskedSGD(model.parameters(), model, lr=0.1, momentum=0.9)  # or
@@ -20,9 +20,10 @@ from fastprune.training.flat import FlatParams
 class MaskedSGD(torch.optim.Optimizer):
     """torch.optim.SGD for a model with masks: pruned weights and their momentum are exactly +0 after each step.
 
-    params: parameters or groups of them, float32 (float64 on a CPU). model: the attached model whose masks hold; they
-    are looked up at each step, so they may change at any time. State is SGD's own: a "momentum_buffer" a parameter.
-    Gradients are left as they are. One launch a parameter on a GPU; a Trainer needs two in all.
+    params: parameters or parameter groups, float32 (float64 on a CPU). model: the attached model, whose masks are read
+    at each step and may change at any time. State: SGD's own, a "momentum_buffer" for each parameter. `step` mutates
+    weights and momentum, not the gradients. On a GPU it takes one launch a parameter; FlatSGD takes two in all.
+    ValueError for hyperparameters that torch.optim.SGD refuses, and for a parameter with gaps in memory.
     """
 
     def __init__(
@@ -37,9 +38,9 @@ class MaskedSGD(torch.optim.Optimizer):
         if lr < 0 or momentum < 0 or weight_decay < 0:
             raise ValueError(f"lr {lr}, momentum {momentum} and weight_decay {weight_decay} may not be negative")
         if nesterov and momentum == 0:
-            raise ValueError("Nesterov momentum needs momentum > 0")
+            raise ValueError("nesterov=True requires momentum > 0")
         self._model = model
-        self._step_supports_amp_scaling = True  # so that a GradScaler does not wait for the device
+        self._step_supports_amp_scaling = True  # a GradScaler then does not wait: step() reads found_inf
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
 
     @torch.no_grad()
@@ -48,6 +49,7 @@ class MaskedSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Looked up here and not kept: attach() or a checkpoint may have given a layer a new mask tensor.
         masks, scaling = weight_masks(self._model), _scaling(self)
         for group in self.param_groups:
             hyper = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
@@ -55,10 +57,12 @@ class MaskedSGD(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 state = self.state[p]
+                # torch's SGD sets the buffer to the first gradient; zeros give the same first step.
                 if state.get("momentum_buffer") is None:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                grad = torch.empty_like(p).copy_(p.grad)  # the step works in it
+                grad = torch.empty_like(p).copy_(p.grad)  # a copy: the step uses the gradient as scratch memory
                 mask = masks.get(p)
+                # The step walks memory, so element i of the mask must belong to element i of the weight.
                 if mask is not None and mask.stride() != p.stride():
                     mask = torch.empty_like(p, dtype=torch.bool).copy_(mask)
                 weight, grad, buffer = (_dense(t) for t in (p, grad, state["momentum_buffer"]))
@@ -67,10 +71,13 @@ class MaskedSGD(torch.optim.Optimizer):
 
 
 def keep_pruned(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
-    """From now on, after each step of `optimizer`, what the masks of `model` prune is +0: weights, and whatever the
-    optimiser remembers of them (momentum, averages). Returns the handle that ends it.
+    """Registers a hook on `optimizer` that keeps what the masks of `model` prune at +0 after each step.
+
+    The hook mutates weights and every optimiser state of a weight's shape (momentum, moving averages). Returns its
+    handle; `handle.remove()` ends it.
     """
 
+    # State, too: momentum from before the pruning would move a weight that a later mask keeps again.
     @torch.no_grad()
     def zero(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for weight, mask in weight_masks(model).items():
@@ -84,10 +91,10 @@ def keep_pruned(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removable
 
 
 class FlatSGD(torch.optim.Optimizer):
-    """torch.optim.SGD's update on a FlatParams, masked, in one pass over each of its two buffers.
+    """torch.optim.SGD's update on a FlatParams, masked, in one pass over each of its two weight buffers.
 
-    step() mutates weight and momentum; pruned weights and their momentum are exactly +0 after it. zero_grad() fills the
-    gradients with zeros in place, whatever `set_to_none` says: they are views of one buffer.
+    step() mutates weights and momentum; pruned weights and their momentum are exactly +0 afterwards. zero_grad() writes
+    zeros in place and ignores `set_to_none`, because gradients are views of one buffer.
     """
 
     def __init__(
@@ -99,10 +106,11 @@ class FlatSGD(torch.optim.Optimizer):
         nesterov: bool = False,
     ) -> None:
         self.flat = flat
+        # One parameter a buffer, so that a GradScaler looks for inf in two tensors and not in one a layer.
         views = [nn.Parameter(flat.weight), nn.Parameter(flat.other_params)]
         for view, grad in zip(views, (flat.grad, flat.other_grad), strict=True):
             view.grad = grad
-        self._step_supports_amp_scaling = True  # so that a GradScaler does not wait for the device
+        self._step_supports_amp_scaling = True  # as in MaskedSGD
         super().__init__(views, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -123,7 +131,9 @@ class FlatSGD(torch.optim.Optimizer):
 
 
 def _scaling(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a GradScaler sets for as long as a step takes; no scale if the gradients were unscaled before."""
+    """grad_scale and found_inf for masked_sgd_: float32 of one element each, or None without a GradScaler."""
+    # A GradScaler sets both as attributes for the duration of step(). After its unscale_() grad_scale is None: the
+    # gradients are divided already, which a scale of 1 says.
     found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
     if found_inf is not None and grad_scale is None:
         grad_scale = torch.ones_like(found_inf)
@@ -131,7 +141,9 @@ def _scaling(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """All elements as they lie in memory, [n]. ValueError if there are gaps."""
+    """A one-dimensional view of all elements in memory order. ValueError if the tensor has gaps in memory."""
     if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
-        raise ValueError(f"a parameter of shape {tuple(tensor.shape)} and strides {tensor.stride()} has gaps in memory")
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} and strides {tensor.stride()} has gaps in memory: clone() it"
+        )
     return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())

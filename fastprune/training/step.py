@@ -1,4 +1,4 @@
-"""What runs once a batch, on the device alone: a step captured as one CUDA graph, and the sums of an epoch."""
+"""Work per batch that never waits for the device: a step replayed as a CUDA graph, and the sums of an epoch."""
 
 import math
 from collections.abc import Callable
@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 Step = Callable[[Tensor, Tensor], None]
-"""A function of a batch (images, labels) that reads and writes memory which stays where it is."""
+"""step(images, labels). All other memory that it reads or writes must keep its address, so that it can be captured."""
 
+# Libraries choose algorithms and allocate workspaces in their first calls, which a capture does not allow. Three calls
+# as in torch's documentation, but on real batches, so that none is wasted.
 _EAGER = 3
-"""Real batches before the capture: libraries choose their algorithms and allocate what they keep."""
+"""Batches that a GraphedStep runs eagerly before it captures."""
 
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """What one epoch gave: mean losses in nats, accuracies (top-1) in [0, 1], the rate at the epoch's start.
+    """Metrics of one epoch.
 
-    epoch counts from 1. images_per_second is of training alone.
+    epoch: from 1. lr: learning rate at the start of the epoch. Losses: means in nats. Accuracies: top-1, in [0, 1].
+    images_per_second: of training, without validation. seconds: of both.
     """
 
     epoch: int
@@ -33,13 +36,14 @@ class EpochMetrics:
 
     @property
     def diverged(self) -> bool:
-        """A training loss that is no finite number, or weights that give NaN afterwards."""
+        """Whether the training loss is not finite, or the validation loss is NaN."""
         return not math.isfinite(self.train_loss) or math.isnan(self.val_loss)
 
     as_dict = asdict
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(what does not depend on where it was computed, how fast that was); the epoch in both."""
+        """(results, speed): the metrics that do not depend on where they were computed, and the others; the epoch is in
+        both."""
         all = asdict(self)
         times = {name: all.pop(name) for name in ("images_per_second", "seconds")}
         return all, {"epoch": self.epoch, **times}
@@ -48,12 +52,13 @@ class EpochMetrics:
 class GraphedStep:
     """A step for batches of one shape, replayed as one CUDA graph from the fourth batch on.
 
-    Everything that the step mutates must be written in place, by whomever: a graph reads and writes the memory that it
-    was captured with. Batches are copied into its own.
+    The graph reads and writes the memory that it was captured with: what the step uses must always be written in place,
+    by the step and by other code. Batches may lie anywhere; they are copied into the graph's own memory.
     """
 
     def __init__(self, step: Step, pool: Any, stream: Any) -> None:
-        """stream: what the first batches and the capture run on, the same for all that share the pool."""
+        """pool: a torch.cuda.graph_pool_handle(). stream: for the first batches and the capture, the same for all
+        steps that share the pool."""
         self._step, self._pool, self._stream = step, pool, stream
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -62,6 +67,7 @@ class GraphedStep:
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         self._calls += 1
         if self._calls <= _EAGER:
+            # On the stream of the capture, so that what libraries allocate for a stream exists when the capture begins.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._step(images, labels)
@@ -69,9 +75,10 @@ class GraphedStep:
             return
         if self._graph is None or self._batch is None:
             batch, graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
-            # A loader's own threads may go on calling CUDA.
+            # thread_local: a loader's threads go on calling CUDA during the capture, which a global capture forbids.
             with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 self._step(*batch)
+            # A capture records and computes nothing: the batch that was cloned above is computed by the replay below.
             self._batch, self._graph = batch, graph
         else:
             self._batch[0].copy_(images)
@@ -80,7 +87,8 @@ class GraphedStep:
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """ValueError unless all labels (int64 [B]) lie in [0, classes). Waits for the device."""
+    """ValueError unless all labels (int64 [B]) are in [0, classes). Waits for the device."""
+    # Without this check the loss fails in a device-side assertion, after which the process cannot use its GPU.
     if labels.numel():
         low, high = (int(end) for end in labels.aminmax())
         if low < 0 or high >= classes:
@@ -88,24 +96,26 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 class EpochSums:
-    """Sums of loss and hits on the device, so that nothing waits for it before the epoch's end."""
+    """Running sums of loss, correct predictions and images on the device; the host waits only in `result`."""
 
     def __init__(self, device: torch.device) -> None:
+        # float64, because float32 counts no further than 2^24 images. One tensor, so that one all_reduce is enough.
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        """loss times images, hits, images."""
+        """float64 [3]: loss x images, correct predictions, images."""
 
     def clear(self) -> None:
+        """Sets the sums to zero, in place."""
         self.sums.zero_()
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """loss: mean over the batch, []; logits: [B, classes]; labels: int64 [B]."""
+        """Adds a batch. loss: its mean, []. logits: [B, classes]. labels: int64 [B]."""
         count = len(labels)
         self.sums[0] += loss.detach() * count
         self.sums[1] += (logits.detach().argmax(1) == labels).sum()
         self.sums[2] += count
 
     def result(self) -> tuple[float, float, int]:
-        """(mean loss, accuracy, images). ValueError if there were none. Waits for the device."""
+        """(mean loss, accuracy in [0, 1], images). Waits for the device. ValueError if no batch was added."""
         loss, hits, images = self.sums.tolist()
         if not images:
             raise ValueError("the loader gave no batch: is the data set smaller than one batch?")

@@ -1,4 +1,4 @@
-"""The training loop: one warm Trainer runs dense and masked trainings one after another, all in place."""
+"""The training loop: one Trainer runs any number of dense and masked trainings, in place, compiled once."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -21,21 +21,23 @@ from fastprune.training.step import EpochMetrics, EpochSums, GraphedStep, Step, 
 _HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-"""(images [B, 3, H, W], labels int64 [B]); `set_epoch(epoch)`, if it has one, is called before each training epoch."""
+"""(images [B, 3, H, W], labels int64 [B]). A `set_epoch(epoch)` method, if there is one, is called before each training
+epoch, with the epoch from 0."""
 
 
 class Trainer:
-    """Trains `model` in channels-last, its parameters flat.
+    """Trains a model with masks: SGD on flat parameters, channels-last.
 
-    Masks that the model carries hold from the start. One Trainer serves any number of trainings: masks, weights and
-    learning rates are written in place, so nothing is compiled or captured twice for batches of the same shape.
+    The model is moved to `device` and its parameters become views of flat buffers (`FlatParams`). Masks of an attached
+    model apply from the start. Masks, weights and learning rates are written in place, so a Trainer compiles and
+    captures once for each shape of batch, over any number of trainings.
 
-    precision: "fp32", "bf16" (autocast) or "fp16" (autocast and a gradient scaler); with the last two, convs read the
-    copy of the weights that the optimiser's own pass writes. The model is moved to `device`, and its parameters are
-    replaced by views of flat buffers. compile: torch.compile for the network, by default on a GPU only. graph: the
-    whole step as one CUDA graph, by default on a GPU. Under torch.distributed, gradients are averaged over all ranks,
-    each of which brings its own batches; batch-norm statistics are each rank's own while an epoch lasts, then the
-    first's.
+    precision: "fp32", "bf16" (autocast) or "fp16" (autocast and a gradient scaler). With bf16 and fp16, convs read the
+    low-precision copy of the weights that the optimiser's pass writes. compile: torch.compile for the network, by
+    default on a GPU only. graph: the whole step as one CUDA graph, by default on a GPU; without effect on a CPU.
+
+    Under torch.distributed, gradients are averaged over all ranks, each of which reads its own batches. Batch-norm
+    statistics are local during an epoch; after it, all ranks get those of rank 0.
     """
 
     def __init__(
@@ -47,12 +49,14 @@ class Trainer:
         compile: bool | str | None = None,
         graph: bool | None = None,
     ) -> None:
-        """compile may name a backend of torch.compile. ValueError for a model without convs."""
+        """compile: True, False, or the name of a torch.compile backend. ValueError for an unknown precision, for a
+        model without convs, for frozen parameters, and for a weight that two layers share."""
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         if on_gpu and self.device.index is None:
+            # With its number, because the current device may be another one at a later step.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.precision = precision
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -62,6 +66,8 @@ class Trainer:
         self.flat = FlatParams(self.model, half_precision=_HALF[precision])
         self.flat.set_mask(carried.keep)
         share_masks(self.model, self.flat.segments, self.flat.mask)
+        # On the device, because a captured graph would keep a Python number forever. float64, so that it is exactly the
+        # schedule's number.
         self._lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self.optimizer = FlatSGD(self.flat, lr=self._lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
@@ -69,26 +75,32 @@ class Trainer:
         compile = on_gpu if compile is None else compile
         half = _HALF[precision]
         self.images = half if on_gpu and half is not None else torch.float32
-        """The dtype in which batches are best made: the network's first conv would cast them to it anyway."""
+        """dtype in which a loader should deliver images: on a GPU autocast's, to which they would be cast anyway."""
         self._network = _network(self.model, self.flat.half_views)
         if compile:
             backend = compile if isinstance(compile, str) else "inductor"
-            # torch counts all Trainers of a process together, and past its limit runs uncompiled.
+            # torch counts recompilations over all Trainers of a process, and beyond its limit runs uncompiled.
             dynamo = torch._dynamo.config
             dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
+            # Static shapes: each shape of batch gets code of its own, as it gets a graph of its own.
             self._network = torch.compile(self._network, dynamic=False, backend=backend)
         self._graphed: dict[tuple[Any, ...], GraphedStep] = {}
+        # One pool and one stream for all graphs: they run one after the other and leave no result in the pool, so they
+        # can share its memory.
         self._pool = (
             (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)) if on_gpu and graph is not False else None
         )
         self._sums = EpochSums(self.device)
         self._smoothing = 0.0
-        self._classes: int | None = None  # known after the first batch
+        self._classes: int | None = None  # of the network's output; known after the first batch
         self._marked: dict[str, Tensor] = {}
 
     def state(self) -> dict[str, Tensor]:
-        """All that a run continues from, as fresh CPU tensors: weights and batch-norm statistics ("model.NAME") and
-        momentum ("momentum.NAME"), each of logical shape, and the gradient scaler where there is one."""
+        """The state that a run resumes from, but for the mask, as fresh CPU tensors.
+
+        "model.NAME": weights and batch-norm statistics, "momentum.NAME": momentum, each of logical shape.
+        "scaler.NAME": float64 [], the gradient scaler's state, with fp16 only.
+        """
         state = {f"model.{k}": v.detach().to("cpu", copy=True).contiguous() for k, v in self._tensors().items()}
         momentum = self.flat.packed(self.flat.momentum) | self._rest(self.flat.other_momentum)
         state |= {f"momentum.{k}": v for k, v in momentum.items()}
@@ -97,14 +109,16 @@ class Trainer:
         return state
 
     def load_state(self, state: dict[str, Tensor], *, momentum: bool = True) -> None:
-        """Restores, in place, weights and batch-norm statistics, and momentum if it is there and wanted (else zero).
+        """Restores a `state()` in place: weights, batch-norm statistics, and with `momentum` momentum and scaler.
 
-        The mask becomes dense. ValueError if tensors are missing or have other shapes.
+        Missing or unwanted momentum becomes zero, the scaler its initial state, and the mask dense. ValueError if
+        weights or statistics are missing or have other shapes; nothing is changed then.
         """
         tensors = self._tensors()
+        # All checks before the first write: a state that does not fit must not leave a mixture of two networks.
         for name, tensor in tensors.items():
             if f"model.{name}" not in state or state[f"model.{name}"].shape != tensor.shape:
-                raise ValueError(f"the state has no {name} of shape {tuple(tensor.shape)}")
+                raise ValueError(f"the state has no {name} of shape {tuple(tensor.shape)}: is it of another model?")
         for name, tensor in tensors.items():
             tensor.detach().copy_(state[f"model.{name}"])
         self.flat.momentum.zero_()
@@ -120,46 +134,56 @@ class Trainer:
         if momentum and all(f"scaler.{name}" in state for name in scaler):
             scaler = {k: type(v)(state[f"scaler.{k}"].item()) for k, v in scaler.items()}
         if scaler:
-            self.scaler.load_state_dict(scaler)  # in place, as a captured step needs it
+            self.scaler.load_state_dict(scaler)  # it writes in place: a captured step keeps reading the same memory
         for s in self.flat.segments:
             self.flat.mask[s.span] = True
         self.flat.sync()
 
     def set_mask(self, mask: Mask | None) -> None:
-        """Writes the mask (None: dense) in place and zeroes what it prunes; a graph that was captured stays valid."""
+        """Writes the mask (None: dense) in place, and +0 into pruned weights and their momentum.
+
+        ValueError for a mask of other layers. Weights that an earlier mask pruned stay +0 until they are trained.
+        """
         if mask is None:
             mask = Mask.dense(self.flat.segments)
         if mask.segments != self.flat.segments:
-            raise ValueError("the mask belongs to a model with other layers")
+            raise ValueError("the mask has other layers or shapes than the model")
         self.flat.set_mask(mask.keep)
 
     def close(self) -> None:
-        """Gives back the memory of captured steps, and the model to whoever trains it otherwise from now on.
+        """Frees the memory of captured steps, and makes the model's layers mask their weights themselves again.
 
-        Must come before a process group is destroyed: it waits for graphs that captured its collectives.
+        Call it before the model is trained by other code, and before a process group is destroyed.
         """
+        # Destroying a process group waits for the graphs that captured its collectives.
         self._graphed.clear()
         unshare_masks(self.model)
 
     def preview_prune(self, fraction: float) -> Mask:
-        """The mask that `prune` would leave; nothing is changed."""
+        """The mask that `prune(fraction)` would set, on the device; changes nothing."""
         return prune(self.flat.weight.abs(), Mask(self.flat.mask, self.flat.segments), fraction)
 
     def prune(self, fraction: float) -> Mask:
-        """Prunes round(fraction x remaining) weights of the lowest magnitude over all layers, in place."""
+        """Prunes exactly round(fraction x kept) weights, those of lowest magnitude over all layers, in place.
+
+        Returns the new mask, a copy on the device. ValueError for a fraction outside [0, 1].
+        """
         new = self.preview_prune(fraction)
         self.flat.set_mask(new.keep)
         return new
 
     @torch.no_grad()
     def save_rewind_point(self) -> None:
-        """Keeps weights and batch-norm statistics as they are now, on the device, for `rewind`."""
+        """Copies the present weights and batch-norm statistics, on the device, for `rewind`."""
         self.flat.save_rewind_point()
         self._marked = {name: b.clone() for name, b in self.model.named_buffers() if b.dtype != torch.bool}
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Weights and statistics as at the last `save_rewind_point`, under the present mask; momentum zero."""
+        """Restores the weights and statistics of the last `save_rewind_point`, in place, under the present mask.
+
+        Momentum becomes zero, the gradient scaler its initial one. RuntimeError without a rewind point.
+        """
         self.flat.rewind()
         for name, buffer in self.model.named_buffers():
             if name in self._marked:
@@ -179,14 +203,16 @@ class Trainer:
         on_batch: Callable[[int], None] | None = None,
         on_epoch: Callable[[EpochMetrics], None] | None = None,
     ) -> list[EpochMetrics]:
-        """Trains epochs start + 1 to stop (default: the schedule's end) from the present state and mask.
+        """Trains epochs `start` + 1 to `stop` (counted from 1; default: the schedule's last), from the present state.
 
-        The batch size is the loader's. on_batch gets the number of images of each training batch, on_epoch what each
-        epoch gave. Stops after an epoch whose loss is not finite. Returns the metrics of the epochs trained. ValueError
-        for labels outside the network's classes (of batches on a GPU, only the first is looked at).
+        The batch size is the loader's; `optimizer.batch_size` is not read. on_batch gets the number of images of each
+        training batch, on_epoch the metrics of each epoch. Training ends after an epoch that diverged. Returns the
+        metrics of the epochs trained. ValueError for labels outside the network's classes (of batches on a GPU only the
+        first is checked) and for a loader without a batch. RuntimeError if a parameter was rebound.
         """
+        # Both ends are checked: a parameter that was rebound would train apart from its mask, without any error.
         self.flat.check_aliased()
-        self.flat.sync()  # whoever wrote weights since
+        self.flat.sync()  # a caller may have written weights or masks since
         self._smoothing = optimizer.label_smoothing
         self.optimizer.param_groups[0].update(
             momentum=optimizer.momentum, weight_decay=optimizer.weight_decay, nesterov=optimizer.nesterov
@@ -216,9 +242,11 @@ class Trainer:
     ) -> tuple[float, float, int]:
         self.model.train()
         self._sums.clear()
+        # A loader needs no length unless the rate changes from batch to batch.
         steps = len(train) if schedule.varies_within(epoch) else 1  # type: ignore[arg-type]
         rate = None
         for step, (images, labels) in enumerate(train):
+            # Written when it changes only: each write is a launch.
             if rate != (rate := schedule.lr_at(epoch, step / steps)):
                 self._lr.fill_(rate)
             self._run(self._train_step, images, labels)
@@ -229,8 +257,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, val: Batches) -> tuple[float, float]:
-        """(mean loss, top-1 accuracy) over `val`, with batch norm's running statistics."""
-        self.flat.sync()  # whoever wrote weights since
+        """(mean loss in nats, top-1 accuracy in [0, 1]) over `val` in eval mode, of all ranks together."""
+        self.flat.sync()  # a caller may have written weights or masks since
         return self._evaluate(val)
 
     @torch.no_grad()
@@ -242,7 +270,7 @@ class Trainer:
         return self._result()[:2]
 
     def so_far(self) -> tuple[float, float, int]:
-        """(mean loss, accuracy, images) of the epoch that runs, on this rank; waits for the device."""
+        """(mean loss, accuracy, images) of the present epoch up to now, on this rank. Waits for the device."""
         return self._sums.result()
 
     def _result(self) -> tuple[float, float, int]:
@@ -262,6 +290,7 @@ class Trainer:
     def _eval_step(self, images: Tensor, labels: Tensor) -> None:
         with self._autocast():
             logits = self._logits(images, labels)
+            # Without label smoothing: validation losses are comparable among runs that smooth differently.
             loss = F.cross_entropy(logits, labels)
         self._sums.add(loss, logits, labels)
 
@@ -277,6 +306,7 @@ class Trainer:
             with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
                 self._run_step(step, images, labels)
         except torch.OutOfMemoryError as error:
+            # torch's message tells bytes, not which setting to change.
             raise torch.OutOfMemoryError(
                 f"out of memory on {self.device} with batches of {' x '.join(map(str, images.shape))} in "
                 f"{self.precision}: lower the batch size or the image size"
@@ -284,13 +314,15 @@ class Trainer:
             ) from error
 
     def _run_step(self, step: Step, images: Tensor, labels: Tensor) -> None:
-        if self._classes is not None and not labels.is_cuda:  # on a GPU the check would wait for it
+        if self._classes is not None and not labels.is_cuda:  # on a GPU the check would wait at every step
             check_labels(labels, self._classes)
         images = self._moved(images).contiguous(memory_format=torch.channels_last)
         labels = self._moved(labels)
         if self._pool is None:
             step(images, labels)
             return
+        # A graph keeps the Python numbers that it was captured with: another momentum needs another graph. The learning
+        # rate is in memory and needs none; an evaluation uses none of them.
         group = self.optimizer.param_groups[0]
         hyper = (self._smoothing, *(group[name] for name in ("momentum", "weight_decay", "nesterov")))
         key = (step, images.shape, images.dtype, hyper if step == self._train_step else None)
@@ -299,7 +331,8 @@ class Trainer:
         self._graphed[key](images, labels)
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """On the device; nothing waits for the copy."""
+        """The tensor on the trainer's device. The host does not wait for the copy."""
+        # Pinned, as a copy from pageable memory is not asynchronous.
         if self.device.type == "cuda" and not tensor.is_cuda:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
@@ -309,22 +342,23 @@ class Trainer:
         return nullcontext() if half is None else torch.autocast(self.device.type, half)
 
     def _tensors(self) -> dict[str, Tensor]:
-        buffers = {name: b for name, b in self.model.named_buffers() if b.dtype != torch.bool}  # masks are no state
+        """Parameters and batch-norm statistics by name, the tensors themselves."""
+        # Without masks, so that the state of a plain model loads, too.
+        buffers = {name: b for name, b in self.model.named_buffers() if b.dtype != torch.bool}
         return dict(self.model.named_parameters()) | buffers
 
     def _rest(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The segments of a buffer of other parameters [m] by name: fresh CPU tensors of the parameters' shapes."""
         shapes = dict(self.model.named_parameters())
         packed = ((s.name, s.view(buffer).to("cpu", copy=True)) for s in self.flat.other_segments)
         return {name: t.view(shapes[name].shape) for name, t in packed}
 
 
 def _network(model: nn.Module, half_views: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
-    """Images to logits; convs read the low-precision copy where there is one.
+    """The function from images to logits; with `half_views`, prunable weights are replaced by them."""
 
-    No method of the Trainer, which would then refer to itself and, after its last use, keep its buffers until the
-    garbage collector comes by: that is seldom, for it counts objects, not bytes.
-    """
-
+    # Not a method of the Trainer, which would then refer to itself: after its last use only Python's garbage collector
+    # would free its buffers. That runs seldom, because it counts objects, not bytes.
     def compute(images: Tensor) -> Tensor:
         return functional_call(model, half_views, (images,)) if half_views else model(images)
 

@@ -74,7 +74,7 @@ def test_the_low_precision_copy_follows_every_write(low):
 def test_rewinding_brings_weights_back_under_the_present_mask():
     flat = flat_of()
     initial, rest = flat.weight.clone(), flat.other_params.clone()
-    with pytest.raises(RuntimeError, match="mark"):
+    with pytest.raises(RuntimeError, match="save_rewind_point"):
         flat.rewind()
     flat.save_rewind_point()
     place = flat.weight.data_ptr()
