@@ -162,7 +162,7 @@ def remove(model: nn.Module, selection: Selection, image_size: int) -> nn.Module
     gamma = beta = 0 in the removed channels, in every batch norm of their groups. Works on the meta device, too.
     ValueError if the selection does not fit the network, which then is unchanged.
     """
-    # On a copy, before anything is removed: a selection that does not fit must leave the model whole.
+    # On a copy, before anything is removed: a selection that does not fit must leave the model as it is.
     selection.check(channel_groups(model, image_size))
     model.zero_grad(set_to_none=True)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -20,7 +20,7 @@ from fastprune.kernels import Segment, masked_weight, pack_bits, segment_counts,
 # Triton loads are wide where tiles start at multiples of 16 elements. On a CPU torch's fused SGD rounds as its default
 # one only if the buffer is a multiple of 64.
 _ALIGN = 64
-"""Every segment starts at a multiple of so many elements: 256 bytes of a float32 buffer, 64 bytes of a mask."""
+"""Every segment starts at a multiple of _ALIGN elements: 256 bytes of a float32 buffer, 64 bytes of a mask."""
 
 
 def prunable(model: nn.Module, linear: bool = False) -> list[tuple[str, Tensor]]:

@@ -28,13 +28,13 @@ class FlatParams:
     def __init__(self, model: nn.Module, linear: bool = False, half_precision: torch.dtype | None = None) -> None:
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
-                raise ValueError(f"{name} is frozen (requires_grad is False): set it, flat buffers train as a whole")
+                raise ValueError(f"{name} is frozen: set its requires_grad, because FlatParams trains all parameters")
         named = prunable(model, linear)
         prunable_ids = {id(p) for _, p in named}
-        rest = [(name, p) for name, p in model.named_parameters() if id(p) not in prunable_ids]
+        other = [(name, p) for name, p in model.named_parameters() if id(p) not in prunable_ids]
         device = next(model.parameters()).device
         self.segments = layout(named)
-        self.other_segments = layout((name, p.reshape(-1)) for name, p in rest)
+        self.other_segments = layout((name, p.reshape(-1)) for name, p in other)
         self._model = model
         self.weight, self.grad, self.momentum = (_buffer(self.segments, device) for _ in range(3))
         self.other_params, self.other_grad, self.other_momentum = (
@@ -44,11 +44,11 @@ class FlatParams:
         for segment, (_, p) in zip(self.segments, named, strict=True):
             self.mask[segment.span] = True
             _rebind(p, segment.view(self.weight), segment.view(self.grad))
-        for segment, (_, p) in zip(self.other_segments, rest, strict=True):
+        for segment, (_, p) in zip(self.other_segments, other, strict=True):
             _rebind(p, segment.view(self.other_params).view(p.shape), segment.view(self.other_grad).view(p.shape))
         self.half = None if half_precision is None else torch.zeros_like(self.weight, dtype=half_precision)
         self._rewind: tuple[Tensor, Tensor] | None = None
-        self._leaves = [p for _, p in named] + [p for _, p in rest]
+        self._leaves = [p for _, p in named] + [p for _, p in other]
         self._grads = [p.grad for p in self._leaves if p.grad is not None]
         self.half_views: dict[str, Tensor] = {}
         """By parameter name, leaf views of `half` that a forward in low precision uses in place of the weights."""
@@ -72,10 +72,12 @@ class FlatParams:
             # The model's parameters of now, not those of __init__: load_state_dict(assign=True) makes new objects.
             p = parameters[segment.name]
             if p.data_ptr() != weight.data_ptr() + weight.element_size() * segment.offset or p.dtype != weight.dtype:
-                raise RuntimeError(f"{segment.name} no longer lies in the flat buffer: something rebound the parameter")
+                raise RuntimeError(
+                    f"{segment.name} is no view of the flat buffer any more: write it in place, rebind nothing"
+                )
             if p.grad is None or p.grad.data_ptr() != grad.data_ptr() + grad.element_size() * segment.offset:
                 raise RuntimeError(
-                    f"{segment.name}.grad no longer lies in the flat buffer: was zero_grad(set_to_none=True) called?"
+                    f"{segment.name}.grad is no view of the flat buffer any more: call zero_grad(set_to_none=False)"
                 )
 
     def backward(self, loss: Tensor) -> None:
@@ -128,11 +130,11 @@ class FlatParams:
         """
         if self._rewind is None:
             raise RuntimeError("no rewind point: call save_rewind_point() first")
-        weight, rest = self._rewind
+        weight, other = self._rewind
         masked_cast(weight, self.mask, self.weight)
         if self.half is not None:
             self.half.copy_(self.weight)
-        self.other_params.copy_(rest)
+        self.other_params.copy_(other)
         self.momentum.zero_()
         self.other_momentum.zero_()
 
