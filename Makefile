@@ -14,8 +14,8 @@ help:
 	@echo "make reproduce FIG=A2   set up, then run a figure (or all): PRESET=smoke|quick|paper DATA=... OUT=... STORE=... ARGS='...'"
 	@echo "make test               set up, then run the tests: ARGS='-k masks'"
 	@echo "make lint               ruff and mypy"
-	@echo "make bench              the benchmarks of bench/"
-	@echo "make test-gpu           the short suite for a CUDA machine"
+	@echo "make bench              the benchmarks of bench/: ARGS='bench/bench_crop.py --device cuda'"
+	@echo "make test-gpu           checks, then times everything on a CUDA machine: ARGS='--only checks --cache FOLDER'"
 	@echo "make setup              only set up .venv (scripts/setup.sh --plan says what that would install)"
 	@echo "make constraints        resolve constraints.txt anew from pyproject.toml"
 	@echo "make clean              delete .venv, builds and caches; results and stores stay"
@@ -37,10 +37,10 @@ test: setup
 	TRITON_INTERPRET=1 $(python) -m pytest -n 2 tests/kernels
 
 bench: setup
-	$(python) -m pytest bench --benchmark-enable $(ARGS)
+	$(python) -m pytest $(if $(findstring bench/,$(ARGS)),,bench) --benchmark-enable $(ARGS)
 
 test-gpu: setup
-	$(python) bench/gpu_suite.py $(ARGS)
+	$(python) bench/gpu.py $(ARGS)
 
 lint: setup
 	$(python) -m ruff check .

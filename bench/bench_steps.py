@@ -1,6 +1,6 @@
 """A training step, masked and dense, and images a second from loaders, on one core.
 
-    FASTPRUNE_TINY_IMAGENET=path/to/tiny-imagenet-200 make bench ARGS=bench/bench_steps.py
+    FASTPRUNE_TINY_IMAGENET=path/to/tiny-imagenet-200 make bench ARGS="bench/bench_steps.py [--device cuda]"
 
 Those that are compared take turns, so that a busy neighbour hits all of them, and each is given with its wall time and
 the time that its threads had a core, which a neighbour changes less. pytest-benchmark's own table shows ours only.
@@ -8,11 +8,8 @@ the time that its threads had a core, which a neighbour changes less. pytest-ben
 
 import os
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,88 +18,59 @@ import pytest
 import torch
 from torchvision import datasets, transforms
 
-from bench.plain import Plain
+from bench.training import DENSE, MASKED, SPARSITY, Size, Turns, Way, group_name, medians, ways
 from fastprune.loaders import locate, open_data
-from fastprune.pruning.allocation import prune
-from fastprune.pruning.criteria import random_scores
-from fastprune.pruning.masks import Mask
-from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
-from fastprune.training.models import initial_model
-from fastprune.training.trainer import Trainer
 
-BATCH, SIZE, SPARSITY, TURNS = 32, 64, 0.8, 7
-INIT = Init(ModelSpec("resnet18", 200), 0)
-MASKED, DENSE = "Trainer, masked", "Trainer, dense"
-PLAIN, PRODUCT = "plain PyTorch, dense", "plain PyTorch, mask * weight"
+TURNS = 7
 REAL = "FASTPRUNE_TINY_IMAGENET"
 CLASSES, TAKEN = 40, 2500
 """Of Tiny ImageNet: 20,000 images through our loaders, and as many as that through torchvision, which is slow."""
 
-Times = dict[str, list[tuple[float, float]]]
-"""Wall and processor seconds of each turn."""
 
-
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    call()
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def medians(times: Times) -> dict[str, tuple[float, float]]:
-    """(wall, processor) seconds."""
-    return {name: tuple(map(statistics.median, zip(*turns, strict=True))) for name, turns in times.items()}
-
-
-def steps(precision: str) -> Mapping[str, Callable[[], Any]]:
-    """What is compared: each call is one training step on the same batch."""
-    images = torch.randn(BATCH, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
-    batch = (images, torch.arange(BATCH))
-    trainers = {name: Trainer(initial_model(INIT), precision=precision) for name in (MASKED, DENSE)}
-    everything = Mask.dense(trainers[DENSE].flat.segments)
-    mask = prune(random_scores(everything, 0, 1), everything, SPARSITY)
-    trainers[MASKED].set_mask(mask)
-    loops = {name: Plain(initial_model(INIT), precision=precision, masked=name == PRODUCT) for name in (PLAIN, PRODUCT)}
-    for conv, keep in zip(loops[PRODUCT].convs, mask.tensors().values(), strict=True):
-        conv.mask.copy_(keep)
-    schedule, sgd = ScheduleSpec(0.01, 1), OptimizerSpec(BATCH)
-    for trainer in trainers.values():
-        trainer.fit([batch], [batch], sgd, schedule)  # sets the optimiser, and compiles
-    ours = {name: partial(t._epoch, [batch], schedule, 0, None) for name, t in trainers.items()}
-    return ours | {name: partial(loop.train, [batch]) for name, loop in loops.items()}
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_step(precision: str, benchmark: Any, capsys: Any) -> None:
-    """ResNet-18 of full width. The target: masked over dense at most 1.05."""
-    ways = steps(precision)
-    times: Times = {name: [] for name in ways}
+@pytest.mark.parametrize(
+    ("network", "precision"),
+    [
+        pytest.param("resnet18", "fp32", id="fp32"),
+        pytest.param("resnet18", "bf16", id="bf16"),
+        pytest.param("resnet50", "bf16", id="resnet50-bf16"),
+    ],
+)
+def test_step(network: str, precision: str, device: torch.device, benchmark: Any, capsys: Any) -> None:
+    """At full width. The target: masked over dense at most 1.05."""
+    if network == "resnet50" and device.type == "cpu":
+        pytest.skip("takes minutes on a CPU")
+    size = Size.of(device, small=False)
+    compared = ways(network, precision, device, size)
+    turns: Turns = {name: [] for name in compared}
 
     def others() -> None:
-        for name in (DENSE, PLAIN, PRODUCT):
-            times[name].append(timed(ways[name]))
+        for name, way in compared.items():
+            if name != MASKED:
+                turns[name].append(way.timed())
+        compared[MASKED].before()
 
     def masked() -> None:
-        times[MASKED].append(timed(ways[MASKED]))
+        turns[MASKED].append(Way(compared[MASKED].call).timed())
 
-    benchmark.group = f"step of ResNet-18, {BATCH} x {SIZE} px, {precision}"
+    benchmark.group = group_name(network, precision, size)
     benchmark.pedantic(masked, setup=others, rounds=TURNS, warmup_rounds=1)
-    found = medians({name: turns[-TURNS:] for name, turns in times.items()})  # without the warm-up
+    images = {name: each[0][2] for name, each in turns.items()}
+    found = medians({name: each[-TURNS:] for name, each in turns.items()})  # without the warm-up
     wall, cpu = (found[MASKED][i] / found[DENSE][i] for i in (0, 1))
-    benchmark.extra_info.update(what=MASKED, ours=True, images=BATCH, medians=found, masked_over_dense=[wall, cpu])
+    benchmark.extra_info.update(what=MASKED, images=images, medians=found, masked_over_dense=[wall, cpu])
     with capsys.disabled():
         print(f"\n{benchmark.group}, {SPARSITY:.0%} pruned: masked over dense {wall:.3f} (processor time {cpu:.3f})")
-        show(found, DENSE, BATCH)
+        show(found, DENSE, images)
 
 
-def show(found: dict[str, tuple[float, float]], base: str, images: int | dict[str, int]) -> None:
-    """images: of one turn, by name if they differ; times are then for each image."""
-    count = {name: images[name] if isinstance(images, dict) else images for name in found}
-    print(f"  {'':<40}{'wall':>10}{'x':>7}{'processor':>12}{'x':>7}{'images/s':>12}{'a core':>10}")
+def show(found: dict[str, tuple[float, float]], base: str, images: dict[str, int]) -> None:
+    """images: of one turn; ratios are for each image."""
+    print(f"  {'':<44}{'wall':>10}{'x':>7}{'processor':>12}{'x':>7}{'images/s':>12}{'a core':>10}")
     for name, (wall, cpu) in found.items():
-        ratios = [t / found[base][i] * count[base] / count[name] for i, t in enumerate((wall, cpu))]
+        ratios = [t / found[base][i] * images[base] / images[name] for i, t in enumerate((wall, cpu))]
         print(
-            f"  {name:<40}{1e3 * wall:7.1f} ms{ratios[0]:7.2f}{1e3 * cpu:9.1f} ms{ratios[1]:7.2f}"
-            f"{count[name] / wall:12,.0f}{count[name] / cpu:10,.0f}"
+            f"  {name:<44}{1e3 * wall:7.1f} ms{ratios[0]:7.2f}{1e3 * cpu:9.1f} ms{ratios[1]:7.2f}"
+            f"{images[name] / wall:12,.0f}{images[name] / cpu:10,.0f}"
         )
 
 
@@ -145,14 +113,16 @@ def consume(batches: Iterable[Any]) -> int:
     return sum(len(labels) for _, labels in batches)
 
 
-def test_loaders(real: Path, tmp_path: Path, benchmark: Any, capsys: Any) -> None:
+def test_loaders(real: Path, tmp_path: Path, device: torch.device, benchmark: Any, capsys: Any) -> None:
     """Random crops and flips of real images at 64x64. The target: FFCV 20 times torchvision's ImageFolder."""
+    if device.type != "cpu":
+        pytest.skip("loaders work on a CPU")
     pytest.importorskip("ffcv")
     folder, theirs = (
         "torchvision's ImageFolder",
         transforms.Compose(
             [
-                transforms.RandomResizedCrop(SIZE),
+                transforms.RandomResizedCrop(64),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
                 transforms.Normalize((0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)),
@@ -167,18 +137,18 @@ def test_loaders(real: Path, tmp_path: Path, benchmark: Any, capsys: Any) -> Non
         name: open_data(manifest, prepared, loader=name).train(seed=0, batch_size=500) for name in ("ffcv", "resident")
     }
     images = {name: batches.images for name, batches in ours.items()} | {folder: TAKEN}
-    times: Times = {name: [] for name in images}
+    times: Turns = {name: [] for name in images}
     epochs = iter(range(1000))
 
     def once(name: str) -> None:
         ours[name].set_epoch(next(epochs))
-        times[name].append(timed(lambda: consume(ours[name])))
+        times[name].append(Way(lambda: consume(ours[name])).timed())
 
     def others() -> None:
         once("resident")
-        times[folder].append(timed(lambda: consume(islice(usual, TAKEN // 500))))
+        times[folder].append(Way(lambda: consume(islice(usual, TAKEN // 500))).timed())
 
-    benchmark.group = f"loader, {len(usual.dataset):,} real images, {SIZE} px, one core"  # type: ignore[arg-type]
+    benchmark.group = f"loader, {len(usual.dataset):,} real images, 64 px, one core"  # type: ignore[arg-type]
     for name in ours:
         once(name)  # compiles
     for turns in times.values():
@@ -188,7 +158,7 @@ def test_loaders(real: Path, tmp_path: Path, benchmark: Any, capsys: Any) -> Non
     found = medians(times)
     rate = {name: [images[name] / t for t in found[name]] for name in found}
     ratios = [rate["ffcv"][i] / rate[folder][i] for i in (0, 1)]
-    benchmark.extra_info.update(what="ffcv", ours=True, images=images["ffcv"], images_per_second=rate, ratio=ratios)
+    benchmark.extra_info.update(what="ffcv", images=images["ffcv"], images_per_second=rate, ratio=ratios)
     with capsys.disabled():
         print(f"\n{benchmark.group}: FFCV over ImageFolder {ratios[0]:.1f} (processor time {ratios[1]:.1f})")
         show(found, "ffcv", images)

@@ -1,59 +1,75 @@
-"""One thread, and after the benchmarks a table: each against what a user would write and against its floor."""
+"""One thread, the device, and after the benchmarks a table: each against what a user would write and its floor."""
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections import defaultdict
+from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 
+from bench.rows import Group, Row, compare, copy_group, facts_of, prepared, table, time_row
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the benchmarks compute: cpu or cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    device = torch.device(request.config.getoption("--device"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device}: there is no CUDA device here")
+    return device
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Ratios within one run: pytest-benchmark's own table has the spread."""
+    """Ratios within one run: pytest-benchmark's own table has the spread, there of `calls` calls."""
     session = getattr(config, "_benchmarksession", None)
-    groups: dict[str, list[Any]] = defaultdict(list)
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
     for bench in session.benchmarks if session else ():
-        groups[bench.group or ""].append(bench)
-    for name, benches in groups.items():
-        ours = [b for b in benches if b.extra_info.get("ours")]
-        if not ours:
-            continue
-        terminalreporter.write_line(f"\n{name}")
-        for b in sorted(benches, key=lambda b: b.stats.median):
-            size, images = b.extra_info.get("bytes"), b.extra_info.get("images")
-            text = f"{size / b.stats.median / 1e9:8.1f} GB/s" if size else " " * 13
-            if any(other.extra_info.get("images") for other in benches):
-                text += f"{images / b.stats.median:12,.0f} images/s" if images else " " * 21
-            ratio = b.stats.median / ours[0].stats.median
-            terminalreporter.write_line(
-                f"  {b.extra_info['what']:<56}{1e3 * b.stats.median:10.2f} ms {text}  {ratio:7.2f} x"
-            )
+        if "calls" in bench.extra_info:
+            facts = bench.extra_info | {"ms": 1e3 * bench.stats.median / bench.extra_info["calls"]}
+            groups[bench.group][facts["what"]] = facts
+    for name, found in groups.items():
+        compare(found, next(iter(found.values()))["copy_gb_per_s"])
+        terminalreporter.write_line("")
+        for line in table(name, found):
+            terminalreporter.write_line(line)
+
+
+@lru_cache(maxsize=1)  # what is compared shares its buffers; the next group has its own
+def inputs_of(make: Any, *arguments: Any) -> tuple[Group, list[Any]]:
+    group = make(*arguments)
+    return group, group.inputs(arguments[-1])
+
+
+@pytest.fixture(scope="session")
+def copy_rate(device: torch.device) -> float:
+    """GB/s of a large copy, read and written bytes counted."""
+    group = copy_group(device)
+    inputs = group.inputs(device)
+    facts = time_row(group.rows[0], inputs, device, rounds=5)
+    return facts["bytes"] / facts["ms"] / 1e6
 
 
 @pytest.fixture
-def measure(benchmark: Any) -> Any:
-    """measure(group, what, function, ours=False, bytes=None, images=None): the median of five rounds.
+def measure(benchmark: Any, device: torch.device, copy_rate: float) -> Any:
+    """measure(row, make, *arguments): the median of five rounds of a row of the group `make(*arguments, device)`."""
 
-    ours: the others' times are given over this one's. bytes, images: that one call moves or makes, for the rates.
-    """
-
-    def run(
-        group: str,
-        what: str,
-        function: Any,
-        *,
-        ours: bool = False,
-        bytes: int | None = None,
-        images: int | None = None,
-    ) -> None:
-        benchmark.group = group
-        benchmark.extra_info.update(what=what, ours=ours, bytes=bytes, images=images)
+    def run(row: Row, make: Any, *arguments: Any) -> None:
+        if row.cpu_only and device.type != "cpu":
+            pytest.skip("computes on a CPU only")
+        group, inputs = inputs_of(make, *arguments, device)
+        function, calls = prepared(row, inputs, device)
+        benchmark.group = group.name
+        benchmark.extra_info.update(facts_of(row, inputs, calls), what=row.what, copy_gb_per_s=copy_rate)
         benchmark.pedantic(function, rounds=5, warmup_rounds=1)
 
     return run

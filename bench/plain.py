@@ -1,6 +1,6 @@
 """What a careful user writes with PyTorch alone: `mask * weight` in the forward, torch.optim.SGD, kthvalue, DataLoader.
 
-The yardstick of bench_steps.py, gpu_steps.py and rounds.py. Careful: channels-last, autocast, fused optimiser, images
+The yardstick of training.py and rounds.py. Careful: channels-last, autocast, fused optimiser, images
 decoded into memory beforehand, pinned and copied without waiting, no `.item()` inside an epoch.
 """
 

@@ -22,9 +22,9 @@ SPEC = ModelSpec("resnet18", 4, "imagenet", 8)
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "nesterov": False}
 
 
-def flat_of(low: torch.dtype | None = None) -> FlatParams:
+def flat_of(low: torch.dtype | None = None, device="cpu") -> FlatParams:
     torch.manual_seed(0)
-    return FlatParams(build(SPEC), half_precision=low)
+    return FlatParams(build(SPEC).to(device), half_precision=low)
 
 
 def random_keep(flat: FlatParams, fraction: float = 0.6) -> torch.Tensor:
@@ -49,8 +49,8 @@ def test_all_buffers_are_laid_out_alike():
 
 
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
-def test_the_low_precision_copy_follows_every_write(low):
-    flat = flat_of(low)
+def test_the_low_precision_copy_follows_every_write(low, device):
+    flat = flat_of(low, device)
     keep = random_keep(flat)
 
     def follows() -> bool:
@@ -71,8 +71,8 @@ def test_the_low_precision_copy_follows_every_write(low):
     assert follows()
 
 
-def test_rewinding_brings_weights_back_under_the_present_mask():
-    flat = flat_of()
+def test_rewinding_brings_weights_back_under_the_present_mask(device):
+    flat = flat_of(device=device)
     initial, rest = flat.weight.clone(), flat.other_params.clone()
     with pytest.raises(RuntimeError, match="save_rewind_point"):
         flat.rewind()

@@ -17,25 +17,26 @@ from fastprune.training.optim import MaskedSGD, keep_pruned
 HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}
 
 
-def network() -> nn.Module:
+def network(device="cpu") -> nn.Module:
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3, groups=1), nn.Flatten()
-    return fastprune.attach(nn.Sequential(*layers, nn.Linear(5 * 16, 4)))
+    return fastprune.attach(nn.Sequential(*layers, nn.Linear(5 * 16, 4)).to(device))
 
 
 def give_masks(model: nn.Module, fraction: float = 0.6, round: int = 1) -> Mask:
     mask = fastprune.masks_of(model)
+    mask = Mask(mask.keep.cpu(), mask.segments)  # where random scores are drawn
     fastprune.attach(model, new := prune(random_scores(mask, 0, round), mask, fraction))
     return new
 
 
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, seed: int = 0, scaler=None) -> None:
-    g = torch.Generator().manual_seed(seed)
+    g, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     for _ in range(steps):
         images, labels = torch.randn(4, 3, 8, 8, generator=g), torch.randint(4, (4,), generator=g)
         optimizer.zero_grad()
-        scaler.scale(F.cross_entropy(model(images), labels)).backward()
+        scaler.scale(F.cross_entropy(model(images.to(device)), labels.to(device))).backward()
         scaler.step(optimizer)
         scaler.update()
 
@@ -83,8 +84,8 @@ def test_groups_schedulers_and_state_are_those_of_any_optimizer():
     assert all(torch.equal(x, y) for x, y in zip(model.parameters(), twin.parameters(), strict=True))
 
 
-def test_masks_that_change_take_their_momentum_along():
-    model = network()
+def test_masks_that_change_take_their_momentum_along(device):
+    model = network(device)
     optimizer = MaskedSGD(model.parameters(), model, **HYPER)
     take_steps(model, optimizer)
     for round in (1, 2):
@@ -102,11 +103,11 @@ def test_gradients_are_left_as_they_are():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
 
 
-def test_a_grad_scaler_changes_nothing_and_skips_infinite_steps():
-    plain, scaled = network(), network()
+def test_a_grad_scaler_changes_nothing_and_skips_infinite_steps(device):
+    plain, scaled = network(device), network(device)
     for model in (plain, scaled):
         give_masks(model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024.0)
     take_steps(plain, MaskedSGD(plain.parameters(), plain, **HYPER))
     optimizer = MaskedSGD(scaled.parameters(), scaled, **HYPER)
     take_steps(scaled, optimizer, scaler=scaler)
@@ -125,8 +126,8 @@ def test_a_grad_scaler_changes_nothing_and_skips_infinite_steps():
     lambda p: torch.optim.AdamW(p, lr=1e-2), lambda p: torch.optim.RMSprop(p, momentum=0.9),
     lambda p: torch.optim.SGD(p, **HYPER, nesterov=True),
 ], ids=["AdamW", "RMSprop", "SGD"])  # fmt: skip
-def test_any_optimizer_keeps_pruned_weights_at_zero(make):
-    model = network()
+def test_any_optimizer_keeps_pruned_weights_at_zero(make, device):
+    model = network(device)
     optimizer = make(list(model.parameters()))
     take_steps(model, optimizer)  # so that there is momentum when the masks come
     give_masks(model)
@@ -136,8 +137,8 @@ def test_any_optimizer_keeps_pruned_weights_at_zero(make):
     handle.remove()
 
 
-def test_adamw_alone_keeps_weights_that_were_pruned_from_its_start():
-    model = network()
+def test_adamw_alone_keeps_weights_that_were_pruned_from_its_start(device):
+    model = network(device)
     give_masks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     take_steps(model, optimizer)

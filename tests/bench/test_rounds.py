@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bench import rounds
-from bench.rounds_picture import PARTS
 from fastprune.specs import DataSpec, ModelSpec, OptimizerSpec, ScheduleSpec
 
 TINY = "--rounds 2 --epochs 2 --width 8 --size 32 --batch 16 --train 64 --val 20 --classes 4 --device cpu".split()
@@ -30,8 +29,8 @@ def test_what_it_writes_adds_up(precision, tmp_path, capsys):
         (number, who) for number in (0, 1) for who in (rounds.OURS, rounds.THEIRS)
     ]
     for row in rows:
-        assert set(row["seconds"]) == set(PARTS)
-        assert all(row["seconds"][part] >= 0 for part in PARTS if part != "other")
+        assert set(row["seconds"]) == set(rounds.PARTS)
+        assert all(row["seconds"][part] >= 0 for part in rounds.PARTS if part != "other")
         assert sum(row["seconds"].values()) == pytest.approx(row["wall"])
         assert row["cpu"] > 0
         assert -1e-3 < row["seconds"]["other"] < 0.5 * row["wall"]

@@ -4,7 +4,9 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from fastprune.figures import load
 from fastprune.figures.reproduce import data_spec
@@ -17,9 +19,6 @@ from fastprune.study.graph import Graph
 from fastprune.study.run import execute
 from fastprune.study.settings import Settings, preset
 from fastprune.study.workers import Processes
-
-if TYPE_CHECKING:
-    from bench.gpu_suite import Suite
 
 WORKERS = (1, 2, 4)
 
@@ -62,34 +61,27 @@ class _Meter:
         return sum(images for _, images in self.seen[1:]) / (self.seen[-1][0] - self.seen[0][0])
 
 
-def time_shared(s: "Suite") -> None:
-    """For a small network and the paper's: rows `NETWORK, N at once` with images/s of all N, and a batch's share."""
-    base = preset(load("A2").protocol, "smoke").override(seeds=max(WORKERS), precision="fp32" if s.small else "bf16")
+def networks(small: bool) -> dict[str, Settings]:
+    """A small network and the paper's, by a name for each."""
+    base = preset(load("A2").protocol, "smoke").override(seeds=max(WORKERS), precision="fp32" if small else "bf16")
     size: dict[str, Any] = {"train_per_class": 100, "batch_size": 50, "epochs": 1000, "width": 4, "image_size": 32}
-    if not s.small:
-        size = {"train_per_class": 5000, "batch_size": 512, "epochs": 1000, "width": 16, "image_size": 32}
-    networks = {f"ResNet-18 of width {size['width']} at {size['image_size']} px": base.override(**size)}
-    if not s.small:
-        networks["ResNet-18 at 64 px"] = base.override(**size | {"width": 64, "image_size": 64})
-    for name, settings in networks.items():
-        for workers in WORKERS:
-            try:
-                row = _shared(s, settings, workers)
-            except RuntimeError as error:  # a row that fails must not cost the others
-                s.errors[f"{name}, {workers} at once"] = str(error)[:200]
-                continue
-            s.record(f"{name}, {workers} at once", row)
+    if small:
+        return {"ResNet-18 of width 4 at 32 px": base.override(**size)}
+    size |= {"train_per_class": 5000, "batch_size": 512, "width": 16}
+    large = size | {"width": 64, "image_size": 64}
+    return {"ResNet-18 of width 16 at 32 px": base.override(**size), "ResNet-18 at 64 px": base.override(**large)}
 
 
-def _shared(s: "Suite", settings: Settings, workers: int) -> dict[str, Any]:
+def time_shared(settings: Settings, workers: int, device: torch.device, window: float) -> dict[str, Any]:
+    """A row: images/s of so many runs together; ms: a batch at that rate. RuntimeError if one of them fails."""
     data = SyntheticData(10, settings.train_per_class or 500, 10, size=settings.image_size)
     with tempfile.TemporaryDirectory() as folder:
         manifest, found = locate(data, Path(folder), loader="auto")
         spec = data_spec(manifest, settings)
         graph = Graph.of([Chains(settings, spec, seed).dense(0.1) for seed in range(workers)])
-        images = Images(manifest, found, "resident" if s.cuda else "synthetic")
-        config = WorkConfig(Path(folder) / "store", {manifest.fingerprint: images}, device=str(s.device))
-        meter = _Meter(workers, 2.0 if s.small else 8.0)
+        images = Images(manifest, found, "resident" if device.type == "cuda" else "synthetic")
+        config = WorkConfig(Path(folder) / "store", {manifest.fingerprint: images}, device=str(device))
+        meter = _Meter(workers, window)
         with suppress(_EnoughError):
-            execute(graph, config, meter, crew=Processes(graph, config, [str(s.device)], workers))
-    return {"ms": 1e3 * settings.batch_size / meter.rate, "images_per_s": meter.rate, "how": "processes"}
+            execute(graph, config, meter, crew=Processes(graph, config, [str(device)], workers))
+    return {"ours": workers == 1, "ms": 1e3 * settings.batch_size / meter.rate, "images_per_s": meter.rate}

@@ -1,0 +1,631 @@
+"""What is timed, once for every suite: operations on the weights of whole networks, and crops of batches.
+
+A row is one call. Rows in a group do the same work on the same inputs: ours, what a user would write, and a floor. On a
+CPU a row is one call on one input set, with one thread. On a GPU it is a CUDA graph of one call on each of several
+sets, which together do not fit into the cache, replayed until launches and waiting no longer count.
+"""
+
+import math
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune as torch_prune
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+import fastprune
+from fastprune.kernels import (
+    Segment,
+    crop_flip_normalize,
+    keep_top,
+    kth_smallest_magnitude,
+    masked_cast,
+    masked_sgd_,
+    masked_weight,
+    pack_bits,
+    segment_counts,
+    unpack_bits,
+)
+from fastprune.loaders.augment import boxes, epoch_order
+from fastprune.pruning.masks import Mask, layout, prunable
+from fastprune.specs import ModelSpec
+from fastprune.training.models import build
+
+BF16 = torch.bfloat16
+CACHE = 256e6  # bytes: several times the last-level cache of a GPU
+LONG = 0.02  # seconds of GPU work in a timed run, beside which launches and waiting are nothing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timed call. call: of an input set; `prepared` makes what it needs by calling it once.
+
+    ours: the others' times are given over this one's. bytes: the fewest that it must move, of an input set. images: in
+    one call. floor: name of the row that is its floor; without one that is a copy of as many bytes. waits: it waits
+    for the device, so no CUDA graph holds it.
+    """
+
+    what: str
+    call: Callable[[Any], Any]
+    ours: bool = False
+    bytes: Callable[[Any], float] | None = None
+    images: Callable[[Any], int] | None = None
+    floor: str | None = None
+    waits: bool = False
+    cpu_only: bool = False
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are compared, and what makes their input sets, each in memory of its own, from a seed."""
+
+    name: str
+    rows: tuple[Row, ...]
+    make: Callable[[int], Any]
+
+    def inputs(self, device: torch.device) -> list[Any]:
+        """As many sets as the device's cache does not hold."""
+        first = self.make(0)
+        if device.type == "cpu":
+            return [first]
+        size = min(row.bytes(first) for row in self.rows if row.bytes)
+        return [first, *map(self.make, range(1, max(2, min(32, math.ceil(CACHE / size)))))]
+
+
+class Weights:
+    """The conv weights of a network in a flat buffer of n elements and as tensors by layer; made when first used."""
+
+    SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}  # noqa: RUF012
+
+    def __init__(self, segments: tuple[Segment, ...], device: torch.device, seed: int = 0) -> None:
+        self.segments, self.device = segments, device
+        self.dense = Mask.dense(segments).keep.to(device)
+        self.n, self.total = len(self.dense), sum(s.numel for s in segments)
+        self.each = [int(0.2 * s.numel) for s in segments]
+        self.k = int(0.2 * self.total)
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._optimizers: dict[str, torch.optim.SGD] = {}
+
+    def _normal(self) -> Tensor:
+        """float32 [n], in each layer as large as the initialisation makes it."""
+        buffer = torch.zeros(self.n, device=self.device)
+        for s in self.segments:
+            buffer[s.span].normal_(0, (2 / (s.shape[0] * math.prod(s.shape[2:]))) ** 0.5, generator=self._generator)
+        return buffer
+
+    weight = cached_property(_normal)
+    grad = cached_property(_normal)
+    momentum = cached_property(_normal)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [n], 80 % kept."""
+        drawn = torch.rand(self.n, device=self.device, generator=self._generator)
+        return self.dense & (drawn < 0.8)
+
+    @cached_property
+    def scores(self) -> Tensor:
+        return self.weight.abs()
+
+    @cached_property
+    def half(self) -> Tensor:
+        return torch.empty_like(self.weight, dtype=BF16)
+
+    @cached_property
+    def new_mask(self) -> Tensor:
+        return torch.empty_like(self.dense)
+
+    @cached_property
+    def packed(self) -> Tensor:
+        return pack_bits(self.mask)
+
+    @cached_property
+    def powers(self) -> Tensor:
+        """What the bits of a byte are worth."""
+        return 2 ** torch.arange(8, dtype=torch.uint8, device=self.device)
+
+    @cached_property
+    def parts(self) -> list[Tensor]:
+        return [s.view(self.weight).contiguous() for s in self.segments]
+
+    @cached_property
+    def part_masks(self) -> list[Tensor]:
+        return [s.view(self.mask).contiguous() for s in self.segments]
+
+    @cached_property
+    def part_floats(self) -> list[Tensor]:
+        return [mask.float() for mask in self.part_masks]
+
+    @cached_property
+    def part_halves(self) -> list[Tensor]:
+        return [torch.empty_like(part, dtype=BF16) for part in self.parts]
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        parameters = [nn.Parameter(part.clone()) for part in self.parts]
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        return parameters
+
+    def torch_sgd(self, kind: str, *, mask: bool = False, copy: bool = False) -> None:
+        """A step of torch's SGD ("fused", "foreach" or "single"), then perhaps `weight *= mask` and a bf16 copy."""
+        if kind not in self._optimizers:
+            how = {"fused": {"fused": True}, "foreach": {"foreach": True}, "single": {"foreach": False}}[kind]
+            self._optimizers[kind] = torch.optim.SGD(self.parameters, **self.SGD, **how)
+        self._optimizers[kind].step()
+        with torch.no_grad():
+            for p, m in zip(self.parameters, self.part_masks, strict=True) if mask else ():
+                p.mul_(m)
+            for p, half in zip(self.parameters, self.part_halves, strict=True) if copy else ():
+                half.copy_(p)
+
+    def torch_modules(self) -> list[nn.Module]:
+        """A module for each weight, as torch's pruning wants them; the weights are shared."""
+        modules = [nn.Module() for _ in self.parts]
+        for module, part in zip(modules, self.parts, strict=True):
+            module.weight = nn.Parameter(part)
+        return modules
+
+    def torch_global_prune(self) -> list[Tensor]:
+        """torch's masks with the k smallest weights of all layers pruned."""
+        modules = self.torch_modules()
+        torch_prune.global_unstructured([(m, "weight") for m in modules], torch_prune.L1Unstructured, amount=self.k)
+        return [m.weight_mask for m in modules]  # type: ignore[misc]
+
+    def torch_local_prune(self) -> list[Tensor]:
+        """torch's masks with a fifth of each layer pruned."""
+        modules = self.torch_modules()
+        for module, number in zip(modules, self.each, strict=True):
+            torch_prune.l1_unstructured(module, "weight", amount=number)
+        return [m.weight_mask for m in modules]  # type: ignore[misc]
+
+
+@cache
+def segments_of(network: str, small: bool) -> tuple[Segment, ...]:
+    return layout(prunable(build(ModelSpec(network, 200, width=8 if small else 64))))
+
+
+READ = "floor: vector_norm(w, 1), one read"
+COMPARED = "floor: scores > threshold, one read and write"
+COUNTED = "floor: np.count_nonzero(mask), one read"
+OPERATIONS: dict[str, tuple[Row, ...]] = {
+    "threshold": (
+        Row(
+            "kth_smallest_magnitude",
+            lambda w: kth_smallest_magnitude(w.weight, w.dense, w.k),
+            ours=True,
+            bytes=lambda w: 5 * w.n,
+            floor=READ,
+        ),
+        Row(READ, lambda w: torch.linalg.vector_norm(w.weight, 1), bytes=lambda w: 4 * w.n),
+        Row(
+            "np.partition(np.abs(w), k)",
+            lambda w: np.partition(np.abs(w.weight.numpy()), w.k - 1)[w.k - 1],
+            cpu_only=True,
+        ),
+        Row("w.abs().kthvalue(k)", lambda w: w.weight.abs().kthvalue(w.k), waits=True),
+        Row("w.abs().sort()", lambda w: w.weight.abs().sort(), waits=True),
+        Row("w.abs().topk(k, largest=False)", lambda w: w.weight.abs().topk(w.k, largest=False), waits=True),
+    ),
+    "global prune, scores to mask": (
+        Row(
+            "keep_top",
+            lambda w: keep_top(w.scores, w.dense, w.k, w.segments),
+            ours=True,
+            bytes=lambda w: 6 * w.n,
+            waits=True,
+        ),
+        Row(COMPARED, lambda w: torch.gt(w.scores, 0.01, out=w.new_mask), bytes=lambda w: 5 * w.n),
+        Row("torch.nn.utils.prune.global_unstructured", Weights.torch_global_prune, waits=True),
+    ),
+    "local prune, scores to mask": (
+        Row(
+            "keep_top, so many of each",
+            lambda w: keep_top(w.scores, w.dense, w.each, w.segments),
+            ours=True,
+            bytes=lambda w: 6 * w.n,
+            waits=True,
+        ),
+        Row(COMPARED, lambda w: torch.gt(w.scores, 0.01, out=w.new_mask), bytes=lambda w: 5 * w.n),
+        Row("torch.nn.utils.prune.l1_unstructured a layer", Weights.torch_local_prune, waits=True),
+    ),
+    "SGD step": (
+        Row(
+            "masked_sgd_",
+            lambda w: masked_sgd_(w.weight, w.grad, w.momentum, w.mask, **w.SGD),
+            ours=True,
+            bytes=lambda w: 21 * w.n,
+        ),
+        Row(
+            "masked_sgd_ with a bf16 copy",
+            lambda w: masked_sgd_(w.weight, w.grad, w.momentum, w.mask, w.half, **w.SGD),
+            bytes=lambda w: 23 * w.n,
+        ),
+        Row(
+            "masked_sgd_, dense",
+            lambda w: masked_sgd_(w.weight, w.grad, w.momentum, None, **w.SGD),
+            bytes=lambda w: 20 * w.n,
+        ),
+        Row("floor: SGD fused, dense", lambda w: w.torch_sgd("fused"), bytes=lambda w: 20 * w.n),
+        Row(
+            "floor with a copy: SGD fused, dense, then copy to bf16",
+            lambda w: w.torch_sgd("fused", copy=True),
+            bytes=lambda w: 26 * w.n,
+        ),
+        Row("SGD foreach, then weight *= mask", lambda w: w.torch_sgd("foreach", mask=True)),
+        Row("SGD for each tensor, then weight *= mask", lambda w: w.torch_sgd("single", mask=True)),
+        Row("SGD fused, then weight *= mask", lambda w: w.torch_sgd("fused", mask=True)),
+        Row(
+            "SGD fused, then weight *= mask, then copy to bf16",
+            lambda w: w.torch_sgd("fused", mask=True, copy=True),
+        ),
+    ),
+    "cast": (
+        Row(
+            "masked_cast to bf16",
+            lambda w: masked_cast(w.weight, w.mask, w.half),
+            ours=True,
+            bytes=lambda w: 7 * w.n,
+        ),
+        Row(
+            "masked_weight to bf16 a layer",
+            lambda w: [masked_weight(p, m, BF16) for p, m in zip(w.parts, w.part_masks, strict=True)],
+            bytes=lambda w: 7 * w.n,
+        ),
+        Row(
+            "(mask * weight).bfloat16() a layer",
+            lambda w: [(m * p).bfloat16() for m, p in zip(w.part_floats, w.parts, strict=True)],
+        ),
+        Row(
+            "torch._foreach_mul, then _foreach_copy_ to bf16",
+            lambda w: torch._foreach_copy_(w.part_halves, torch._foreach_mul(w.parts, w.part_floats)),
+        ),
+        Row("floor: copy to bf16", lambda w: w.half.copy_(w.weight), bytes=lambda w: 6 * w.n),
+    ),
+    "survivors a layer": (
+        Row("segment_counts", lambda w: segment_counts(w.mask, w.segments), ours=True, bytes=lambda w: w.n),
+        Row(COUNTED, lambda w: np.count_nonzero(w.mask.numpy()), bytes=lambda w: w.n, cpu_only=True),
+        Row("mask.sum() a layer", lambda w: [w.mask[s.span].sum() for s in w.segments], bytes=lambda w: w.n),
+    ),
+    "mask to bits": (
+        Row("pack_bits", lambda w: pack_bits(w.mask), ours=True, bytes=lambda w: 1.125 * w.n),
+        Row(COUNTED, lambda w: np.count_nonzero(w.mask.numpy()), bytes=lambda w: w.n, cpu_only=True),
+        Row("np.packbits(mask)", lambda w: np.packbits(w.mask.numpy()), bytes=lambda w: 1.125 * w.n, cpu_only=True),
+        Row(
+            "pack_bits in torch",
+            lambda w: (w.mask.view(-1, 8) * w.powers).sum(1, dtype=torch.uint8),
+            bytes=lambda w: 1.125 * w.n,
+        ),
+    ),
+    "bits to mask": (
+        Row("unpack_bits", lambda w: unpack_bits(w.packed, w.n), ours=True, bytes=lambda w: 1.125 * w.n),
+        Row("floor: new.fill_(True), one write", lambda w: w.new_mask.fill_(True), bytes=lambda w: w.n),
+        Row(
+            "np.unpackbits(packed).astype(bool)",
+            lambda w: np.unpackbits(w.packed.numpy(), count=w.n).astype(bool),
+            bytes=lambda w: 1.125 * w.n,
+            cpu_only=True,
+        ),
+        Row(
+            "unpack_bits in torch",
+            lambda w: (w.packed[:, None] & w.powers).bool(),
+            bytes=lambda w: 1.125 * w.n,
+        ),
+    ),
+}
+NETWORKS = ("resnet18", "resnet50")
+
+
+def by_block(call: Callable[..., Any], bytes: Callable[[Any], float], powers: range) -> tuple[Row, ...]:
+    """A row for each block size, 2 to the powers: elements that one program handles."""
+    return tuple(Row(f"block {2**i}", partial(call, block=2**i), bytes=bytes) for i in powers)
+
+
+BLOCKS: dict[str, tuple[Row, ...]] = {
+    "masked_cast by block": by_block(
+        lambda w, block: masked_cast(w.weight, w.mask, w.half, block=block), lambda w: 7 * w.n, range(8, 14)
+    ),
+    "masked_sgd_ by block": by_block(
+        lambda w, block: masked_sgd_(w.weight, w.grad, w.momentum, w.mask, w.half, **w.SGD, block=block),
+        lambda w: 23 * w.n,
+        range(8, 14),
+    ),
+    "kth_smallest_magnitude by block": by_block(
+        lambda w, block: kth_smallest_magnitude(w.weight, w.dense, w.k, block=block), lambda w: 5 * w.n, range(10, 15)
+    ),
+}
+
+
+MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)
+
+
+class Crops:
+    """A batch out of many images of side x side pixels, and the boxes of one epoch, as RandomResizedCrop draws them."""
+
+    def __init__(self, side: int, dtype: torch.dtype, device: torch.device, small: bool, epoch: int = 0) -> None:
+        self.side, self.dtype, self.device, self.epoch = side, dtype, device, epoch
+        self.batch = 16 if small else 512
+        # On a CPU enough that a batch is not found in the cache, on a GPU a whole data set.
+        number = 4 * self.batch if small or device.type == "cpu" else {64: 100_000, 128: 30_000}[side]
+        self.images = pixels(number, side, device)
+        self.index_on_host = epoch_order(0, epoch, number)[: self.batch]
+        self.index = torch.from_numpy(self.index_on_host).to(device)
+        self.box, self.flip = self.draw()
+        shape = (self.batch, 3, side, side)
+        self.out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+        written = self.out.numel() * dtype.itemsize
+        self.least = written + 3 * int((self.box[:, 2] * self.box[:, 3]).sum())
+        self.whole = written + self.out.numel()
+
+    def draw(self) -> tuple[Tensor, Tensor]:
+        box, flip = boxes(0, self.epoch, self.index_on_host, self.side, self.side)
+        return torch.from_numpy(box).to(self.device), torch.from_numpy(flip).to(self.device)
+
+    def crop(self, box: Tensor, flip: Tensor, **block: int) -> Tensor:
+        return crop_flip_normalize(self.images, self.index, box, flip, MEAN, STD, self.out, **block)
+
+    @cached_property
+    def planes(self) -> Tensor:
+        return self.images[self.index].permute(0, 3, 1, 2)
+
+    @cached_property
+    def pictures(self) -> list[Any]:
+        return [v2.functional.to_pil_image(image) for image in self.planes]
+
+    @cached_property
+    def norm(self) -> tuple[Tensor, Tensor]:
+        mean, std = (torch.tensor(t, device=self.device).view(3, 1, 1) for t in (MEAN, STD))
+        return mean, std
+
+    @cached_property
+    def transform(self) -> v2.Compose:
+        last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        return v2.Compose([v2.RandomResizedCrop(self.side, antialias=True), v2.RandomHorizontalFlip(), *last])
+
+    @cached_property
+    def picture_transform(self) -> v2.Compose:
+        first = [v2.RandomResizedCrop(self.side), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+        return v2.Compose([*first, *self.transform.transforms[2:]])
+
+    def grid_sample(self) -> Tensor:
+        """The same batch but for the pixels at a box's edges, which here blend with what lies outside the box."""
+        planes = self.images[self.index].permute(0, 3, 1, 2).float().div_(255.0)
+        top, left, height, width = (self.box / self.side).unbind(1)  # in units of the image, which is square
+        zero = torch.zeros_like(top)
+        across = torch.stack([torch.where(self.flip, -width, width), zero, 2 * left + width - 1], 1)
+        theta = torch.stack([across, torch.stack([zero, height, 2 * top + height - 1], 1)], 1)
+        grid = F.affine_grid(theta, list(planes.shape), align_corners=False)
+        made = F.grid_sample(planes, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return made.sub_(self.norm[0]).div_(self.norm[1]).to(self.dtype)
+
+
+@cache
+def pixels(number: int, side: int, device: torch.device) -> Tensor:
+    """A data set of random images, uint8 [number, side, side, 3]."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (number, side, side, 3)
+    return torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
+
+
+CROP, GRID = "crop_flip_normalize", "grid_sample of the batch"
+CROPS = (
+    Row(
+        CROP,
+        lambda c: c.crop(c.box, c.flip),
+        ours=True,
+        bytes=lambda c: c.least,
+        images=lambda c: c.batch,
+    ),
+    Row("crop_flip_normalize, boxes drawn as well", lambda c: c.crop(*c.draw()), images=lambda c: c.batch, waits=True),
+    Row(
+        "floor: uint8 batch to float, one read and write",
+        lambda c: c.out.copy_(c.planes),
+        bytes=lambda c: c.whole,
+        images=lambda c: c.batch,
+    ),
+    Row(GRID, Crops.grid_sample, images=lambda c: c.batch),
+    Row(
+        "torchvision v2 a sample, on tensors",
+        lambda c: torch.stack([c.transform(image) for image in c.planes]).to(c.dtype),
+        images=lambda c: c.batch,
+        waits=True,
+    ),
+    Row(
+        "torchvision v2 a sample, on PIL images",
+        lambda c: torch.stack([c.picture_transform(picture) for picture in c.pictures]).to(c.dtype),
+        images=lambda c: c.batch,
+        cpu_only=True,
+    ),
+)
+SIDES, DTYPES = (64, 128), (torch.float32, BF16)
+CROP_BLOCKS = by_block(lambda c, block: c.crop(c.box, c.flip, block=block), lambda c: c.least, range(7, 13))
+
+TABLE = Group(
+    "table of an epoch",
+    (
+        Row(
+            "order, boxes and flips of 100,000 images",
+            lambda number: boxes(0, 0, epoch_order(0, 0, number), 64, 64),
+            ours=True,
+            images=lambda number: number,
+            cpu_only=True,
+        ),
+    ),
+    lambda seed: 100_000,
+)
+
+
+class Buffers:
+    """Two float32 buffers of n elements."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.n, self.a, self.b = n, torch.randn(n, device=device), torch.empty(n, device=device)
+
+
+def copy_group(device: torch.device, small: bool = False) -> Group:
+    """The copy whose rate the floors are counted at: every byte read once and written once."""
+    n = 100_000 if small else 1 << 24 if device.type == "cpu" else 1 << 27
+    row = Row("one buffer to another", lambda c: c.b.copy_(c.a), ours=True, bytes=lambda c: 8 * c.n)
+    return Group("copy", (row,), lambda seed: Buffers(n, device))
+
+
+def operation_group(name: str, network: str, device: torch.device, small: bool = False) -> Group:
+    rows = (OPERATIONS | BLOCKS)[name]
+    return Group(f"{name}, {network}", rows, lambda seed: Weights(segments_of(network, small), device, seed))
+
+
+def crop_group(
+    side: int, dtype: torch.dtype, device: torch.device, small: bool = False, rows: tuple[Row, ...] = CROPS
+) -> Group:
+    name = f"crop {'by block ' if rows is CROP_BLOCKS else ''}to {side}x{side}, {str(dtype).removeprefix('torch.')}"
+    return Group(name, rows, lambda seed: Crops(side, dtype, device, small, seed))
+
+
+def kernel_groups(device: torch.device, small: bool = False, blocks: bool = False) -> list[Group]:
+    """All groups, the copy first; blocks: those that compare block sizes as well."""
+    found = [copy_group(device, small)]
+    found += [operation_group(name, network, device, small) for network in NETWORKS for name in OPERATIONS]
+    found += [crop_group(side, dtype, device, small) for side in SIDES for dtype in DTYPES]
+    if device.type == "cpu":
+        found.append(TABLE)
+    if blocks:
+        found += [operation_group(name, "resnet50", device, small) for name in BLOCKS]
+        found.append(crop_group(64, BF16, device, small, CROP_BLOCKS))
+    return found
+
+
+def prepared(row: Row, inputs: Sequence[Any], device: torch.device) -> tuple[Callable[[], None], int]:
+    """(run, calls): `run()` makes so many calls of the row, on the inputs in turn, and waits until they are done."""
+    for each in inputs:
+        row.call(each)  # makes what it needs, and compiles
+    if device.type == "cpu":
+        (only,) = inputs
+        return lambda: row.call(only), 1
+
+    def once() -> None:
+        for each in inputs:
+            row.call(each)
+
+    replay = once
+    torch.cuda.synchronize(device)
+    if not row.waits:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            once()
+        replay = graph.replay
+    replay()
+    torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    replay()
+    torch.cuda.synchronize(device)
+    times = max(1, min(1000, math.ceil(LONG / (time.perf_counter() - began))))
+
+    def run() -> None:
+        for _ in range(times):
+            replay()
+        torch.cuda.synchronize(device)
+
+    return run, times * len(inputs)
+
+
+def facts_of(row: Row, inputs: Sequence[Any], calls: int) -> dict[str, Any]:
+    """What a row's time is judged by; bytes are the mean over the inputs."""
+    size = statistics.mean(map(row.bytes, inputs)) if row.bytes else None
+    images = row.images(inputs[0]) if row.images else None
+    return {
+        "ours": row.ours,
+        "bytes": size,
+        "images": images,
+        "floor": row.floor,
+        "calls": calls,
+        "sets": len(inputs),
+    }
+
+
+def time_row(row: Row, inputs: Sequence[Any], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Its facts with `ms`, the mean of two medians over the rounds, and `spread`, their difference as a fraction."""
+    run, calls = prepared(row, inputs, device)
+    medians = []
+    for _ in range(2):
+        times = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+        medians.append(statistics.median(times) / calls)
+    ms = 1e3 * statistics.mean(medians)
+    return facts_of(row, inputs, calls) | {"ms": ms, "spread": 1e3 * (max(medians) - min(medians)) / ms}
+
+
+def compare(found: dict[str, dict[str, Any]], copy_rate: float) -> None:
+    """Adds to a group's rows, in place, what follows from their times.
+
+    gb_per_s, images_per_s; over_floor: over the floor row or `bytes` at the copy rate (GB/s); over_ours.
+    """
+    ours = next((facts["ms"] for facts in found.values() if facts["ours"]), None)
+    for facts in found.values():
+        ms = facts["ms"]
+        if facts["bytes"]:
+            facts["gb_per_s"] = facts["bytes"] / ms / 1e6
+            facts["over_floor"] = ms / (facts["bytes"] / copy_rate / 1e6)
+        if facts["images"]:
+            facts["images_per_s"] = 1e3 * facts["images"] / ms
+        if facts["floor"] in found:
+            facts["over_floor"] = ms / found[facts["floor"]]["ms"]
+        if ours is not None:
+            facts["over_ours"] = ms / ours
+
+
+COLUMNS = (
+    ("ms", "ms", 11, ",.3f"),
+    ("spread", "spread", 8, ".1%"),
+    ("gb_per_s", "GB/s", 9, ",.1f"),
+    ("over_floor", "x floor", 9, ".2f"),
+    ("over_ours", "x ours", 9, ".2f"),
+    ("images_per_s", "images/s", 13, ",.0f"),
+)
+
+
+def table(name: str, found: dict[str, dict[str, Any]]) -> Iterable[str]:
+    """Lines: a group's rows, the fastest first; what is not known is left blank."""
+    yield f"{name:<58}" + "".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS)
+    for what, facts in sorted(found.items(), key=lambda item: item[1]["ms"]):
+        cells = (f"{facts[k]:>{w}{form}}" if facts.get(k) is not None else " " * w for k, _, w, form in COLUMNS)
+        yield f"  {what:<56}" + "".join(cells).rstrip()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit, date: what a figure means nothing without."""
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
+        except OSError:
+            return ""
+        return done.stdout.strip()
+
+    facts: dict[str, Any] = {"device": f"cpu {platform.machine()}", "threads": torch.get_num_threads()}
+    if device.type == "cuda":
+        known = torch.cuda.get_device_properties(device)
+        facts = {"device": known.name, "capability": f"{known.major}.{known.minor}", "cuda": torch.version.cuda}
+        facts |= {"memory_gb": known.total_memory / 1e9, "multiprocessors": known.multi_processor_count}
+        facts |= {"l2_mb": known.L2_cache_size / 1e6}
+    commit = git("rev-parse", "--short", "HEAD")
+    return facts | {
+        "fastprune": fastprune.__version__,
+        "commit": commit or "unknown",
+        "changed": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "python": platform.python_version(),
+        **{name: getattr(__import__(name), "__version__", None) for name in ("torch", "torchvision", "triton")},
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,261 @@
+"""Training as it is timed, once for every suite: the Trainer, masked and dense, beside plain PyTorch.
+
+The ways take turns, so that clocks and neighbours treat all alike. On a CPU a turn is one step on one batch; on a GPU
+an epoch of a data set that lies on the device, from drawing its crops to its loss on the host.
+"""
+
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.profiler_util import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.plain import LOW, DeviceBatches, Plain
+from fastprune.loaders import DataSource, SyntheticData
+from fastprune.loaders.memory_reader import MemoryReader
+from fastprune.pruning.allocation import prune
+from fastprune.pruning.criteria import random_scores
+from fastprune.pruning.masks import Mask
+from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.training.models import initial_model
+from fastprune.training.trainer import Trainer
+
+SPARSITY, CLASSES = 0.8, 200
+MASKED, DENSE = "Trainer, masked", "Trainer, dense"
+PLAIN, PRODUCT = "plain PyTorch, dense", "plain PyTorch, mask * weight"
+COMPILED = "plain PyTorch, mask * weight, torch.compile"
+PLAIN_STEPS = 40  # in an epoch of what is slower
+SCHEDULE = ScheduleSpec(0.01, 1 << 20)
+
+
+@dataclass(frozen=True)
+class Size:
+    """images: of the data set, of random pixels on the device; as many as one batch: a fixed batch."""
+
+    batch: int
+    side: int
+    images: int
+    width: int = 64
+
+    @classmethod
+    def of(cls, device: torch.device, small: bool) -> "Size":
+        if small:
+            return cls(16, 32, 16 if device.type == "cpu" else 200, 8)
+        return cls(32, 64, 32) if device.type == "cpu" else cls(512, 64, 100_000)
+
+
+@dataclass(frozen=True)
+class Way:
+    """call trains a turn, waits for the device and returns the number of images; before is not timed."""
+
+    call: Callable[[], int]
+    before: Callable[[], None] = field(default=lambda: None)
+
+    def timed(self) -> tuple[float, float, int]:
+        """(wall, processor) seconds of a turn, images."""
+        self.before()
+        wall, cpu = time.perf_counter(), time.process_time()
+        images = self.call()
+        return time.perf_counter() - wall, time.process_time() - cpu, images
+
+
+class Around:
+    """Batches that are read, and trained on, inside the context that `enter` makes."""
+
+    def __init__(self, batches: Any, enter: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.batches, self.enter = batches, enter
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        with self.enter():
+            yield from self.batches
+
+
+def resident(device: torch.device, number: int, side: int, classes: int = CLASSES) -> DataSource:
+    """A data set of random pixels on the device, `number` images or a few less, the same each time."""
+    manifest = SyntheticData(classes, number // classes, 1, side).manifest()
+    g = torch.Generator(device).manual_seed(0)
+    shape = (manifest.train_count, side, side, 3)
+    images = torch.randint(256, shape, dtype=torch.uint8, device=device, generator=g)
+    labels = np.arange(classes)
+    given = {"train": np.repeat(labels, number // classes), "val": labels}
+    return DataSource(manifest, "resident", MemoryReader(manifest, {"train": images, "val": images[:classes]}, given))
+
+
+def masks(trainer: Trainer) -> tuple[Mask, Mask]:
+    """(dense, pruned at random), on the Trainer's device."""
+    dense = Mask.dense(trainer.flat.segments)
+    pruned = prune(random_scores(dense, 0, 1), dense, SPARSITY)
+    device = trainer.flat.mask.device
+    return Mask(dense.keep.to(device), dense.segments), Mask(pruned.keep.to(device), pruned.segments)
+
+
+def data(device: torch.device, precision: str, size: Size) -> tuple[Any, Any]:
+    """Batches for the Trainer and for plain PyTorch: one batch for both, or a data set, which each augments its way."""
+    if size.images == size.batch:
+        images = torch.randn(size.batch, 3, size.side, size.side).contiguous(memory_format=torch.channels_last)
+        return (batch := [(images, torch.arange(size.batch) % CLASSES)]), batch
+    source = resident(device, size.images, size.side)
+    reader = source._reader
+    planes, labels = reader._images["train"].permute(0, 3, 1, 2), torch.from_numpy(reader.labels["train"]).to(device)
+    norm = (source.manifest.mean, source.manifest.std)
+    ours = source.train(seed=0, batch_size=size.batch, dtype=LOW[precision] or torch.float32)
+    return ours, DeviceBatches(planes, labels, size.batch, norm, PLAIN_STEPS)
+
+
+def trainer_ways(trainer: Trainer, batches: Any, size: Size) -> dict[str, Way]:
+    """Masked and dense, of one Trainer: nothing is compiled twice."""
+    few = list(islice(batches, 1))
+    trainer.fit(few, few, OptimizerSpec(size.batch), SCHEDULE, stop=1)  # sets the optimiser
+    epochs = itertools.count()
+
+    def epoch() -> int:
+        number = next(epochs)
+        if hasattr(batches, "set_epoch"):
+            batches.set_epoch(number)
+        return trainer._epoch(batches, SCHEDULE, number, None)[2]
+
+    dense, pruned = masks(trainer)
+    return {
+        MASKED: Way(epoch, lambda: trainer.set_mask(pruned)),
+        DENSE: Way(epoch, lambda: trainer.set_mask(dense)),
+    }
+
+
+def plain_way(loop: Plain, batches: Any, mask: Mask) -> Way:
+    for conv, keep in zip(loop.convs, mask.tensors().values(), strict=bool(loop.convs)):
+        conv.mask.copy_(keep)
+    return Way(lambda: loop.train(batches)[2])
+
+
+def ways(network: str, precision: str, device: torch.device, size: Size) -> dict[str, Way]:
+    """What is compared. fp16 is the Trainer's alone."""
+    init = Init(ModelSpec(network, CLASSES, width=size.width), 0)
+    how: dict[str, Any] = {"device": device, "precision": precision}
+    batches, theirs = data(device, precision, size)
+    trainer = Trainer(initial_model(init), **how)
+    found = trainer_ways(trainer, batches, size)
+    if precision != "fp16":
+        pruned = masks(trainer)[1]
+        for name in (PLAIN, PRODUCT, *[COMPILED] * (device.type == "cuda")):
+            loop = Plain(initial_model(init), masked=name != PLAIN, compile=name == COMPILED, **how)
+            found[name] = plain_way(loop, theirs, pruned)
+    return found
+
+
+def group_name(network: str, precision: str, size: Size) -> str:
+    return f"step of {network.replace('resnet', 'ResNet-')}, {size.batch} x {size.side} px, {precision}"
+
+
+Turns = dict[str, list[tuple[float, float, int]]]
+
+
+def medians(turns: Turns) -> dict[str, tuple[float, float]]:
+    """(wall, processor) seconds of a turn."""
+    return {name: tuple(statistics.median(t[i] for t in each) for i in (0, 1)) for name, each in turns.items()}  # type: ignore[misc]
+
+
+def time_turns(compared: dict[str, Way], turns: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """(a row for each way, one line for each that failed), from turns after two that warm up.
+
+    Compilation, capture and the choice of algorithms fall into the first two.
+    """
+    found: Turns = {}
+    errors: dict[str, str] = {}
+    for name, way in compared.items():
+        try:
+            for _ in range(2):
+                way.timed()
+            found[name] = []
+        except Exception as error:  # a row that fails must not cost the others
+            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    for _ in range(turns):
+        for name in found:
+            found[name].append(compared[name].timed())
+    rows = {}
+    for name, each in found.items():
+        seconds, images = medians(found)[name][0], each[0][2]
+        rates = [count / wall for wall, _, count in each]
+        rows[name] = {
+            "ours": name == MASKED,
+            "ms": 1e3 * seconds,
+            "images": images,
+            "images_per_s": images / seconds,
+            "spread": (max(rates) - min(rates)) / statistics.median(rates),
+        }
+    if MASKED in rows:
+        for row in rows.values():
+            row["over_ours"] = rows[MASKED]["images_per_s"] / row["images_per_s"]
+    return rows, errors
+
+
+def extra_memory(network: str, size: Size, device: torch.device) -> float:
+    """Bytes a weight that the peak of a masked Trainer lies above a dense plain loop's with the fused optimiser.
+
+    CUDA only; both in bf16, from making them to the end of an epoch of six batches.
+    """
+    init = Init(ModelSpec(network, CLASSES, width=size.width), 0)
+    batches = list(islice(data(device, "bf16", size)[0], 6))
+    how: dict[str, Any] = {"device": device, "precision": "bf16"}
+
+    def ours() -> Any:
+        trainer = Trainer(initial_model(init), **how)
+        trainer.set_mask(masks(trainer)[1])
+        trainer.fit(batches, batches[:1], OptimizerSpec(size.batch), SCHEDULE, stop=1)
+        return trainer
+
+    def theirs() -> Any:
+        loop = Plain(initial_model(init), masked=False, **how)
+        loop.train(batches)
+        return loop
+
+    def peak(run: Callable[[], Any]) -> int:
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+
+    weights = sum(p.numel() for p in initial_model(init).parameters() if p.dim() == 4)
+    return (peak(ours) - peak(theirs)) / weights
+
+
+def profiled(network: str, size: Size, device: torch.device, most: int = 15) -> Iterator[str]:
+    """Lines: what the device spends a masked step in bf16 on."""
+    trainer = Trainer(
+        initial_model(Init(ModelSpec(network, CLASSES, width=size.width), 0)), device=device, precision="bf16"
+    )
+    trainer.set_mask(masks(trainer)[1])
+    batches: Sequence[Any] = list(islice(data(device, "bf16", size)[0], 5))
+    on_gpu, profiles = device.type == "cuda", []
+
+    def enter() -> Any:
+        profiles.append(profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]))
+        return profiles[-1]
+
+    for around in (batches, Around(batches, enter)):  # the first compiles and captures
+        trainer.fit(around, batches[:1], OptimizerSpec(size.batch), SCHEDULE, stop=1)
+    events = [e for e in profiles[0].key_averages() if not on_gpu or e.device_type == DeviceType.CUDA]
+    spent = {e: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3 / len(batches) for e in events}
+    total = sum(spent.values()) or math.nan
+    yield f"{total:.3f} ms a step of {network} in {'kernels' if on_gpu else 'operations'}"
+    for e in sorted(spent, key=lambda e: -spent[e])[:most]:
+        yield f"  {spent[e]:8.3f} ms {spent[e] / total:6.1%} {e.count / len(batches):6.1f} x  {e.key[:90]}"
