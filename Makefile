@@ -37,7 +37,7 @@ test: setup
 	TRITON_INTERPRET=1 $(python) -m pytest -n 2 tests/kernels
 
 bench: setup
-	$(python) -m pytest $(if $(findstring bench/,$(ARGS)),,bench) --benchmark-enable $(ARGS)
+	$(python) -m pytest $(if $(findstring bench/bench_,$(ARGS)),,bench) --benchmark-enable $(ARGS)
 
 test-gpu: setup
 	$(python) bench/gpu.py $(ARGS)

@@ -20,12 +20,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the benchmarks compute: cpu or cuda")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device}: there is no CUDA device here")
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    device = torch.device(request.config.getoption("--device"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError(f"--device {device}: there is no CUDA device here")
-    return device
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.hookimpl(trylast=True)

@@ -111,6 +111,8 @@ def test_a_trainer_goes_with_its_last_user(precision, compile, no_collector):
 
 
 def test_a_network_whose_filters_go_is_not_kept(no_collector):
+    pytest.importorskip("torch_pruning")
+
     def convs() -> int:
         return sum(type(thing) is nn.Conv2d for thing in gc.get_objects())
 
