@@ -1,8 +1,9 @@
 """fastprune: iterative magnitude pruning as fast as the hardware allows.
 
-Importing the package imports no torch: the names below are loaded when they are first used, so that planning a figure
-starts at once.
+Names are imported on first use.
 """
+
+# Importing the package must not import torch, which takes seconds: `--plan` and `--help` do without it.
 
 from importlib import import_module
 from typing import Any

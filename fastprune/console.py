@@ -1,4 +1,4 @@
-"""What the terminal gets: one printable line, a progress bar."""
+"""Output on the terminal: printable lines and progress bars."""
 
 import sys
 from collections.abc import Iterable
@@ -9,18 +9,20 @@ if TYPE_CHECKING:
 
 
 def printable(text: object) -> str:
-    """On one line, without what would steer a terminal: names of files, stores and archives may be from elsewhere."""
+    """`text` on one line, with "?" in place of control characters."""
+    # Names of files, stores and archives may come from other people, and escape sequences would steer the terminal.
     line = " ".join(str(text).split())
     return line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line)
 
 
 def progress_bar(what: str, total: int, unit: str, items: Iterable[Any] | None = None) -> "tqdm[Any]":
-    """A bar on stderr, over the items if given, for what takes longer than a moment; it goes when it is closed.
+    """A progress bar on stderr, which disappears when it is closed. items: iterates over them, as tqdm does.
 
-    unit: " nodes", or "B" for bytes. Where stderr is no terminal, it shows every ten seconds.
+    unit: " nodes", or "B" for bytes, which are scaled to kB, MB, ...
     """
     from tqdm import tqdm
 
+    # A short task shows no bar at all. A log file gets a line every ten seconds, a terminal three per second.
     seconds, scaled = (0.3 if sys.stderr.isatty() else 10.0), unit == "B"
     return tqdm(
         items,

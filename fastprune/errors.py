@@ -1,5 +1,5 @@
-"""Errors that are the user's to mend."""
+"""The error that a user can correct."""
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that says what is wrong, where, and what to do. Scripts exit with code 2."""
+    """Bad input. The message is one line: what is wrong, where, and what to do. Scripts exit with code 2."""

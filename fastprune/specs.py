@@ -1,8 +1,10 @@
-"""What a run is: frozen records with a key. Standard library only, so that planning imports nothing heavy.
+"""Frozen records that describe nodes: data, model, training, pruning; and their keys.
 
-A record's key is the hash of all its semantic fields, of its parents' keys and of SEMANTICS. Whatever cannot change a
-result (paths, workers, loader, device, versions) is no field here; the store keeps it as provenance.
+The key of a node is the hash of all its semantic fields, its parents' keys and SEMANTICS. What cannot change a result
+(paths, workers, loader, device, versions) is not a field; the store records it as provenance.
 """
+
+# Standard library only: `--plan` imports this module and must start without torch.
 
 import hashlib
 import json
@@ -13,7 +15,8 @@ from functools import cached_property
 from typing import Any
 
 SEMANTICS = 2
-"""Version of what the fields mean and of what training and pruning compute from them; part of every key."""
+"""Version of the meaning of the fields, and of what training and pruning compute from them. Part of every key."""
+# Raising it makes every stored result unusable, so it is raised once per change of meaning, never for a refactoring.
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 ALLOCATIONS = ("global", "local")
@@ -22,13 +25,16 @@ WARMUPS = ("linear", "constant")
 
 
 class Record:
-    """A frozen dataclass of plain values; `identity()` is what its key hashes."""
+    """A frozen dataclass of plain values and records."""
 
     def identity(self) -> dict[str, Any]:
+        """The values that its key hashes, as JSON types."""
+        # All fields, not only those that differ from a default: a changed default must change the key.
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
 
 def _plain(value: Any) -> Any:
+    # A node enters by its key, so that a key stands for the whole history of prune steps and runs before it.
     if isinstance(value, Node):
         return value.key
     if isinstance(value, Record):
@@ -40,8 +46,11 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class ModelSpec(Record):
-    """A torchvision ResNet. stem: "imagenet" (7x7 stride 2 and max-pool) or "small" (3x3, no pool); width: channels of
-    the first stage, 64 in the original."""
+    """A torchvision ResNet.
+
+    name: "resnet18", "resnet34" or "resnet50". stem: "imagenet" (7x7 conv of stride 2, max-pool) or "small" (3x3 conv,
+    no pooling). width: channels of the first stage, 64 in the original.
+    """
 
     name: str
     classes: int
@@ -51,8 +60,11 @@ class ModelSpec(Record):
 
 @dataclass(frozen=True)
 class DataSpec(Record):
-    """Which images: `fingerprint` names labels and pixels of the whole set; the subset takes the first `classes`
-    classes and the first images of each (None: all). Counts are those after the subset, for planning only."""
+    """A data set, or the first `classes` classes of it and the first images of each class.
+
+    fingerprint: hash of the ordered labels and decoded pixels of the whole set. train_per_class, val_per_class: images
+    used of each class; None: all. train_count, val_count: images of the subset.
+    """
 
     name: str
     fingerprint: str
@@ -63,6 +75,7 @@ class DataSpec(Record):
     val_count: int
 
     def identity(self) -> dict[str, Any]:
+        # Counts follow from the other fields, and the name is what a user calls the folder.
         return {
             "fingerprint": self.fingerprint,
             "classes": self.classes,
@@ -73,11 +86,11 @@ class DataSpec(Record):
 
 @dataclass(frozen=True)
 class ScheduleSpec(Record):
-    """Learning rate over `epochs`, the same within an epoch but for a linear warmup.
+    """Learning rate over `epochs`. It is constant within an epoch, except during a linear warmup.
 
-    decay: "multistep" (x gamma at each milestone), "cosine" (from lr to lr_min over the epochs after the warmup) or
-    "exponential" (x gamma after each of them). warmup: "linear", rising batch by batch from warmup_start x lr to lr
-    over `warmup_epochs`, or "constant", warmup_start x lr for as long.
+    lr: the peak. decay: "multistep" (times gamma at each milestone), "cosine" (from lr to lr_min over the epochs after
+    the warmup), or "exponential" (times gamma after each of these epochs). warmup: over `warmup_epochs`, "linear"
+    (rises per batch from warmup_start * lr to lr) or "constant" (warmup_start * lr).
     """
 
     lr: float
@@ -96,25 +109,26 @@ class ScheduleSpec(Record):
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
 
     def lr_at(self, epoch: int, progress: float = 0.0) -> float:
-        """The rate at fraction `progress` of `epoch` (both from 0)."""
+        """The learning rate in epoch `epoch`, counted from 0, after the fraction `progress` of it."""
         if epoch < self.warmup_epochs:
             risen = (epoch + progress) / self.warmup_epochs if self.warmup == "linear" else 0.0
             return self.lr * (self.warmup_start + (1.0 - self.warmup_start) * risen)
         after = epoch - self.warmup_epochs
         if self.decay == "cosine":
+            # Loshchilov and Hutter, SGDR, equation 5, without restarts.
             share = after / (self.epochs - self.warmup_epochs)
             return self.lr_min + (self.lr - self.lr_min) * (1.0 + math.cos(math.pi * share)) / 2.0
         steps = after if self.decay == "exponential" else sum(epoch >= m for m in self.milestones)
         return float(self.lr * self.gamma**steps)
 
     def varies_within(self, epoch: int) -> bool:
-        """Whether the rate changes from batch to batch of this epoch."""
+        """Whether the rate changes from batch to batch in this epoch."""
         return epoch < self.warmup_epochs and self.warmup == "linear"
 
 
 @dataclass(frozen=True)
 class OptimizerSpec(Record):
-    """SGD as torch.optim.SGD defines it; weight decay on all parameters."""
+    """SGD as torch.optim.SGD defines it, with weight decay on all parameters. batch_size: images per step and rank."""
 
     batch_size: int
     momentum: float = 0.9
@@ -124,32 +138,36 @@ class OptimizerSpec(Record):
 
 
 def key_of(kind: str, semantics: int, identity: dict[str, Any]) -> str:
-    """The key of a node that is so described, as node.json does it."""
+    """The key of a node, from the description that node.json contains: 32 hex digits of its SHA-256."""
     described = {"kind": kind, "semantics": semantics, **identity}
+    # sort_keys: the order in which fields are declared must not matter. 128 bits are enough to exclude collisions.
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class Node(Record):
-    """A record that the store can hold. Equality and hash are by key."""
+    """A record that the store can hold. Nodes of equal key are equal."""
 
     kind: str
 
     @cached_property
     def key(self) -> str:
-        """32 hex digits."""
-        waiting: list[Node] = [self]  # a stack: a chain of hundreds of rounds is too deep for recursion
+        """Identifies the node in every store: 32 hex digits."""
+        # With a stack of its own: a chain of hundreds of rounds is too deep for Python's.
+        waiting: list[Node] = [self]
         while waiting:
             if missing := [parent for parent in waiting[-1].parents() if "key" not in vars(parent)]:
                 waiting += missing
             else:
                 node = waiting.pop()
+                # Where cached_property looks, so that a key is computed once and not once per child.
                 vars(node)["key"] = key_of(node.kind, SEMANTICS, node.identity())
         return str(vars(self)["key"])
 
     def parents(self) -> "Iterator[Runnable]":
-        """The nodes that must exist before this one."""
+        """The nodes that must be published before this one can be computed."""
         return iter(())
 
+    # By key, because the equality of a dataclass would compare whole chains of rounds, field by field.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Node) and self.key == other.key
 
@@ -159,7 +177,7 @@ class Node(Record):
 
 @dataclass(frozen=True, eq=False)
 class Init(Node):
-    """The initial weights that `seed` draws for `model`: a start point, never stored."""
+    """The initial weights that `seed` draws for `model`: a start point. Never stored, since they can be drawn again."""
 
     model: ModelSpec
     seed: int
@@ -168,7 +186,7 @@ class Init(Node):
 
 @dataclass(frozen=True)
 class StateRef(Record):
-    """The state of a training run after `epoch` epochs."""
+    """The state (weights, statistics, momentum) of the training run `node` after `epoch` epochs."""
 
     node: "Train"
     epoch: int
@@ -176,8 +194,10 @@ class StateRef(Record):
 
 @dataclass(frozen=True)
 class LprHistory(Record):
-    """The LPR of a training run before its first epoch and after each, were it pruned there and then: `fraction` of
-    what its mask keeps, by magnitude over all layers. Computed while it trains."""
+    """The LPR that a run would have if pruned at each epoch: before the first one and after each.
+
+    fraction: of the weights that its mask keeps, pruned by global magnitude. Computed while the run trains.
+    """
 
     node: "Train"
     fraction: float
@@ -187,26 +207,28 @@ class LprHistory(Record):
 class Rewind(Record):
     """A start from trained weights and their batch-norm statistics.
 
-    epoch: where the schedule and the data order begin. momentum: whether that is restored as well (else zero).
+    epoch: at which the schedule and the data order begin. momentum: whether momentum is restored; otherwise it is zero.
     """
 
     state: StateRef
     epoch: int
+    # True for late rewinding, which continues a run; False for learning rate rewinding, which starts a new one.
     momentum: bool
 
 
 @dataclass(frozen=True)
 class Ratios(Record):
-    """An allocation: each layer is pruned by the ratio that `mask` prunes of it."""
+    """An allocation: each layer is pruned by its ratio in `mask`."""
 
     mask: "Prune"
 
 
 @dataclass(frozen=True, eq=False)
 class Train(Node):
-    """A training run from `start` under `mask` (None: dense), stopped after epoch `stop` of its schedule.
+    """A training run from `start`, stopped after epoch `stop` of its schedule.
 
-    A `ChannelSelection` makes a smaller network. seed: data order and augmentation. precision: one of PRECISIONS.
+    mask: None: dense; a `Prune`: weights are masked; a `ChannelSelection`: the network is smaller. seed: of data order
+    and augmentation. precision: one of PRECISIONS.
     """
 
     data: DataSpec
@@ -214,6 +236,7 @@ class Train(Node):
     mask: "Prune | ChannelSelection | None"
     optimizer: OptimizerSpec
     schedule: ScheduleSpec
+    # Not schedule.epochs: pruning early (A6) stops a run without changing the schedule up to there.
     stop: int
     seed: int
     precision: str
@@ -225,12 +248,12 @@ class Train(Node):
 
     @property
     def begin(self) -> int:
-        """Epochs of the schedule that lie before the start."""
+        """The epoch of the schedule at which training begins."""
         return 0 if isinstance(self.start, Init) else self.start.epoch
 
     @property
     def epochs(self) -> int:
-        """How many are trained."""
+        """The number of epochs that are trained."""
         return self.stop - self.begin
 
     @property
@@ -246,7 +269,7 @@ class Train(Node):
 
 @dataclass(frozen=True)
 class CriterionRef(Record):
-    """A criterion of the user's own, as `fastprune.pruning.criteria` has it registered."""
+    """A user's criterion, as registered in `fastprune.pruning.criteria`. Its version is part of the key."""
 
     name: str
     version: int
@@ -254,11 +277,11 @@ class CriterionRef(Record):
 
 @dataclass(frozen=True, eq=False)
 class Prune(Node):
-    """A mask: `prior` (None: dense) less `fraction` of what it keeps, the lowest scores of `source` first.
+    """One prune step. Its result is a mask: `prior` (None: dense) without `fraction` of the weights that it keeps.
 
-    score: "magnitude" of the source's weights, "random", drawn from `seed` for each round anew, or a user's criterion.
-    allocation: where the weights go: "global" over all layers, "local" (the same fraction of each layer), or as another
-    mask's ratios.
+    Weights with the lowest scores are pruned. source: the state whose weights are scored. score: "magnitude", "random"
+    (drawn anew in each round from `seed`), or a user's criterion. allocation: "global" (over all layers), "local" (the
+    same fraction of each layer), or the ratios of another mask.
     """
 
     source: StateRef | Init
@@ -271,7 +294,7 @@ class Prune(Node):
 
     @cached_property
     def round(self) -> int:
-        """1 for the first prune step."""
+        """The prune round, from 1."""
         return 1 if self.prior is None else self.prior.round + 1
 
     @property
@@ -289,8 +312,11 @@ class Prune(Node):
 
 @dataclass(frozen=True, eq=False)
 class ChannelSelection(Node):
-    """Which filters of a network stay: `fraction` of them go, those with the lowest |gamma| of their batch norms
-    first; channels that a residual joins go together, by the sum of their |gamma|."""
+    """The filters that a network keeps when `fraction` of them are removed, those with the lowest |gamma| first.
+
+    gamma: the scale of the filter's batch norm. Channels joined by a residual connection are removed together and
+    ranked by the sum of their |gamma| (section A.1).
+    """
 
     source: StateRef
     fraction: float
@@ -312,7 +338,8 @@ Runnable = Train | Prune | ChannelSelection
 
 
 def states_read(node: Runnable) -> list[tuple[StateRef, bool]]:
-    """The states that computing a node reads, and whether with momentum."""
+    """The states that the computation of `node` reads, and of each whether its momentum is read."""
+    # Momentum is asked for only where it is used: states without it are half as large (bench/NOTES.md).
     if isinstance(node, Train):
         return [(node.start.state, node.start.momentum)] if isinstance(node.start, Rewind) else []
     if isinstance(node, ChannelSelection):
@@ -321,5 +348,6 @@ def states_read(node: Runnable) -> list[tuple[StateRef, bool]]:
 
 
 def n_to_prune(remaining: int, fraction: float) -> int:
-    """round(fraction x remaining), the number that one round prunes; halves go to the even number, as Python rounds."""
+    """The number of weights that one round prunes: round(fraction * remaining), with halves rounded to even."""
+    # One function, because the check before a run, the prune step and the check of its mask must agree exactly.
     return round(fraction * remaining)

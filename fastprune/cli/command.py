@@ -1,4 +1,4 @@
-"""What the command lines share: one line for what is wrong, exit codes, signals, streams."""
+"""What all commands share: exit codes, one-line errors, signals, output streams."""
 
 import argparse
 import io
@@ -20,7 +20,7 @@ DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def checked(convert: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
-    """An argparse type: a finite value that holds, else "... is not WHAT"."""
+    """An argparse type: a finite number for which `holds` is true, else the error "VALUE is not WHAT"."""
 
     def read(text: str) -> Any:
         try:
@@ -35,28 +35,32 @@ def checked(convert: Callable[[str], Any], holds: Callable[[Any], bool], what: s
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad usage is an InputError."""
+    """An ArgumentParser that raises InputError for bad usage."""
+
+    # argparse exits by itself with several lines of usage; every error of ours is one line from one place.
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
 
 def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
-    """Calls `work` and returns its exit code; else 2 for InputError and OSError, which are one line on stderr, 0 where
-    the reader of stdout has seen enough, 130 for SIGINT, SIGTERM and SIGHUP, where a line says what the
-    KeyboardInterrupt says about what comes then, or `then`.
+    """Calls `work` and returns its exit code.
 
-    From a main thread SIGTERM, which schedulers send before they kill, and SIGHUP, which a terminal sends that is
-    closed, interrupt from then on. What stdout's encoding lacks is printed as `?`.
+    Other exit codes: 2 for InputError and OSError, reported in one line on stderr; 130 for SIGINT, SIGTERM and SIGHUP,
+    with the argument of the KeyboardInterrupt as explanation, else `then`; 0 for a closed stdout, as of `... | head`.
+    Installs handlers for SIGTERM and SIGHUP if called from the main thread. Characters that the encoding of stdout
+    lacks are printed as `?`.
     """
+    # Schedulers send SIGTERM before they kill, and a terminal sends SIGHUP when it is closed: time for a checkpoint.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _interrupt)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup ignores it
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it stays ignored
             signal.signal(signal.SIGHUP, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
         code = work()
+        # Here, so that a full disk or a closed pipe is caught below and not at the interpreter's exit.
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -78,7 +82,7 @@ def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
 
 
 def _leave_stdout() -> None:
-    """Nothing is flushed to it any more, at the exit neither."""
+    """Redirects stdout to /dev/null, so that the flush at the interpreter's exit cannot fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

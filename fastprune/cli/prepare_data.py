@@ -1,4 +1,4 @@
-"""`scripts/prepare_data.py`: from the command line to a prepared folder."""
+"""`scripts/prepare_data.py`: from image files to a prepared data set."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,43 +13,46 @@ from fastprune.loaders.manifest import FILE_NAME, Manifest
 
 DATASETS = {"tiny-imagenet": FOLDER_NAME, "miniplaces": miniplaces.NAME}
 
+# MiniPlaces comes in two parts, an archive of images and lists in a repository, so --download does not fetch it.
 _BY_HAND = (
-    "--download fetches Tiny ImageNet only. MiniPlaces: unpack http://miniplaces.csail.mit.edu/data/data.tar.gz, put "
-    "train.txt, val.txt and categories.txt out of data/ of https://github.com/CSAILVision/miniplaces beside images/, "
-    "and give that folder as --source"
+    "--download supports Tiny ImageNet only. For MiniPlaces, unpack http://miniplaces.csail.mit.edu/data/data.tar.gz, "
+    "put train.txt, val.txt and categories.txt from data/ of https://github.com/CSAILVision/miniplaces beside "
+    "images/, and give that folder as --source"
 )
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="prepare_data.py",
-        description="Turn an image folder into train.beton, val.beton and a manifest. A second call does nothing.",
+        description="Turn an image folder into train.beton, val.beton and a manifest. If they exist, nothing is done.",
     )
     p.add_argument(
         "--dataset",
         choices=tuple(DATASETS),
-        help="what the folder holds (default: seen from what is there; any other has train/<class>/ and val/<class>/)",
+        help="data set in the folder (default: recognised by its files, else train/<class>/ and val/<class>/)",
     )
-    p.add_argument("--source", type=Path, metavar="DIR", help="the folder as distributed, or one that contains it")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the prepared data set goes")
+    p.add_argument(
+        "--source", type=Path, metavar="DIR", help="image folder as distributed, or a folder that contains it"
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the prepared data set")
     p.add_argument(
         "--download",
         action="store_true",
-        help="fetch Tiny ImageNet into --source (default: OUT/raw) from its official address, unless it is there",
+        help="download Tiny ImageNet from its official address into --source (default: OUT/raw), unless it is there",
     )
     p.add_argument(
         "--resize",
         type=int,
         metavar="N",
-        help="first make N x N images of them, which stay in OUT as PNG files: the shorter side to N, antialiased, "
-        "then the middle. For images of several sizes; without ffcv, torchvision reads those files",
+        help="make all images N x N first: resize the shorter side to N (antialiased), crop the centre. Figures "
+        "require it if images differ in size. The PNG files stay in OUT; without ffcv, torchvision reads them",
     )
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one a processor)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0 done, 2 bad usage or input, 130 interrupted."""
+    """Runs the command. Exit codes: 0 done, 2 bad usage or bad input, 130 interrupted."""
 
     def work() -> int:
         args = parser().parse_args(argv)
@@ -58,16 +61,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.resize is not None and not 8 <= args.resize <= 1024:
             raise InputError(f"--resize is {args.resize}, expected 8 to 1024")
         if args.source is None and not args.download:
-            raise InputError("--source is missing: name the image folder, or give --download to fetch it")
+            raise InputError("--source is missing: give the image folder, or --download to fetch Tiny ImageNet")
+        # The manifest is written last: where it is, the data set is complete.
         existed = (args.out / FILE_NAME).exists()
         manifest = _run(args)
         print(("already there: " if existed else "") + _summary(manifest, args.out))
         return DONE
 
-    return run_command("prepare_data.py", work, "nothing was published, the same command starts again")
+    return run_command("prepare_data.py", work, "no data set was written; rerun the command to start again")
 
 
 def _run(args: argparse.Namespace) -> Manifest:
+    # Here, so that --help and usage errors need neither numpy nor torch.
     from fastprune.loaders.download import fetch_tiny_imagenet
     from fastprune.loaders.publish import prepare
     from fastprune.loaders.resize import resize_images
@@ -79,9 +84,10 @@ def _run(args: argparse.Namespace) -> Manifest:
         fetch_tiny_imagenet(source)
     found = recognised(source)
     if args.dataset and found and found != DATASETS[args.dataset]:
-        raise InputError(f"--dataset is {args.dataset}, but {source} holds {found}: leave --dataset away")
+        raise InputError(f"--dataset is {args.dataset}, but {source} holds {found}: omit --dataset")
     if args.resize is None:
         return prepare(source, args.out, workers=args.workers)
+    # Without FFCV the PNG files themselves are the prepared data set, which torchvision reads.
     source = resize_images(source, args.out, args.resize, workers=args.workers)
     return prepare(source, args.out, workers=args.workers, beton=ffcv_is_there())
 

@@ -1,4 +1,6 @@
-"""`scripts/reproduce.py`: from the command line to a figure. Imports nothing heavy before it must."""
+"""`scripts/reproduce.py`: command-line arguments to a request for figures."""
+
+# No import of torch at the top: --help, --plan and usage errors must answer at once.
 
 import argparse
 import shlex
@@ -18,76 +20,104 @@ from fastprune.study.settings import PRESETS, Settings, flag_of, flags, preset
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
-        allow_abbrev=False,
+        allow_abbrev=False,  # an abbreviation in a user's script would break when a flag is added
         prog="reproduce.py",
         description="Reproduce a figure of the paper on learning rates for global magnitude pruning.",
-        epilog="Without further flags a small run on generated images shows the machinery. The paper's figure: "
-        "--preset paper --data DIR (Tiny ImageNet). The same command continues whatever was interrupted.",
+        epilog="By default, a small run on generated images shows that everything works. For the paper's figure: "
+        "--preset paper --data DIR (Tiny ImageNet). To continue an interrupted run, rerun the same command.",
     )
     p.add_argument(
         "--fig",
         required=True,
         nargs="+",
         metavar="NAME",
-        help=f"figures: {', '.join(PAPER)} of the paper; {', '.join(EXTRA)}; all",
+        help=f"figures to reproduce: {', '.join(PAPER)} of the paper; {', '.join(EXTRA)}; or all",
     )
     p.add_argument(
         "--figure-module",
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module or .py file of your own that registers figures or criteria (may be repeated)",
+        help="Python module or .py file that registers figures or criteria of your own (may be repeated)",
     )
-    p.add_argument("--preset", default="smoke", metavar="NAME", help=f"{', '.join(PRESETS)} (default smoke)")
-    p.add_argument("--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; or 'synthetic' (smoke's default)")
-    p.add_argument("--miniplaces", metavar="DIR", help="MiniPlaces, for figure A1 (default: as --data, if synthetic)")
-    p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="figures (default results)")
-    p.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="runs (default runs)")
+    p.add_argument(
+        "--preset", default="smoke", metavar="NAME", help=f"size of the study: {', '.join(PRESETS)} (default smoke)"
+    )
+    p.add_argument(
+        "--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; 'synthetic': generated images (smoke's default)"
+    )
+    p.add_argument(
+        "--miniplaces", metavar="DIR", help="MiniPlaces, for figure A1 (default: --data, if that is synthetic)"
+    )
+    p.add_argument(
+        "--out", type=Path, default=Path("results"), metavar="DIR", help="folder for figures (default results)"
+    )
+    p.add_argument(
+        "--store", type=Path, default=Path("runs"), metavar="DIR", help="folder for trained runs (default runs)"
+    )
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--plan", action="store_true", help="print what would run and what it would cost; run nothing")
-    what.add_argument("--redraw", action="store_true", help="draw again from results.csv alone")
-    p.add_argument("--images-per-second", type=_rate, metavar="R", help="plan with this rate, not the measured ones")
+    what.add_argument(
+        "--plan", action="store_true", help="print what would run and what it would cost, without running it"
+    )
+    what.add_argument("--redraw", action="store_true", help="draw again from results.csv, without a store")
+    p.add_argument(
+        "--images-per-second",
+        type=_rate,
+        metavar="R",
+        help="with --plan: assume this training rate instead of the measured one",
+    )
 
     p.add_argument(
         "--gpus",
         type=_positive,
         nargs="+",
         metavar="N",
-        help="plan: how long it takes on so many GPUs",
+        help="with --plan: simulate the time on each number of GPUs",
     )
 
     run = p.add_argument_group("how it runs (changes no result)")
-    run.add_argument("--loader", choices=LOADERS, default="auto")
-    run.add_argument("--device", help="cpu, cuda or cuda:N (default: every GPU there is, else the CPU)")
+    run.add_argument(
+        "--loader", choices=LOADERS, default="auto", help="how images are read (default: the fastest available)"
+    )
+    run.add_argument("--device", help="cpu, cuda (every GPU) or cuda:N (default: every GPU, else the CPU)")
     run.add_argument(
         "--workers",
         type=_positive,
         metavar="N",
-        help="runs at once, spread over the GPUs (default: one a GPU, or a core up to 8; on Ray: as many as fit)",
+        help="runs at once, spread over the GPUs (default: one per GPU, or per CPU core up to 8; on Ray all that fit)",
     )
-    run.add_argument("--executor", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster")
+    run.add_argument(
+        "--executor",
+        choices=["local", "ray"],
+        default="local",
+        help="run on this machine (default) or on a Ray cluster",
+    )
     run.add_argument(
         "--ray-address",
         metavar="ADDRESS",
-        help="HOST:PORT of the cluster; auto: the one this machine is in; local: a new one (default: auto, else local)",
+        help="HOST:PORT of a Ray cluster; auto: the cluster of this machine; local: a new one (default: auto or local)",
     )
     run.add_argument(
         "--gpus-per-run",
         type=_share,
         metavar="F",
-        help="on Ray: 0.25 runs four at once on each GPU (default 1; 0: on CPUs)",
+        help="on Ray: GPUs per run; 0.25 puts four runs on each GPU, 0 runs on CPUs (default 1)",
     )
     run.add_argument(
-        "--checkpoint-seconds", type=_seconds, default=60.0, metavar="S", help="between checkpoints of a run"
+        "--checkpoint-seconds",
+        type=_seconds,
+        default=60.0,
+        metavar="S",
+        help="seconds between checkpoints of a run (default 60)",
     )
-    run.add_argument(
-        "--checkpoint-epochs", type=_positive, metavar="N", help="checkpoint also every N epochs, whatever the time"
-    )
+    run.add_argument("--checkpoint-epochs", type=_positive, metavar="N", help="write a checkpoint also every N epochs")
 
-    h = p.add_argument_group("hyperparameters (default: the protocol's, as the preset changes them)")
+    h = p.add_argument_group("hyperparameters (default: the paper's protocol, changed by --preset)")
+    # Derived from the settings, so that a setting cannot lack its flag, bounds or help.
     for name, (kind, several, flag) in flags().items():
         how: dict[str, Any] = {"help": flag.help}
         if kind is bool:
+            # None, not False: an absent flag must not override the protocol.
             how |= {"action": "store_true", "default": None}
         else:
             how |= {"type": kind, "metavar": flag.metavar, "nargs": "+" if several else None}
@@ -102,12 +132,12 @@ _rate = checked(float, lambda x: x > 0, "a rate above 0")
 
 _seconds = checked(float, lambda x: x >= 0, "a number of seconds")
 
-# Ray counts in ten-thousandths.
+# Ray counts resources in units of 0.0001.
 _share = checked(float, lambda x: x == 0 or 0.0001 <= x <= 1, "a share of a GPU, 0.0001 to 1 (0: a CPU core)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0 done, 1 a run failed, 2 bad usage or input, 130 interrupted."""
+    """Runs the command. Exit codes: 0 done, 1 a run failed, 2 bad usage or bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
 
     def work() -> int:
@@ -121,9 +151,9 @@ def _main(args: argparse.Namespace, command: str) -> int:
         if getattr(args, flag) is not None and args.executor != "ray":
             raise InputError(f"--{flag.replace('_', '-')} requires --executor ray")
     if args.gpus is not None and not args.plan:
-        raise InputError("--gpus only plans: add --plan (to run on some of them, see --workers and --device)")
+        raise InputError("--gpus requires --plan; to choose the GPUs of a run, use --device and --workers")
     if args.executor == "ray" and args.device is not None:
-        raise InputError("--device does not go with --executor ray: see --gpus-per-run")
+        raise InputError("--device cannot be used with --executor ray: use --gpus-per-run")
     request = Request(
         figures=_figures(args),
         store=args.store,
@@ -150,14 +180,16 @@ def _main(args: argparse.Namespace, command: str) -> int:
 
 
 def _figures(args: argparse.Namespace) -> tuple[FigureRequest, ...]:
+    # Before any name is looked up: the modules may register the figures that --fig names.
     load_modules(args.figure_module)
     names = (*PAPER, *EXTRA) if "all" in args.fig else tuple(dict.fromkeys(args.fig))
     given = {name: getattr(args, name) for name in flags()}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     chosen = [load(name) for name in names]
+    # With several figures, a flag needs only one that uses it: --fig A2 A6 --prune-epochs 20 is meaningful.
     for setting in given:
         if all(figure.ignores(setting) for figure in chosen):
-            raise InputError(f"figure {', '.join(names)} takes no {flag_of(setting)}")
+            raise InputError(f"figure {', '.join(names)} does not use {flag_of(setting)}: remove it")
     figures = []
     for figure in chosen:
         used = {k: v for k, v in given.items() if not figure.ignores(k)}
@@ -168,15 +200,16 @@ def _figures(args: argparse.Namespace) -> tuple[FigureRequest, ...]:
 
 
 def _modules(args: argparse.Namespace) -> tuple[str, ...]:
-    """As workers find them, whose folder may be another one."""
+    """The user's modules, with absolute paths, since workers may have another working directory."""
     return tuple(str(Path(m).expanduser().resolve()) if m.endswith(".py") else m for m in args.figure_module)
 
 
 def _data(args: argparse.Namespace, settings: Settings, count: int) -> str | None:
-    """Which images a figure trains on. A figure alone takes what --data says, whichever they are."""
+    """The data of one figure: a folder, "synthetic" or None. count: how many figures are requested."""
     data: str | None = "synthetic" if args.data is None and args.preset == "smoke" else args.data
     if settings.dataset != "miniplaces":
         return data
     if args.miniplaces is not None:
         return str(args.miniplaces)
+    # --data is Tiny ImageNet where other figures are requested, too; A1 alone may be given MiniPlaces by either flag.
     return data if data == "synthetic" or count == 1 else None

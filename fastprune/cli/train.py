@@ -1,7 +1,9 @@
 """`scripts/train.py`: the flags of torchvision's reference classification script, and a few for pruning.
 
-Imports nothing heavy before it must. A flag of the reference that is not supported is accepted at its default only.
+A flag of the reference that is not supported is accepted only with its default value.
 """
+
+# No import of torch at the top: --help and usage errors must answer at once.
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -14,27 +16,29 @@ from fastprune.loaders.choice import LOADERS
 from fastprune.specs import OptimizerSpec, ScheduleSpec
 from fastprune.training.request import TrainRequest
 
+# The reference's names in lower case, as it compares them, -> those of ScheduleSpec.
 SCHEDULERS = {"steplr": "multistep", "cosineannealinglr": "cosine", "exponentiallr": "exponential"}
 
 OPTIMIZERS = ("sgd", "sgd_nesterov")
 
+# Accepted at the default, so that a command line of the reference that spells out defaults works unchanged.
 UNSUPPORTED: dict[str, tuple[Any, Callable[[str], Any], str]] = {
-    "--norm-weight-decay": (None, float, "one weight decay holds for all parameters"),
-    "--bias-weight-decay": (None, float, "one weight decay holds for all parameters"),
-    "--transformer-embedding-decay": (None, float, "one weight decay holds for all parameters"),
-    "--mixup-alpha": (0.0, float, "labels are whole classes"),
-    "--cutmix-alpha": (0.0, float, "labels are whole classes"),
+    "--norm-weight-decay": (None, float, "one weight decay applies to all parameters"),
+    "--bias-weight-decay": (None, float, "one weight decay applies to all parameters"),
+    "--transformer-embedding-decay": (None, float, "one weight decay applies to all parameters"),
+    "--mixup-alpha": (0.0, float, "each image has one class"),
+    "--cutmix-alpha": (0.0, float, "each image has one class"),
     "--cache-dataset": (False, bool, "--loader ffcv keeps the images as .beton files"),
     "--sync-bn": (False, bool, "each rank normalises its own batch"),
     "--auto-augment": (None, str, "training images are cropped and mirrored only"),
     "--ra-magnitude": (9, int, "training images are cropped and mirrored only"),
     "--augmix-severity": (3, int, "training images are cropped and mirrored only"),
     "--random-erase": (0.0, float, "training images are cropped and mirrored only"),
-    "--world-size": (1, int, "torchrun says how many ranks there are"),
-    "--dist-url": ("env://", str, "torchrun says where ranks meet"),
-    "--model-ema": (False, bool, "no average of the weights is kept"),
-    "--model-ema-steps": (32, int, "no average of the weights is kept"),
-    "--model-ema-decay": (0.99998, float, "no average of the weights is kept"),
+    "--world-size": (1, int, "torchrun sets the number of ranks"),
+    "--dist-url": ("env://", str, "torchrun sets the address"),
+    "--model-ema": (False, bool, "weights are not averaged"),
+    "--model-ema-steps": (32, int, "weights are not averaged"),
+    "--model-ema-decay": (0.99998, float, "weights are not averaged"),
     "--interpolation": ("bilinear", str, "images are resized bilinearly"),
     "--clip-grad-norm": (None, float, "gradients are not clipped"),
     "--ra-sampler": (False, bool, "an epoch sees each image once"),
@@ -42,74 +46,129 @@ UNSUPPORTED: dict[str, tuple[Any, Callable[[str], Any], str]] = {
     "--backend": ("PIL", str, "the loader is chosen with --loader"),
     "--use-v2": (False, bool, "the loader is chosen with --loader"),
 }
-"""Flag: the reference's default, its type, and why another value cannot be had."""
+"""Flag -> (the reference's default, its type, why no other value is supported)."""
 
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
-        allow_abbrev=False,
+        allow_abbrev=False,  # an abbreviation in a user's script would break when a flag is added
         prog="train.py",
         description="Train a torchvision model, dense or under a pruning mask, with the flags of torchvision's "
         "reference classification script.",
-        epilog="Several GPUs: torchrun --nproc_per_node N scripts/train.py ...; -b is of each.",
+        epilog="Several GPUs: torchrun --nproc_per_node N scripts/train.py ...; -b is the batch size per GPU.",
     )
+    # Defaults are the reference's, except --workers (16 there) and --device (cuda there), which follow the machine.
     p.add_argument(
         "--data-path",
         required=True,
         metavar="DIR",
-        help="train/<class>/ and val/<class>/ with images of any size; or Tiny ImageNet, raw or prepared (.beton), "
-        "whose images are used at their own size; or 'synthetic'",
+        help="folder with train/<class>/ and val/<class>/, images of any size; Tiny ImageNet, raw or prepared, "
+        "used at its own image size; or 'synthetic': generated images",
     )
-    p.add_argument("--model", default="resnet18", metavar="NAME", help="any of torchvision.models (default resnet18)")
-    p.add_argument("--weights", metavar="NAME", help="pretrained weights to start from, as torchvision names them")
-    p.add_argument("--device", help="cuda, cuda:N or cpu (default: cuda if there is one)")
-    p.add_argument("-b", "--batch-size", type=_count, default=32, metavar="N", help="of each rank (default 32)")
-    p.add_argument("--epochs", type=_count, default=90, metavar="N", help="in all (default 90)")
-    p.add_argument("-j", "--workers", type=_whole, metavar="N", help="processes that load images (default: one a core)")
-    p.add_argument("--opt", default="sgd", help=f"{' or '.join(OPTIMIZERS)} (default sgd)")
-    p.add_argument("--lr", type=_positive, default=0.1, help="(default 0.1)")
-    p.add_argument("--momentum", type=_fraction, default=0.9, metavar="M", help="(default 0.9)")
-    p.add_argument("--wd", "--weight-decay", type=_number, default=1e-4, metavar="W", dest="weight_decay")
-    p.add_argument("--label-smoothing", type=_fraction, default=0.0, metavar="S")
-    p.add_argument("--lr-scheduler", default="steplr", metavar="NAME", help=f"{', '.join(SCHEDULERS)} (default steplr)")
-    p.add_argument("--lr-step-size", type=_count, default=30, metavar="N", help="epochs (default 30)")
-    p.add_argument("--lr-gamma", type=_number, default=0.1)
-    p.add_argument("--lr-min", type=_number, default=0.0, help="where the cosine ends")
-    p.add_argument("--lr-warmup-epochs", type=_whole, default=0, metavar="N")
+    p.add_argument("--model", default="resnet18", metavar="NAME", help="name in torchvision.models (default resnet18)")
+    p.add_argument("--weights", metavar="NAME", help="pretrained weights to start from, by torchvision's name")
+    p.add_argument("--device", help="cuda, cuda:N or cpu (default: cuda if available)")
+    p.add_argument(
+        "-b", "--batch-size", type=_count, default=32, metavar="N", help="images per step and rank (default 32)"
+    )
+    p.add_argument("--epochs", type=_count, default=90, metavar="N", help="total number of epochs (default 90)")
+    p.add_argument(
+        "-j", "--workers", type=_whole, metavar="N", help="processes that load images (default: one per core)"
+    )
+    p.add_argument("--opt", default="sgd", help=f"optimiser: {' or '.join(OPTIMIZERS)} (default sgd)")
+    p.add_argument("--lr", type=_positive, default=0.1, metavar="LR", help="peak learning rate (default 0.1)")
+    p.add_argument("--momentum", type=_fraction, default=0.9, metavar="M", help="momentum of SGD (default 0.9)")
+    p.add_argument(
+        "--wd",
+        "--weight-decay",
+        type=_number,
+        default=1e-4,
+        metavar="W",
+        dest="weight_decay",
+        help="weight decay (default 0.0001)",
+    )
+    p.add_argument(
+        "--label-smoothing", type=_fraction, default=0.0, metavar="S", help="label smoothing of the loss (default 0)"
+    )
+    p.add_argument(
+        "--lr-scheduler", default="steplr", metavar="NAME", help=f"decay: {', '.join(SCHEDULERS)} (default steplr)"
+    )
+    p.add_argument(
+        "--lr-step-size", type=_count, default=30, metavar="N", help="steplr: epochs between decays (default 30)"
+    )
+    p.add_argument("--lr-gamma", type=_number, default=0.1, metavar="G", help="factor of each decay (default 0.1)")
+    p.add_argument(
+        "--lr-min", type=_number, default=0.0, metavar="LR", help="last rate of cosineannealinglr (default 0)"
+    )
+    p.add_argument("--lr-warmup-epochs", type=_whole, default=0, metavar="N", help="warmup epochs (default 0)")
     p.add_argument(
         "--lr-warmup-method",
         default="constant",
         metavar="NAME",
-        help="constant (default), or linear, which rises from batch to batch (the reference's from epoch to epoch)",
+        help="constant (default), or linear, which rises per batch (in the reference per epoch)",
     )
-    p.add_argument("--lr-warmup-decay", type=_number, default=0.01, help="the warmup's first factor (default 0.01)")
-    p.add_argument("--print-freq", type=_count, default=10, metavar="N", help="batches between lines, on a CPU")
-    p.add_argument("--output-dir", default=".", metavar="DIR", help="checkpoint.pth, mask.safetensors; '' for none")
-    p.add_argument("--resume", default="", metavar="FILE", help="a checkpoint, or plain weights, to go on from")
-    p.add_argument("--start-epoch", type=_whole, default=0, metavar="N")
-    p.add_argument("--test-only", action="store_true")
-    p.add_argument("--amp", action="store_true", help="mixed precision, in bf16")
-    p.add_argument("--use-deterministic-algorithms", action="store_true")
-    for name, default in (("val-resize", 256), ("val-crop", 224), ("train-crop", 224)):
-        p.add_argument(f"--{name}-size", type=_count, metavar="PIXELS", help=f"of an image folder (default {default})")
+    p.add_argument(
+        "--lr-warmup-decay", type=_number, default=0.01, metavar="F", help="first factor of the warmup (default 0.01)"
+    )
+    p.add_argument(
+        "--print-freq",
+        type=_count,
+        default=10,
+        metavar="N",
+        help="batches between lines of output, on a CPU (default 10)",
+    )
+    p.add_argument(
+        "--output-dir",
+        default=".",
+        metavar="DIR",
+        help="folder for checkpoint.pth and mask.safetensors (default .); '': none",
+    )
+    p.add_argument(
+        "--resume", default="", metavar="FILE", help="continue from this checkpoint, or start from these plain weights"
+    )
+    p.add_argument(
+        "--start-epoch",
+        type=_whole,
+        default=0,
+        metavar="N",
+        help="first epoch, unless a checkpoint is resumed (default 0)",
+    )
+    p.add_argument("--test-only", action="store_true", help="only validate, without training")
+    p.add_argument("--amp", action="store_true", help="mixed precision, in bf16 (see --amp-dtype)")
+    p.add_argument(
+        "--use-deterministic-algorithms", action="store_true", help="fail rather than use a nondeterministic operation"
+    )
+    for name, default, what in (
+        ("val-resize", 256, "shorter side of validation images"),
+        ("val-crop", 224, "side of their centre crop"),
+        ("train-crop", 224, "side of the random crop in training"),
+    ):
+        p.add_argument(
+            f"--{name}-size", type=_count, metavar="PIXELS", help=f"{what}, for an image folder (default {default})"
+        )
 
     own = p.add_argument_group("not in the reference")
-    own.add_argument("--seed", type=_whole, default=0, metavar="N", help="of weights, order and crops (default 0)")
+    own.add_argument(
+        "--seed", type=_whole, default=0, metavar="N", help="seed of initial weights, data order and crops (default 0)"
+    )
     pruned = own.add_mutually_exclusive_group()
     pruned.add_argument(
         "--sparsity",
         type=_sparsity,
         metavar="S",
-        help="prune the conv weights of lowest magnitude, all layers together, until this fraction is 0, then train "
-        "what is left. With --resume: those of the checkpoint, and the run begins anew, unless the checkpoint is "
-        "pruned so already",
+        help="before training, prune conv weights by global magnitude until this fraction is zero. With --resume, the "
+        "checkpoint's weights are pruned and training starts at the first epoch, unless already this sparse",
     )
-    pruned.add_argument("--mask", type=Path, metavar="FILE", help="train under this mask.safetensors")
-    own.add_argument("--amp-dtype", choices=["bf16", "fp16"], help="of --amp (default bf16)")
-    own.add_argument("--loader", choices=LOADERS, default="auto")
-    own.add_argument("--store", type=Path, metavar="DIR", help="where .beton files are kept, in data/ (default runs)")
+    pruned.add_argument("--mask", type=Path, metavar="FILE", help="train under the mask in this mask.safetensors")
+    own.add_argument("--amp-dtype", choices=["bf16", "fp16"], help="precision of --amp (default bf16)")
+    own.add_argument(
+        "--loader", choices=LOADERS, default="auto", help="how images are read (default: the fastest available)"
+    )
+    own.add_argument(
+        "--store", type=Path, metavar="DIR", help="folder for prepared images, in its data/ (default runs)"
+    )
 
-    rest = p.add_argument_group("in the reference and not supported: at their default only")
+    rest = p.add_argument_group("flags of the reference that are accepted only with their default value")
     for flag, (default, kind, why) in UNSUPPORTED.items():
         if kind is bool:
             rest.add_argument(flag, action="store_true", help=why)
@@ -132,7 +191,7 @@ _sparsity = checked(float, lambda x: 0 <= x < 1, "a fraction: 0 or more, and les
 
 
 def request_of(args: argparse.Namespace) -> TrainRequest:
-    """What the parsed flags ask for. InputError names each one that is not supported."""
+    """The request of the parsed flags. InputError for flags that contradict each other or are not supported."""
     _refuse_unsupported(args)
     scheduler, warmup = args.lr_scheduler.lower(), args.lr_warmup_method.lower()
     if scheduler not in SCHEDULERS:
@@ -140,11 +199,13 @@ def request_of(args: argparse.Namespace) -> TrainRequest:
     if warmup not in ("linear", "constant"):
         raise InputError(f"unknown --lr-warmup-method {args.lr_warmup_method}: choose linear or constant")
     if args.amp_dtype and not args.amp:
-        raise InputError("--amp-dtype says what --amp computes in: give --amp too")
+        raise InputError("--amp-dtype requires --amp")
     nesterov = args.opt.lower() == "sgd_nesterov"
     if nesterov and args.momentum == 0:
-        raise InputError("--opt sgd_nesterov needs --momentum above 0")
-    steps = range(args.lr_warmup_epochs + args.lr_step_size, args.epochs, args.lr_step_size)  # counted after the warmup
+        raise InputError("--opt sgd_nesterov requires --momentum above 0")
+    # The reference chains warmup and decay (SequentialLR), so its decay counts epochs from the end of the warmup.
+    steps = range(args.lr_warmup_epochs + args.lr_step_size, args.epochs, args.lr_step_size)
+    # For the checkpoint, which must load with weights_only=True and so holds plain values only.
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return TrainRequest(
         data=args.data_path,
@@ -186,9 +247,11 @@ def request_of(args: argparse.Namespace) -> TrainRequest:
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
+    # All of them in one message, so that a user does not find them one by one.
     refused = []
     for flag, (default, _, why) in UNSUPPORTED.items():
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
+        # As text, in any case: "--interpolation Bilinear" and "--backend pil" are the default, too.
         if value != default and str(value).lower() != str(default).lower():
             refused.append(f"{flag} is not supported: {why}")
     if args.opt.lower() not in OPTIMIZERS:
@@ -198,8 +261,7 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0 done, 1 diverged or out of memory, 2 bad usage or input, 130
-    interrupted."""
+    """Runs the command. Exit codes: 0 done, 1 diverged or out of memory, 2 bad usage or bad input, 130 interrupted."""
 
     def work() -> int:
         request = request_of(parser().parse_args(argv))

@@ -1,4 +1,6 @@
-"""What can stand on an axis, and how a figure's rows are shown. Nothing of matplotlib."""
+"""The quantities that axes show, and the description of a drawing, without matplotlib."""
+
+# Apart from drawing.py, because summary.json records a Drawing and the terminal's tables read the same axes.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +13,10 @@ from fastprune.figures.results import Row
 
 @dataclass(frozen=True)
 class Axis:
-    """label: with its unit. factor: from a row's value to what is shown. low, high: what a value can be.
+    """A quantity on an axis.
 
-    log: falling from left to right, on a logarithmic scale. short: of the terminal's tables.
+    label: in the picture, with the unit. short: in the terminal's tables. factor: a row's value times this is shown.
+    low, high: bounds of a row's value, ends included. log: logarithmic, and falling from left to right.
     """
 
     label: str
@@ -25,11 +28,13 @@ class Axis:
 
 
 X_AXES = {
+    # Densities fall, as in the paper: pruning proceeds from left to right. A log scale cannot show 0.
     "density": Axis("Weights remaining (fraction, log scale)", "weights left", low=1e-12, high=1.0, log=True),
     "epoch": Axis("Epoch at which the network is pruned", "epoch"),
     "filters": Axis("Filters removed (%)", "filters gone", factor=100.0, high=1.0),
     "parameters": Axis("Parameters", "parameters"),
     "flops": Axis("FLOPs an image", "FLOPs"),
+    # Relative, because milliseconds of two machines cannot stand on one axis.
     "latency": Axis("Latency (% of the whole network's)", "% of the whole network's latency", factor=100.0),
 }
 Y_AXES = {
@@ -42,7 +47,10 @@ _MAGNITUDES = ((1e9, "G", "billions"), (1e6, "M", "millions"), (1e3, "k", "thous
 
 @dataclass(frozen=True)
 class DrawnPanel:
-    """x, y: names in X_AXES and Y_AXES. marks: places on the x axis with a thin line, explained by `marks_label`."""
+    """How one panel is drawn.
+
+    x, y: names in X_AXES and Y_AXES. marks: x values at which a thin vertical line is drawn; marks_label explains it.
+    """
 
     title: str
     x: str = "density"
@@ -52,24 +60,27 @@ class DrawnPanel:
 
     def __post_init__(self) -> None:
         if self.x not in X_AXES or self.y not in Y_AXES:
-            raise ValueError(f"no axes {self.x!r} and {self.y!r}")
+            raise ValueError(f"unknown axes {self.x!r} and {self.y!r}: see X_AXES and Y_AXES")
+        # summary.json gives a list back; equality and hash need a tuple.
         object.__setattr__(self, "marks", tuple(self.marks))
 
     @classmethod
     def of(cls, panel: Panel) -> "DrawnPanel":
-        """How a figure's panel is drawn."""
+        """The drawing of a figure's panel: all of it except settings and runs."""
         return cls(panel.title, panel.x, panel.y, panel.marks, panel.marks_label)
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the rows of a figure are shown. `LR_find` and `LR_eval` in any text are set as in the paper.
+    """How the rows of a figure are drawn. LR_find and LR_eval in any text are typeset as in the paper.
 
-    `panels`: by id, in reading order; panels that are not named are not drawn. `series`: id -> label, in order; a
-    series keeps its colour when others are missing, and one that is not named follows under its own name. `chance`: the
-    accuracy of guessing, a fraction. `note`: a line below the figure. `layers`: the series are a network's layers,
-    shown by a colour bar.
+    panels: id -> panel, in reading order; others are not drawn. series: name -> label, in the order of the legend; a
+    series that is not listed follows under its own name. chance: the accuracy of guessing, a fraction; None: no line
+    is drawn, and diverged runs are left out. note: a line below the figure. layers: the series are the layers of one
+    network, which a colour bar explains.
     """
+
+    # A series takes its colour from its place in `series`, so that it keeps it where others have no results yet.
 
     title: str
     panels: Mapping[str, DrawnPanel]
@@ -81,26 +92,27 @@ class Drawing:
 
     def __post_init__(self) -> None:
         if not self.panels:
-            raise ValueError("a figure without panels")
+            raise ValueError("no panels: a drawing needs at least one")
         if self.chance is not None and not 0 < self.chance < 1:
-            raise ValueError(f"chance {self.chance!r} is not a fraction between 0 and 1")
+            raise ValueError(f"chance {self.chance!r}: expected a fraction between 0 and 1")
 
 
 def check_rows(rows: Iterable[Row], panels: Mapping[str, DrawnPanel]) -> None:
-    """InputError for a row whose values cannot stand on the axes of its panel (find runs: accuracy over density)."""
+    """InputError for a row with a value outside the bounds of its panel's axes."""
     for row in rows:
+        # Find panels are in results.csv only, not in `panels`; they have the default axes, accuracy over density.
         panel = panels.get(row.panel, DrawnPanel(""))
         x, y = X_AXES[panel.x], Y_AXES[panel.y]
         if not x.low <= row.x <= x.high or (row.y is not None and not y.low <= row.y <= y.high):
             point = f"panel {row.panel}, series {row.series}, seed {row.seed}, round {row.round}"
             raise InputError(
-                f"results hold x {row.x!r}, y {row.y!r} ({point}), which are no {panel.x} and {panel.y}; "
-                "run the figure again to write new ones"
+                f"results.csv has x {row.x!r}, y {row.y!r} ({point}), out of bounds for {panel.x} and {panel.y}; "
+                "run the figure again to write a new one"
             )
 
 
 def shown_x(panel: DrawnPanel, values: Sequence[float]) -> tuple[float, str]:
-    """The factor and the label that suit the values on a panel's x axis: parameters in millions, FLOPs in GFLOPs."""
+    """Factor and label of a panel's x axis, by the size of its values: parameters in millions, FLOPs in GFLOPs."""
     axis = X_AXES[panel.x]
     if panel.x in ("parameters", "flops"):
         for size, prefix, word in _MAGNITUDES:

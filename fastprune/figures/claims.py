@@ -1,33 +1,34 @@
-"""What a caption claims, and whether the results bear it out.
+"""The claims of a caption, and the rule that judges them from results.
 
-The rule, fixed before any run. A claim is one comparison, or several that must all be true. A comparison gives for each
-seed a difference, left minus right, in points. The 95 % t-interval of these differences over seeds decides:
+The rule was fixed before any run. A claim is one comparison, or several that must all be true. A comparison gives one
+difference per seed, left minus right, in points. The 95 % t-interval of these paired differences over seeds decides:
 
 - "better": above 0 holds, below 0 fails.
 - "similar": within +-1 point, ends included, holds; wholly outside fails.
 - "not worse": from -1 point up holds; wholly below fails.
 
-Everything else is undecided. Fewer than three seeds, results that stop before the end of the stated range, and a preset
-that only shows the machinery are always undecided; the effect is reported all the same.
+Everything else is undecided. Always undecided are: fewer than three seeds, results that stop before the end of the
+stated range, and a preset that only shows the machinery. The effect is reported in each case.
 
 Accuracies (`Accuracy`):
 
-1. Rounds in the stated range count, if both series have them. A seed counts if it has every such round in both series.
+1. A round counts if it is in the stated range and both series have it. A seed counts if it has all of these rounds in
+   both series.
 2. A diverged run counts as chance accuracy.
 3. A round is dropped when the mean over seeds of *both* series is at most `CHANCE_MARGIN` above chance.
-4. Per seed, left minus right is averaged over the remaining rounds, each with the same weight.
+4. Per seed, left minus right is averaged over the remaining rounds, with equal weights.
 
 Layerwise pruning ratios (the other comparisons, all of kind "better"):
 
-1. Rows are those of A4 (a series for each layer: its LPR by epoch) and A5 (a series for each LR_find: the distance by
-   epoch). Points are percentage points of LPR.
-2. A seed counts if none of its runs that are compared diverged and all have the same epochs. Nothing stands in for a
-   run that diverged.
-3. A layer's movement is the maximum less the minimum over epochs of its LPR; the others' is the mean of the movements
-   of all layers but the first. It is compared with the others' in another panel (`MoreMovement`), with the fixed bound
-   `HARDLY_POINTS` (`Hardly`), and with the first layer's (`FirstAgainstOthers`).
-4. Distances at the start are those at the first epoch there is (`SmallerStart`). A line flattens at an epoch if its
-   mean fall an epoch from the first epoch to that one is more than from there to the last (`Flattens`).
+1. Rows are those of A4 (one series per layer: its LPR by epoch) and A5 (one series per LR_find: the distance by epoch).
+   Points are percentage points of LPR.
+2. A seed counts if none of the runs compared diverged and all have the same epochs. A diverged run has no substitute
+   value.
+3. The movement of a layer is the maximum minus the minimum of its LPR over epochs. The movement of "the others" is the
+   mean over all layers except the first. It is compared with that of another panel (`MoreMovement`), with the fixed
+   bound `HARDLY_POINTS` (`Hardly`), and with that of the first layer (`FirstAgainstOthers`).
+4. The distance at the start is that at the first epoch in the results (`SmallerStart`). A line flattens at an epoch if
+   it falls faster per epoch, on average, before that epoch than after it (`Flattens`).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,24 +39,28 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from fastprune.figures.results import Row
 
+# Changing any of these after results were seen would be choosing the verdict.
+# "Very similar" has no number in the captions. Over seeds, accuracy deviates by 0.5 to 1 point (bench/NOTES.md).
 SIMILAR_POINTS = 1.0
+# With two seeds the t-interval reaches 12.7 standard errors to each side of the mean, too wide to decide anything.
 MIN_SEEDS = 3
-CHANCE_MARGIN = 0.01  # accuracy, as a fraction
-# Counts are rounded to whole weights: a density may miss 0.8**round by a little, far less than the step to the next.
+# A fraction. Two networks that both guess differ by noise only, which would dilute the mean over rounds.
+CHANCE_MARGIN = 0.01
+# Each round prunes a whole number of weights, so a density misses 0.8**round by a little: far less than one step.
 SLACK = 0.01
 STEP = 0.8
 HARDLY_POINTS = 5.0
-"""What a layer's ratio may move and still be said to move hardly."""
+"""Movement of LPR, in percentage points, below which a layer "hardly" moves. The caption gives no number."""
 
 Outcome = Literal["holds", "fails", "undecided"]
 Kind = Literal["better", "similar", "not worse"]
 SIGNS: dict[str, str] = {"better": ">", "similar": "~", "not worse": ">="}
 Curves = dict[str, dict[int, float]]
-"""By series the value at each epoch, of one seed."""
+"""Series -> epoch -> value, of one seed and panel."""
 
 
 class Comparison(Protocol):
-    """One comparison: a frozen dataclass of plain values."""
+    """One comparison: a frozen dataclass of plain values, so that summary.json can record it."""
 
     @property
     def panel(self) -> str: ...
@@ -63,24 +68,24 @@ class Comparison(Protocol):
     def kind(self) -> Kind: ...
     @property
     def unit(self) -> str:
-        """What the points are of."""
+        """The unit of the differences, for example "accuracy points"."""
 
     @property
     def text(self) -> str:
-        """What is compared, in a few signs."""
+        """What is compared, in a few characters, for the terminal's table."""
 
     def measure(self, rows: Sequence[Row], chance: float) -> "Finding":
-        """Reads the rows; gives no verdict yet. chance: the accuracy of guessing, a fraction."""
+        """The differences per seed, without a verdict. chance: the accuracy of guessing, a fraction."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """How one comparison came out.
+    """The outcome of one comparison.
 
-    differences: by seed, left minus right in points; empty where `why` says why there are none. rounds, dropped: used,
-    and left out as being at chance. diverged, dead: runs among the compared that diverged, or in which a layer is
-    pruned whole. left_out: seeds that lack results. complete: whether all of the stated range is there. effect: the
-    mean difference; interval: its 95 % t-interval.
+    differences: seed -> left minus right, in points; empty where there are none, for the reason in `why`. rounds: those
+    used. dropped: those left out because both series are at chance level. diverged, dead: how many of the runs compared
+    diverged, or have a layer that is pruned whole. left_out: seeds that lack results. complete: whether the results
+    reach the end of the stated range. effect: the mean difference. interval: its 95 % t-interval.
     """
 
     differences: Mapping[int, float] = field(default_factory=dict)
@@ -100,12 +105,12 @@ class Finding:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Those that count."""
+        """The seeds that count."""
         return tuple(self.differences)
 
     @property
     def margin(self) -> float:
-        """Points by which the interval clears what the comparison says; negative when it does not."""
+        """Points by which the interval clears the bound of its kind; negative where it does not."""
         if self.interval is None:
             return -float("inf")
         low, high = self.interval
@@ -116,7 +121,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of a caption and the comparisons that must all be true for it."""
+    """A sentence of a caption, and the comparisons that must all be true for it to hold."""
 
     id: str
     text: str
@@ -124,12 +129,13 @@ class Claim:
 
     def __post_init__(self) -> None:
         if not self.comparisons:
-            raise ValueError(f"claim {self.id!r} compares nothing")
+            raise ValueError(f"claim {self.id!r} has no comparisons: give at least one")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a claim came out. `effect` and `interval` are those of the part that decided (of several, the weakest)."""
+    """The outcome of a claim. effect, interval, why: those of the part that decided; of several, the one with the least
+    margin."""
 
     id: str
     text: str
@@ -141,10 +147,10 @@ class Verdict:
 
 
 def judge(claim: Claim, rows: Iterable[Row], *, chance: float, decisive: bool) -> Verdict:
-    """Judge `claim` by the rule above. `chance` is the accuracy of guessing, as a fraction.
+    """The verdict on `claim` by the rule above. chance: the accuracy of guessing, a fraction.
 
-    `decisive` is False for presets that show the machinery only. A conjunction fails if one part fails, holds if all
-    hold, and is undecided otherwise. Raises ValueError for two results at one (panel, series, seed, round).
+    decisive: False for a preset that only shows the machinery. A claim fails if one part fails, holds if all parts
+    hold, and is undecided otherwise. ValueError for two results at one (panel, series, seed, round).
     """
     if not 0 < chance < 1:
         raise ValueError(f"chance {chance!r} is not a fraction between 0 and 1")
@@ -152,13 +158,14 @@ def judge(claim: Claim, rows: Iterable[Row], *, chance: float, decisive: bool) -
     parts = tuple(_judge_part(comparison, rows, chance, decisive) for comparison in claim.comparisons)
     outcomes = [part.verdict for part in parts]
     outcome: Outcome = "fails" if "fails" in outcomes else "undecided" if "undecided" in outcomes else "holds"
+    # A conjunction is as strong as its weakest part.
     decider = min((part for part in parts if part.verdict == outcome), key=lambda part: part.margin)
     return Verdict(claim.id, claim.text, outcome, decider.effect, decider.interval, decider.why, parts)
 
 
 def _judge_part(comparison: Comparison, rows: Sequence[Row], chance: float, decisive: bool) -> Finding:
     found = comparison.measure(rows, chance)
-    # Nine digits: 0.51 - 0.50 is to be one point, not 1.0000000000000009.
+    # Nine digits: 0.51 - 0.50 must be one point, not 1.0000000000000009, which would miss the bound of "similar".
     values = list(found.differences.values())
     effect = round(fmean(values), 9) if values else None
     interval = None
@@ -166,6 +173,7 @@ def _judge_part(comparison: Comparison, rows: Sequence[Row], chance: float, deci
         low, high = t_interval(values)
         interval = (round(low, 9), round(high, 9))
     verdict, why = _decide(comparison.kind, interval)
+    # The order decides which reason is reported where several apply: the most basic one first.
     if effect is None:
         verdict, why = "undecided", found.why
     elif not decisive:
@@ -181,7 +189,7 @@ def _judge_part(comparison: Comparison, rows: Sequence[Row], chance: float, deci
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % t-interval of the mean of at least two values; a single point where they are all equal."""
+    """95 % confidence interval of the mean (Student's t, n - 1 degrees of freedom) of at least two values."""
     from scipy import stats  # here, so that planning needs no scipy
 
     half = float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
@@ -190,7 +198,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def _decide(kind: Kind, interval: tuple[float, float] | None) -> tuple[Outcome, str]:
     if interval is None:
-        return "undecided", "one seed has no interval"
+        return "undecided", "one seed gives no interval"
     low, high = interval
     if kind == "better":
         if low > 0:
@@ -205,6 +213,7 @@ def _decide(kind: Kind, interval: tuple[float, float] | None) -> tuple[Outcome, 
         if high < -SIMILAR_POINTS:
             return "fails", f"the interval lies below {bound}"
         return "undecided", f"the interval contains {bound}"
+    # "similar": the whole interval must lie within. That it contains 0 shows no similarity, only too few seeds.
     bound = f"+-{SIMILAR_POINTS:g} point"
     if max(abs(low), abs(high)) <= SIMILAR_POINTS:
         return "holds", f"the interval lies within {bound}"
@@ -217,9 +226,11 @@ def _decide(kind: Kind, interval: tuple[float, float] | None) -> tuple[Outcome, 
 class Accuracy:
     """Accuracy of series `left` against `right`, over a range of densities or of rounds.
 
-    `densities` and `rounds` are (low, high), ends included; give one of them. Low density 0: wherever the run ends.
-    At round 0 all series of an eval panel are one and the same dense network: a comparison of masks leaves it out.
+    densities, rounds: (low, high), ends included; exactly one of them is given. A low density of 0 means: to the end of
+    the run. A comparison of masks leaves out round 0, where all series of an eval panel are the same dense network.
     """
+
+    # ValueError, not InputError: a wrong comparison is a mistake in a figure's module, not in a user's input.
 
     panel: str
     kind: Kind
@@ -231,15 +242,15 @@ class Accuracy:
 
     def __post_init__(self) -> None:
         if self.kind not in SIGNS:
-            raise ValueError(f"kind {self.kind!r} is none of {', '.join(map(repr, SIGNS))}")
+            raise ValueError(f"unknown kind {self.kind!r}: choose one of {', '.join(map(repr, SIGNS))}")
         if self.left == self.right:
-            raise ValueError(f"a comparison of {self.left!r} with itself")
+            raise ValueError(f"{self.left!r} is compared with itself")
         if (self.densities is None) == (self.rounds is None):
-            raise ValueError("a comparison needs either densities or rounds")
+            raise ValueError("give exactly one of densities and rounds")
         if self.densities is not None and not 0 <= self.densities[0] <= self.densities[1] <= 1:
-            raise ValueError(f"densities {self.densities} are not (low, high) within [0, 1]")
+            raise ValueError(f"densities {self.densities}: expected (low, high) within [0, 1]")
         if self.rounds is not None and not 0 <= self.rounds[0] <= self.rounds[1]:
-            raise ValueError(f"rounds {self.rounds} are not (low, high) from 0")
+            raise ValueError(f"rounds {self.rounds}: expected (low, high), not below 0")
 
     @property
     def text(self) -> str:
@@ -255,6 +266,7 @@ class Accuracy:
         if not chosen:
             return Finding(why="the run has no round in the stated range")
         every = sorted({seed for seed, _ in left} | {seed for seed, _ in right})
+        # Paired by seed: left and right share data order and initial weights, whose effect the difference removes.
         seeds = [seed for seed in every if all((seed, n) in left and (seed, n) in right for n in chosen)]
         if not seeds:
             return Finding(why="no seed has all rounds of both series")
@@ -262,11 +274,13 @@ class Accuracy:
 
         def accuracy(points: dict[tuple[int, int], Row], seed: int, number: int) -> float:
             y = points[seed, number].y
+            # Leaving diverged runs out would favour a rate that diverges half the time.
             return chance if y is None else y
 
         def at_chance(points: dict[tuple[int, int], Row], number: int) -> bool:
             return fmean(accuracy(points, seed, number) for seed in seeds) <= chance + CHANCE_MARGIN
 
+        # Both at chance: where only one series is, its collapse is the result.
         dropped = tuple(number for number in chosen if at_chance(left, number) and at_chance(right, number))
         kept = tuple(number for number in chosen if number not in dropped)
         differences = {
@@ -285,12 +299,15 @@ class Accuracy:
         )
 
     def _common_rounds(self, left: dict[tuple[int, int], Row], right: dict[tuple[int, int], Row]) -> dict[int, float]:
-        """Density of each round that both series have. ValueError where their densities differ."""
+        """Round -> density, for rounds that both series have. ValueError where the densities of a round differ."""
         common: dict[int, list[float]] = {}
         for number in {number for _, number in left} & {number for _, number in right}:
+            # A range of densities picks the same rounds for both series only if they prune at the same pace.
             common[number] = [points[key].x for points in (left, right) for key in points if key[1] == number]
             if self.densities is not None and max(common[number]) > (1 + SLACK) * min(common[number]):
-                raise ValueError(f"round {number} has densities from {min(common[number])} to {max(common[number])}")
+                raise ValueError(
+                    f"round {number} has densities from {min(common[number])} to {max(common[number])}: expected one"
+                )
         return {number: fmean(densities) for number, densities in common.items()}
 
     def _in_range(self, number: int, density: float) -> bool:
@@ -301,7 +318,7 @@ class Accuracy:
         return low * (1 - SLACK) <= density <= high * (1 + SLACK)
 
     def _covered(self, common: dict[int, float]) -> bool:
-        """Whether the run reaches the sparse end of the stated range, to less than one 20 % step."""
+        """Whether the rounds reach the sparse end of the stated range: the next 20 % step would leave it."""
         if self.rounds is not None:
             return max(common) >= self.rounds[1]
         assert self.densities is not None
@@ -310,7 +327,7 @@ class Accuracy:
 
 
 def points_of(rows: Iterable[Row], panel: str, series: str) -> dict[tuple[int, int], Row]:
-    """The rows of a series by (seed, round). ValueError for two results at one place."""
+    """(seed, round) -> row, of one series. ValueError for two rows at one (seed, round)."""
     points: dict[tuple[int, int], Row] = {}
     for row in rows:
         if (row.panel, row.series) == (panel, series):
@@ -322,15 +339,16 @@ def points_of(rows: Iterable[Row], panel: str, series: str) -> dict[tuple[int, i
 
 @dataclass(frozen=True)
 class _OfRatios:
-    """What no figure chooses; a field all the same, so that summary.json tells it."""
+    """What all comparisons of layerwise pruning ratios have in common."""
 
+    # Fields, although no figure sets them: asdict() writes fields to summary.json.
     kind: Kind = field(default="better", init=False)
     unit: str = field(default="ratio points", init=False)
 
 
 @dataclass(frozen=True)
 class MoreMovement(_OfRatios):
-    """In `panel` the layers but `first` move more, on average, than in panel `than`."""
+    """In `panel`, the layers except `first` move more, on average, than in panel `than`."""
 
     panel: str
     than: str
@@ -338,7 +356,7 @@ class MoreMovement(_OfRatios):
 
     def __post_init__(self) -> None:
         if self.panel == self.than:
-            raise ValueError(f"a comparison of panel {self.panel!r} with itself")
+            raise ValueError(f"panel {self.panel!r} is compared with itself")
 
     @property
     def text(self) -> str:
@@ -355,7 +373,7 @@ class MoreMovement(_OfRatios):
 
 @dataclass(frozen=True)
 class Hardly(_OfRatios):
-    """In `panel` the layers but `first` move less, on average, than HARDLY_POINTS."""
+    """In `panel`, the layers except `first` move less, on average, than HARDLY_POINTS."""
 
     panel: str
     first: str
@@ -374,7 +392,7 @@ class Hardly(_OfRatios):
 
 @dataclass(frozen=True)
 class FirstAgainstOthers(_OfRatios):
-    """In `panel` the layer `first` moves more than the others do on average."""
+    """In `panel`, the layer `first` moves more than the mean of the others."""
 
     panel: str
     first: str
@@ -392,7 +410,7 @@ class FirstAgainstOthers(_OfRatios):
 
 @dataclass(frozen=True)
 class SmallerStart(_OfRatios):
-    """The distance of series `left` is smaller than that of `right` at the first epoch there is."""
+    """The distance of series `left` is smaller than that of `right` at the first epoch in the results."""
 
     panel: str
     left: str
@@ -400,7 +418,7 @@ class SmallerStart(_OfRatios):
 
     def __post_init__(self) -> None:
         if self.left == self.right:
-            raise ValueError(f"a comparison of {self.left!r} with itself")
+            raise ValueError(f"{self.left!r} is compared with itself")
 
     @property
     def text(self) -> str:
@@ -416,9 +434,9 @@ class SmallerStart(_OfRatios):
 
 @dataclass(frozen=True)
 class Flattens(_OfRatios):
-    """The distance of `series` falls faster, on average, from the first epoch to `at` than from there to the last.
+    """The distance of `series` falls faster per epoch, on average, up to the epoch `at` than from there to the last.
 
-    Undecided where `at` is not strictly between the two.
+    Undecided unless `at` is strictly between the two.
     """
 
     panel: str
@@ -433,7 +451,7 @@ class Flattens(_OfRatios):
     def measure(self, rows: Sequence[Row], chance: float) -> Finding:
         epochs = {row.round for row in rows if (row.panel, row.series) == (self.panel, self.series)}
         if epochs and not min(epochs) < self.at < max(epochs):
-            return Finding(why=f"epoch {self.at} is not within the run")
+            return Finding(why=f"epoch {self.at} is not inside the run")
         if epochs and self.at not in epochs:
             return Finding(why=f"no results of {self.series} at epoch {self.at}")
 
@@ -453,8 +471,11 @@ def _measure(
     *,
     every: bool = False,
 ) -> Finding:
-    """Applies `difference`, a fraction, to each seed's curves by panel. needed: by panel the series that must be there.
-    Of a panel only those are read, unless `every` one is; then there must be others."""
+    """Applies `difference` to the curves of each seed; it takes panel -> curves and returns a fraction.
+
+    needed: panel -> the series that must exist. Only these are read, unless `every`: then all series of the panel are,
+    and there must be others than the needed ones. ValueError for two results at one (panel, series, seed, epoch).
+    """
     used = [r for r in rows if r.panel in needed and (every or r.series in needed[r.panel])]
     names = {panel: {row.series for row in used if row.panel == panel} for panel in needed}
     for panel, series in needed.items():
@@ -470,6 +491,7 @@ def _measure(
             place = f"panel {row.panel}, series {row.series}, seed {row.seed}, epoch {row.round}"
             raise ValueError(f"two results for {place}")
         if row.y is not None:
+            # A diverged run has no value here, so its seed lacks an epoch and is left out below.
             curve[row.round] = row.y
     epochs = {row.round for row in used}
     complete = [
@@ -488,8 +510,11 @@ def _measure(
 
 
 def _movement(curve: Mapping[int, float]) -> float:
+    """Maximum minus minimum over epochs."""
     return max(curve.values()) - min(curve.values())
 
 
 def _others(curves: Curves, first: str) -> float:
+    """Mean movement of all layers except `first`."""
+    # A4's caption excepts the first layer, which moves much more than the others and would dominate their mean.
     return fmean(_movement(curve) for name, curve in curves.items() if name != first)

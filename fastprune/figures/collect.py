@@ -1,4 +1,4 @@
-"""From published runs to the rows of results.csv."""
+"""From the published nodes of a store to the rows of results.csv."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -12,7 +12,8 @@ from fastprune.store import RequestedOutputs, RunStore
 
 
 def collect(figure: str, points: Iterable[AnyPoint], store: RunStore) -> list[Row]:
-    """The rows of every point whose runs are published."""
+    """The rows of all points whose nodes are published."""
+    # A point without its nodes is left out, not an error: a figure is drawn also where some runs failed.
     rows: list[Row] = []
     for point in points:
         if isinstance(point, LprPoint):
@@ -24,8 +25,8 @@ def collect(figure: str, points: Iterable[AnyPoint], store: RunStore) -> list[Ro
 
 
 def remark(points: Iterable[AnyPoint], store: RunStore) -> str:
-    """What a structured figure has to say beside its points: how long the whole network takes, and which layers were
-    left one filter where the ranking alone would have left none."""
+    """The note of a structured figure: the latency of the dense network, and how many groups of filters kept one
+    although the ranking would have removed all; empty for other figures."""
     nodes = {p.selection for p in points if isinstance(p, Point) and p.selection is not None}
     found = [(node.fraction, store.node(node)["result"]) for node in nodes if store.has(node)]
     if not found:
@@ -33,6 +34,7 @@ def remark(points: Iterable[AnyPoint], store: RunStore) -> str:
     counts: dict[float, list[int]] = defaultdict(list)
     for fraction, result in found:
         counts[fraction].append(len(result["spared"]))
+    # Every selection timed the dense network again; the median is robust to a busy machine.
     whole, batch = median(r["latency_whole_ms"] for _, r in found), found[0][1]["latency_batch"]
     text = f"The whole network takes {whole:.3g} ms for a batch of {batch}."
     parts = [f"{100 * fraction:g} %: {_span(spared)}" for fraction, spared in sorted(counts.items()) if any(spared)]
@@ -51,6 +53,7 @@ def _row(figure: str, p: Point, store: RunStore) -> Row:
     result = store.node(p.node)["result"]
     accuracy = result["accuracy"]
     if p.epoch is not None and p.epoch != p.node.stop:
+        # An early epoch of a longer run. A run that diverged stops early and has no later epochs.
         accuracy = store.metrics(p.node)[p.epoch]["val_accuracy"] if p.epoch <= result["epochs"] else None
         if result["diverged"] and p.epoch == result["epochs"]:
             accuracy = None
@@ -66,14 +69,15 @@ def _row(figure: str, p: Point, store: RunStore) -> Row:
 
 
 def _size(result: dict[str, Any], axis: str) -> float:
-    """What a filter selection's result says for an axis. Times are relative: both networks were timed in turn."""
+    """The value of a filter selection on an axis. Latency is relative to the dense network."""
+    # Both networks were timed in turn on one machine, so that its load and speed cancel.
     if axis == "latency":
         return float(result["latency_ms"] / result["latency_whole_ms"])
     return float(result["removed_fraction" if axis == "filters" else axis])
 
 
 def _history_rows(figure: str, p: LprPoint, store: RunStore) -> list[Row]:
-    """A row for each epoch and layer, or for each epoch; no values from the epoch on that diverged."""
+    """One row per epoch and layer (A4), or per epoch (A5). A row has no value where the run has diverged."""
     history = store.lpr_history(p.history)
     diverged = store.node(p.node)["result"]["diverged"]
     layers = list(history[0])
@@ -83,7 +87,7 @@ def _history_rows(figure: str, p: LprPoint, store: RunStore) -> list[Row]:
         values: dict[str, float | None]
         if p.series is None:
             values = dict.fromkeys(layers) if ratios is None else dict(ratios)
-        elif ratios is None or diverged:  # there is no end to compare with
+        elif ratios is None or diverged:  # a diverged run has no LPR at the end to measure the distance from
             values = {p.series: None}
         else:
             end = history[p.node.stop]

@@ -1,8 +1,9 @@
-"""The pictures of a figure: figure.png and figure.pdf.
+"""figure.png and figure.pdf, drawn from the rows of a figure.
 
-Drawn from rows alone and without dates, so the same rows give the same bytes with one version of matplotlib, which is
-imported only when something is drawn. Nothing of matplotlib's global state is set.
+The same rows give the same bytes with the same version of matplotlib. Its global state is left unchanged.
 """
+
+# Only the functions that draw import matplotlib: `--plan` imports this module, too, and must start at once.
 
 import io
 import math
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Inches.
-_WIDTH = {1: 4.9, 2: 7.0, 3: 9.4}  # by columns
+# Lengths are in inches. A figure grows with its title, legend and note, so that panels have one size in all figures.
+_WIDTH = {1: 4.9, 2: 7.0, 3: 9.4}  # of a figure, by its columns of panels
 
 _PANEL_HEIGHT = 2.45
 
@@ -29,27 +30,29 @@ _LEFT, _RIGHT, _BOTTOM, _ROW_GAP, _COLUMN_GAP = 0.62, 0.14, 0.60, 0.66, 0.22
 
 _TITLE_LINE, _LEGEND_LINE, _NOTE_LINE = 0.18, 0.19, 0.115
 
-# Characters an inch holds, with something to spare.
+# Characters that fit into an inch, estimated on the safe side: matplotlib does not wrap text by itself.
 _TITLE_CHARACTERS, _NOTE_CHARACTERS = 12, 19.5
 
 _BAR = 2.6  # inches for the colour bar of a network's layers, with its label
 
 
 def draw(rows: Sequence[Row], drawing: Drawing, folder: Path) -> tuple[Path, Path]:
-    """Draw mean and sample standard deviation over seeds; write figure.png and figure.pdf and return their paths.
+    """Draws mean and sample standard deviation over seeds; writes figure.png and figure.pdf and returns their paths.
 
-    Every round is a point of its line; with many rounds only some carry a marker. A diverged run counts as chance
-    accuracy (without `chance`: not at all) and shows as a cross below the axis, a layer that is pruned whole as a
-    circle. Raises InputError for rows that do not fit their panel's axes, and when `folder` cannot be written.
+    Every round is a point of its line; of many rounds only some have a marker. A diverged run counts as chance
+    accuracy (is left out where `drawing.chance` is None) and is marked by a cross below the axis. A circle marks a run
+    in which a layer is pruned whole. InputError for rows out of the bounds of their panel's axes, and where `folder`
+    cannot be written.
     """
     from matplotlib import style
 
     check_rows(rows, drawing.panels)
     png, pdf = folder / "figure.png", folder / "figure.pdf"
+    # "default" first: a user's matplotlibrc must not change the picture.
     with style.context(["default", RC]):
         figure = _figure(rows, drawing)
         write_atomic(png, _render(figure, "png", dpi=220, metadata={"Software": None}))
-        # None leaves the field out: a date would make two drawings of the same rows differ.
+        # None omits the field: a date would make two drawings of the same rows differ.
         write_atomic(pdf, _render(figure, "pdf", metadata={"CreationDate": None, "Title": drawing.title}))
     return png, pdf
 
@@ -72,6 +75,7 @@ def _figure(rows: Sequence[Row], drawing: Drawing) -> "Figure":
     diverged, dead = any(point.diverged for point in points), any(point.dead for point in points)
 
     count = len(drawing.panels)
+    # Four panels stand as two by two, as A1 does in the paper.
     columns = count if count < 4 else 2 if count == 4 else 3
     lines = math.ceil(count / columns)
     width = _WIDTH[columns]
@@ -85,6 +89,7 @@ def _figure(rows: Sequence[Row], drawing: Drawing) -> "Figure":
     top = above_legend + _LEGEND_LINE * legend_lines + (0.34 if headed else 0.14)
     bottom = _BOTTOM + _NOTE_LINE * len(note)
     height = top + lines * _PANEL_HEIGHT + (lines - 1) * _ROW_GAP + bottom
+    # Panels that share the y axis label it once; others need room for labels of their own.
     gap = _COLUMN_GAP if len({panel.y for panel in drawing.panels.values()}) == 1 else _LEFT
     panel_width = (width - _LEFT - _RIGHT - (columns - 1) * gap) / columns
 
@@ -106,7 +111,7 @@ def _figure(rows: Sequence[Row], drawing: Drawing) -> "Figure":
     figure.suptitle(pretty("\n".join(title)), y=1 - 0.10 / height, va="top", fontsize=10)
     if entries:
         figure.legend(
-            # Columns are filled first, so all are equally long.
+            # matplotlib fills a legend column by column; blanks keep each line of ours in one row.
             handles=[handle or _blank() for column in zip_longest(*entries) for handle in column],
             loc="upper center",
             bbox_to_anchor=(0.5 * room / width, 1 - above_legend / height),
@@ -154,7 +159,7 @@ def _draw_panels(
         ax.set_ylim(floor, ceiling)
         ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(0, ceiling)
         ax.set_yticks([tick for tick in ticks if 0 <= tick <= min(ceiling, 100)])
-        # What the panel to the left says need not be said again.
+        # A panel whose left neighbour has the same y axis repeats neither label nor numbers.
         if index % columns == 0 or panel.y != beside:
             ax.set_ylabel(Y_AXES[panel.y].label)
         else:
@@ -165,7 +170,7 @@ def _draw_panels(
 
 
 def _limits(curves: Mapping[str, Mapping[str, list[CurvePoint]]], y: str, drawing: Drawing) -> tuple[float, float]:
-    """Ends of the y axis that all panels over `y` have."""
+    """Ends of the y axis, the same for all panels of the figure that show `y`, so that they can be compared by eye."""
     shown = [curves[letter] for letter, panel in drawing.panels.items() if panel.y == y]
     points = [point for series in shown for curve in series.values() for point in curve]
     lines = 2 if drawing.layers else max(map(len, shown))
@@ -173,13 +178,14 @@ def _limits(curves: Mapping[str, Mapping[str, list[CurvePoint]]], y: str, drawin
 
 
 def _blank() -> Any:
+    """An invisible entry of a legend."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], linestyle="none", label=" ")
 
 
 def _draw_bar(figure: "Figure", left: float, bottom: float, width: float, height: float) -> None:
-    """The colours of a network's layers."""
+    """The colour bar of a network's layers, from the second to the last."""
     ax = figure.add_axes((left, bottom, width, height))
     steps = 64
     for step in range(steps):
@@ -204,15 +210,16 @@ def _note(rows: Sequence[Row], drawing: Drawing, diverged: bool) -> str:
 
 Curves = Mapping[str, list[CurvePoint]]
 
-_STRIP = 0.035  # of the axis' top, for each line of marks below it
+_STRIP = 0.035  # height of one line of marks below the axis, as a fraction of the axis' upper end
 
-_MARKS = 40  # side by side at most: more would overlap
+_MARKS = 40  # at most so many marks side by side: more would overlap
 
 
 def draw_panel(
     ax: "Axes", panel: DrawnPanel, curves: Curves, names: Sequence[str], drawing: Drawing, floor: float
 ) -> str:
-    """Draws the series of a panel; returns the label of its x axis. floor: where the strip of marks ends, below 0."""
+    """Draws the series of one panel on `ax`; returns the label of its x axis. floor: the lower end of the y axis, below
+    0; between it and 0 are the marks of diverged and dead runs."""
     shown = [point for series in curves.values() for point in series]
     factor, label = shown_x(panel, [point.x for point in shown])
     for order, name in enumerate(names):
@@ -221,13 +228,13 @@ def draw_panel(
         points = curves[name]
         if drawing.layers:
             _draw_layer(ax, points, panel, order, len(names), factor)
-            # A run diverges in all layers at once: one line of marks for that, one for layers pruned whole.
+            # A run diverges in all of its layers at once, so one line of marks is enough; a second is for dead layers.
             levels = {"diverged": floor / 3, "dead": 2 * floor / 3}
             colors: dict[str, Any] = {"diverged": "0.2", "dead": layer_color(order, len(names))}
         else:
             style = style_of(name, names)
             _draw_series(ax, points, panel, style, order, factor)
-            # Each series has its marks at its own height: several often diverge at the same density.
+            # Several series often diverge at the same density, so each has its marks at a height of its own.
             here = [other for other in names if other in curves]
             levels = dict.fromkeys(("diverged", "dead"), floor * (here.index(name) + 1) / (len(here) + 1))
             colors = dict.fromkeys(levels, style["color"])
@@ -249,16 +256,17 @@ def draw_panel(
 
 
 def limits(points: Sequence[CurvePoint], y: str, lines: int, chance: float | None) -> tuple[float, float]:
-    """Lower and upper end of a y axis, as shown. lines: of marks below it, where there are any."""
+    """Lower and upper end of a y axis in shown units. lines: lines of marks below 0, where there are any marks."""
     axis = Y_AXES[y]
     tops = [min(axis.high, point.mean + (point.std or 0.0)) for point in points if point.mean is not None]
+    # At least 1, since an axis from 0 to 0 has no height.
     top = max([axis.factor * value for value in (*tops, chance or 0.0)] + [1.0])
     marked = any(point.diverged or point.dead for point in points)
     return -(_STRIP * (lines + 1) if marked else 0.03) * top, 1.05 * top
 
 
 def _apart(places: Sequence[float], least: float) -> list[float]:
-    """The first of `places` and of the others those that are at least so far from the one before."""
+    """Rising `places`, without those that are nearer than `least` to the last one kept."""
     kept: list[float] = []
     for place in places:
         if not kept or place - kept[-1] >= least:
@@ -269,20 +277,20 @@ def _apart(places: Sequence[float], least: float) -> list[float]:
 def _draw_series(
     ax: "Axes", points: list[CurvePoint], panel: DrawnPanel, style: dict[str, Any], order: int, factor: float
 ) -> None:
-    """Mean and band, or bars, of one standard deviation."""
+    """The line of means, with a band or bars of one standard deviation."""
     x, mean, lower, upper = _numbers(points, panel, factor)
-    if panel.x == "latency":  # measured, it need not fall from point to point: a band would cross itself
+    if panel.x == "latency":  # measured, so not monotonic in the sparsity: a band would cross itself
         ax.vlines(x, lower, upper, color=style["color"], alpha=0.5, linewidth=1.0, zorder=2 + 0.01 * order)
     else:
         ax.fill_between(x, lower, upper, color=style["color"], alpha=0.2, linewidth=0, zorder=2 + 0.01 * order)
     every = max(1, round(len(x) / MARKED))
-    # Where two lines coincide, markers at different rounds show both.
+    # Markers of different series are at different rounds, so that two lines that coincide are both seen.
     marked = (order % every, every)
     ax.plot(x, mean, zorder=3 + 0.01 * order, markevery=marked, markeredgecolor="white", markeredgewidth=0.4, **style)
 
 
 def _draw_layer(ax: "Axes", points: list[CurvePoint], panel: DrawnPanel, order: int, count: int, factor: float) -> None:
-    """A thin line; the first layer thick and above the others, with its band."""
+    """A thin line without a band. The first layer is thick, above the others, and has a band."""
     x, mean, lower, upper = _numbers(points, panel, factor)
     if order > 0:
         ax.plot(x, mean, color=layer_color(order, count), linewidth=0.8, zorder=2 + order / count)
@@ -292,10 +300,11 @@ def _draw_layer(ax: "Axes", points: list[CurvePoint], panel: DrawnPanel, order: 
 
 
 def _numbers(points: list[CurvePoint], panel: DrawnPanel, factor: float) -> tuple[list[float], ...]:
-    """x, mean, and mean less and plus the deviation, as shown. NaN is a gap: diverged, or a single run.
+    """x, mean, and mean minus and plus one deviation, in shown units.
 
-    The band ends where no value can be: below 0 are the marks.
+    NaN, a gap in the picture, stands for no mean (all runs diverged) and for no deviation (one run).
     """
+    # The band ends at the bounds of the value: an accuracy below 0 is impossible, and the marks are there.
     axis, gap = Y_AXES[panel.y], math.nan
     mean = [gap if point.mean is None else axis.factor * point.mean for point in points]
     lower, upper = [], []
@@ -307,9 +316,10 @@ def _numbers(points: list[CurvePoint], panel: DrawnPanel, factor: float) -> tupl
 
 
 def _draw_chance(ax: "Axes", chance: float, panel: DrawnPanel, points: list[CurvePoint]) -> None:
-    """Dotted line, with its label at the end where the curves are farther away."""
+    """A dotted line at chance accuracy, labelled at the end that is farther from the curves."""
     ax.axhline(100 * chance, color="0.35", linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
     places = sorted(point.x for point in points) or [1.0]
+    # On the log axis the middle is the geometric mean of the ends, and the larger densities are on the left.
     middle = math.sqrt(places[0]) if X_AXES[panel.x].log else (places[0] + places[-1]) / 2
     distance = {"left": math.inf, "right": math.inf}
     for point in points:
@@ -331,7 +341,7 @@ def _draw_chance(ax: "Axes", chance: float, panel: DrawnPanel, points: list[Curv
 
 
 def _draw_marks(ax: "Axes", panel: DrawnPanel, factor: float) -> None:
-    """Thin vertical lines; the first one says what they are."""
+    """Thin vertical lines at the panel's marks. Only the first one is labelled."""
     for index, place in enumerate(panel.marks):
         ax.axvline(factor * place, color="0.35", linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
         if index == 0 and panel.marks_label:
@@ -357,7 +367,7 @@ def _linear_axis(ax: "Axes", panel: DrawnPanel, values: list[float]) -> None:
 
 
 def _density_axis(ax: "Axes", densities: list[float]) -> None:
-    """Log axis from 1 down to the sparsest density, with ticks that suit how far that is."""
+    """A logarithmic x axis from 1 down to the lowest density, with ticks that suit its length."""
     from matplotlib.ticker import FixedLocator, NullFormatter
 
     low = min(densities, default=1.0)
@@ -371,12 +381,13 @@ def _density_axis(ax: "Axes", densities: list[float]) -> None:
     decades = range(math.floor(math.log10(end)) - 1, 0)
     minor = [digit * 10.0**power for power in decades for digit in range(1, 10)]
     few = end > 0.1
+    # Over less than a decade the major ticks are the rounds themselves, and minor ones would only confuse.
     ax.xaxis.set_minor_locator(FixedLocator([] if few else [tick for tick in minor if tick >= end]))
     ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _ticks(densities: list[float]) -> list[float]:
-    """Tick positions for densities in falling order: 1, 0.3, 0.1, ... or, over less than a decade, the rounds."""
+    """Tick positions for falling densities: 1, 0.3, 0.1, ...; over less than a decade, the densities of the rounds."""
     low = densities[-1]
     if low > 0.1:
         ticks = [1.0]
@@ -396,17 +407,18 @@ def _ticks(densities: list[float]) -> list[float]:
 
 RANDOM = "random"
 
-# Colours that the colour-blind tell apart, of different lightness; with markers and dashes also readable in grey.
-# Red is kept for the random baseline. Lists of different length: many series still differ in one of them.
+# Colour-blind readers can tell these colours apart, and their lightness differs, so that they can be read in grey, too.
+# Red is reserved for the random baseline, as in the paper's A2. The numbers of colours, markers and dashes differ, so
+# that two of many series never agree in all three.
 _COLORS = ("#0b4f8a", "#e69f00", "#009e8e", "#b35fa8", "#56b4e9", "#5a5a5a")
 
-_MARKERS = {"o": 4.0, "s": 3.7, "^": 4.8, "v": 4.8, "p": 4.6, "h": 4.4, "<": 4.8}  # sizes that look alike
+_MARKERS = {"o": 4.0, "s": 3.7, "^": 4.8, "v": 4.8, "p": 4.6, "h": 4.4, "<": 4.8}  # sizes that look equal to the eye
 
 _DASHES = ("-", (0, (6, 1.5)), (0, (2.2, 1.1)), (0, (6, 1.3, 1.3, 1.3)), (0, (1, 1)))
 
 _RANDOM_STYLE = {"color": "#d4201f", "marker": "D", "markersize": 3.6, "linestyle": (0, (4, 1.2, 1, 1.2, 1, 1.2))}
 
-MARKED = 12  # markers on a line, about: more would hide its dashes
+MARKED = 12  # about so many markers on a line: more would hide its dashes
 
 RC: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -427,16 +439,16 @@ RC: dict[str, Any] = {
     "legend.fontsize": 8,
     "legend.title_fontsize": 8,
     "lines.linewidth": 1.3,
-    "pdf.fonttype": 42,
+    "pdf.fonttype": 42,  # TrueType: text in the PDF stays text; many publishers reject the default, Type 3
 }
 
-_HANDLE = 0.60  # inches of a legend's entry, with the gaps about it
+_HANDLE = 0.60  # inches that a legend's entry takes beside its text
 
-_LEGEND_CHARACTERS = 16  # an inch holds
+_LEGEND_CHARACTERS = 16  # that fit into an inch of a legend
 
 FIRST_LAYER: dict[str, Any] = {"color": "#d4201f", "linewidth": 2.2}
 
-# A run can be both: the cross then stands within the circle.
+# A run can be diverged and dead: its cross then stands inside the circle.
 DIVERGED: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 3.2, "markeredgewidth": 0.9}
 
 DEAD: dict[str, Any] = {
@@ -449,7 +461,7 @@ DEAD: dict[str, Any] = {
 
 
 def style_of(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Colour, marker and dashes of the series `name` of all `names`."""
+    """Colour, marker and dashes of the series `name`, by its place in `names`."""
     if name == RANDOM:
         return _RANDOM_STYLE
     index = [other for other in names if other != RANDOM].index(name)
@@ -459,17 +471,21 @@ def style_of(name: str, names: Sequence[str]) -> dict[str, Any]:
 
 
 def layer_color(index: int, count: int) -> Any:
-    """The colour of a network's layer: dark for the first, light for the last."""
+    """The colour of layer `index` of `count`, from dark for the first to light for the last."""
     from matplotlib import colormaps
 
+    # The last 8 % of viridis is a yellow that is hard to see on white.
     return colormaps["viridis"](0.92 * index / max(1, count - 1))
 
 
 def legend(
     names: Sequence[str], panels: Iterable[Collection[str]], drawing: Drawing, *, diverged: bool, dead: bool
 ) -> list[list[Any]]:
-    """Entries for the series `names`, in blocks that share panels (the series of each), then for the marks below the
-    axis. A network's layers have one for the first; the colour bar explains the others."""
+    """Entries of the legend in blocks: series that share panels, then the marks below the axis.
+
+    names: series that have results. panels: the series in each panel. Layers have one entry, for the first; the colour
+    bar explains the others.
+    """
     from matplotlib.lines import Line2D
 
     blocks = []
@@ -486,7 +502,7 @@ def legend(
 
 
 def _sharing(names: Sequence[str], panels: Iterable[Collection[str]]) -> list[list[str]]:
-    """`names` in groups, such that no panel has series of two groups."""
+    """`names` in the smallest groups such that no panel has series of two groups (connected components)."""
     groups = [[name] for name in names]
     for there in panels:
         joined = [group for group in groups if any(name in there for name in group)]
@@ -496,7 +512,7 @@ def _sharing(names: Sequence[str], panels: Iterable[Collection[str]]) -> list[li
 
 
 def arranged(blocks: Sequence[Sequence[Any]], width: float) -> list[list[Any]]:
-    """The lines of a legend `width` inches wide: one, or for each block lines of its own, about equally long."""
+    """The lines of a legend `width` inches wide: one line, else one or more lines of similar length per block."""
     together = [handle for block in blocks for handle in block]
     if _width([together]) <= width:
         return [together] if together else []
@@ -512,7 +528,7 @@ def arranged(blocks: Sequence[Sequence[Any]], width: float) -> list[list[Any]]:
 
 
 def _width(lines: Sequence[Sequence[Any]]) -> float:
-    """Inches that the columns of a legend take, estimated."""
+    """Estimated width of a legend's columns in inches."""
     longest = (
         max(len(re.sub(r"\\mathrm|[\\${}_]", "", handle.get_label())) for handle in column if handle is not None)
         for column in zip_longest(*lines)
@@ -521,5 +537,5 @@ def _width(lines: Sequence[Sequence[Any]]) -> float:
 
 
 def pretty(text: str) -> str:
-    """LR_find and LR_eval as the paper sets them; any other dollar sign is a dollar sign."""
+    """`text` as mathtext, with LR_find and LR_eval typeset as in the paper; other dollar signs are escaped."""
     return re.sub(r"LR_(find|eval)\b", r"$\\mathrm{LR}_{\\mathrm{\1}}$", text.replace("$", r"\$"))

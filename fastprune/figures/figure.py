@@ -1,8 +1,9 @@
-"""A figure is data: the settings of its protocol, its panels with their series, and what it claims.
+"""A figure is data: the settings of its protocol, its panels with their series, and its claims.
 
-Figures are found by name in a registry; a module of the user's own can add to it (`--figure-module`). Standard library
-only, so that planning starts at once.
+A registry maps names to figures. A user's module can add figures to it (`--figure-module`).
 """
+
+# Standard library only: `--plan` imports this module and must start without the seconds that importing torch takes.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,19 +16,21 @@ from fastprune.study.chains import MaskRecipe
 from fastprune.study.settings import Settings, flag_of
 
 MASKED = (0.001, 0.8)
-"""Densities over which masks are compared: every round from the first, down to 0.8 ** 30."""
+"""Range of densities over which masks are compared: from round 1 (0.8) to round 30 (0.8 ** 30, about 0.001)."""
 
 ROUNDS = frozenset({"lr_eval", "rounds", "fraction", "criterion", "allocation", "rewind", "rewind_epoch"})
-"""Settings that matter where weights are pruned round by round and the masks evaluated."""
+"""Settings that only a figure with prune rounds and eval runs uses."""
+# A setting that is missing here affects every figure; one that is here is refused where no chosen figure uses it.
 _NOT_IN_ALL = ROUNDS | {"prune_epochs", "sparsities"}
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a panel: networks whose masks `recipe` finds, trained with `lr_eval`.
+    """One line of a panel: the networks that `lr_eval` trains under the masks of `recipe`.
 
-    name: in results.csv; "" in a panel whose lines are the layers of one run. label: in the legend. dense: which run
-    stands at sparsity 0, the dense one with lr_eval, or that with the recipe's own rate as it was pruned.
+    name: in results.csv; "" in a panel whose lines are the layers of one run. label: in the legend. lr_eval: None where
+    no network is evaluated (A4, A5). dense: which dense network is the point at sparsity 0. "eval": the one trained
+    with lr_eval; "find": the one trained with the recipe's LR_find, after the epoch at which it was pruned.
     """
 
     name: str
@@ -39,11 +42,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """x, y: names of axes (axes.py); what stands on x decides what the panel's points are (points.py).
+    """One panel of a figure.
 
-    settings: of its runs. find: the panel in results.csv that has the runs which find its masks, None where another
-    panel has them. rate: the LR_find that all its series share, None where they differ. marks: places on the x axis
-    with a thin line, explained by marks_label.
+    x, y: names of axes in axes.py. x also decides what a point is: "density" a network after a prune round, "epoch" the
+    LPR after an epoch, any other a network with fewer filters (points.py). settings: those of its runs. find: the id
+    under which results.csv lists the find runs of this panel; None where another panel lists them. rate: the LR_find
+    that all series share; None where they differ. marks: x values at which a thin vertical line is drawn; marks_label
+    explains it.
     """
 
     id: str
@@ -59,8 +64,10 @@ class Panel:
 
 
 class Rates(NamedTuple):
-    """Learning rates by role, as their series are named. Of fewer than three rates there is no middle one, of one rate
-    neither a lowest nor a highest: the role's own name then stands for it, and finds no results."""
+    """Learning rates by role, written as the names of their series.
+
+    Two rates have no middle one; a single rate has no role at all. A missing role is the role's own name ("middle").
+    """
 
     lowest: str
     middle: str
@@ -69,13 +76,17 @@ class Rates(NamedTuple):
     @classmethod
     def of(cls, rates: Sequence[float]) -> "Rates":
         rising = [f"{rate:g}" for rate in sorted(rates)]
+        # No series is called "middle": a claim about a missing role finds no results and is judged undecided.
+        # Of an even number of rates, the lower of the two in the middle.
         middle = rising[(len(rising) - 1) // 2] if len(rising) > 2 else "middle"
         return cls(rising[0], middle, rising[-1]) if len(rising) > 1 else cls("lowest", middle, "highest")
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What claims speak of under some settings, so that a preset with other rates keeps them."""
+    """What a figure's claims refer to: learning rates by role and panels, under given settings."""
+
+    # Claims never name a rate by value, so that they keep their meaning under `--lr-find` and `--lr-eval`.
 
     settings: Settings
     panels: tuple[Panel, ...]
@@ -90,33 +101,38 @@ class Roles:
 
     @property
     def rising(self) -> list[str]:
-        """All LR_find as their series are named, the lowest first."""
+        """All LR_find, the lowest first, written as the names of their series."""
         return [f"{rate:g}" for rate in sorted(self.settings.lr_find)]
 
     def panel(self, rate: str) -> str:
-        """The panel that has one LR_find, or the rate itself where there is none."""
+        """Id of the panel whose series all have the LR_find `rate`; `rate` itself where there is none."""
         return next((p.id for p in self.panels if p.rate is not None and f"{p.rate:g}" == rate), rate)
 
     def masks(
         self, kind: Kind, left: str, right: str, panel: str | None = None, densities: tuple[float, float] = MASKED
     ) -> tuple[Accuracy, ...]:
-        """Masks compared, in one panel or in each that mixes rates."""
+        """Comparisons of the masks of two series, in `panel`, or in every panel whose series differ in LR_find."""
         panels = [p.id for p in self.panels if p.rate is None] if panel is None else [panel]
         return tuple(Accuracy(p, kind, left, right, densities=densities) for p in panels)
 
     def dense(self, left: str, *others: str, panel: str = "find") -> tuple[Accuracy, ...]:
-        """The dense network of one series better than those of others."""
+        """Comparisons that say: the dense network of `left` is more accurate than that of each of `others`."""
         return tuple(Accuracy(panel, "better", left, other, rounds=(0, 0)) for other in others)
 
 
 @dataclass(frozen=True)
 class Figure:
-    """protocol: what the paper asks for. presets: what the figure changes of the presets, by their names. uses: the
-    settings it takes among those that not all figures take. exactly: settings that must have so many values. layers:
-    whether its series are a network's layers, shown by a colour bar."""
+    """One figure.
+
+    protocol: the paper's settings. panels, claims: functions of the settings in effect. uses: which of the settings
+    that not every figure uses this one does. presets: by preset, the settings that this figure changes in it. exactly:
+    by setting, how many values it must have. layers: whether the series are the layers of one network, which a colour
+    bar explains.
+    """
 
     name: str
     protocol: Settings
+    # Functions, since panels, series and claims follow the rates and epochs that the command line may change.
     panels: Callable[[Settings], tuple[Panel, ...]]
     claims: Callable[[Roles], Sequence[Claim]]
     uses: frozenset[str] = ROUNDS
@@ -125,38 +141,39 @@ class Figure:
     layers: bool = False
 
     def ignores(self, setting: str) -> bool:
+        """Whether the figure does not use this setting."""
         return setting in _NOT_IN_ALL - self.uses
 
     def panels_of(self, settings: Settings) -> tuple[Panel, ...]:
-        """Its panels in reading order. InputError for a number of values that it cannot draw."""
+        """The panels in reading order. InputError where a setting has more or fewer values than `exactly` says."""
         for name, count in self.exactly.items():
             if (given := len(getattr(settings, name))) != count:
-                raise InputError(f"figure {self.name} takes {count} {flag_of(name)}, not {given}")
+                raise InputError(f"{flag_of(name)}: {given} given, figure {self.name} needs exactly {count}")
         return self.panels(settings)
 
     def claims_of(self, settings: Settings) -> list[Claim]:
         return list(self.claims(Roles(settings, self.panels_of(settings))))
 
     def labels(self, settings: Settings) -> dict[str, str]:
-        """By name of a series its label, in the legend's order."""
+        """Series name -> legend label, in the order of the legend."""
         named = (s for panel in self.panels_of(settings) for s in panel.series if s.name)
         return {s.name: s.label for s in named}
 
 
 FIGURES: dict[str, Figure] = {}
-"""By name; the paper's, ours, and a user's."""
+"""Name -> figure. fastprune's own come first; a user's module appends to them."""
 
 
 def register(figure: Figure) -> Figure:
-    """Makes the figure known to `--fig`. ValueError for a name that another figure has."""
+    """Adds a figure to FIGURES, so that `--fig` finds it; returns it. ValueError if the name is taken, or is "all"."""
     if figure.name in FIGURES or figure.name == "all":
-        raise ValueError(f"there is a figure {figure.name!r} already")
+        raise ValueError(f"the figure name {figure.name!r} is already taken: choose another name")
     FIGURES[figure.name] = figure
     return figure
 
 
 def load(name: str) -> Figure:
-    """The figure of that name. InputError for an unknown one."""
+    """The figure of that name. InputError where there is none."""
     if name not in FIGURES:
         raise InputError(f"unknown figure {name!r}: choose one of {', '.join(FIGURES)}, or all")
     return FIGURES[name]
@@ -168,17 +185,17 @@ Recipes = Callable[[Settings], Sequence[MaskRecipe]]
 
 
 def find_rates(settings: Settings) -> list[MaskRecipe]:
-    """A recipe for each LR_find."""
+    """One recipe per LR_find."""
     return [MaskRecipe(lr) for lr in settings.lr_find]
 
 
 def with_random(settings: Settings) -> list[MaskRecipe]:
-    """A recipe for each LR_find, and the random baseline."""
+    """One recipe per LR_find, and the random baseline."""
     return [*find_rates(settings), MaskRecipe(None)]
 
 
 def evaluated(recipes: Recipes) -> Callable[[Settings], tuple[Panel, ...]]:
-    """Panels a, b, ...: one for each LR_eval, with a series for each recipe."""
+    """A function that makes panels a, b, ...: one per LR_eval, with one series per recipe."""
 
     def panels(settings: Settings) -> tuple[Panel, ...]:
         return tuple(

@@ -1,4 +1,4 @@
-"""Three figures that the appendix does not have: `transplant`, `variants` and `structured`."""
+"""Three figures beyond the appendix: `transplant`, `variants` (Section 3.2 of the paper) and `structured`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,12 +10,14 @@ from fastprune.study.chains import MaskRecipe
 from fastprune.study.settings import Settings, check
 
 WARMUP_EPOCHS = 5
-"""Of the protocol's 110, in the variant with warmup, where none are asked for."""
+"""Length of the warmup variant in epochs of 110, unless --warmup-epochs is given. The appendix names none."""
 
 
 def _transplanted(settings: Settings) -> list[MaskRecipe]:
-    """Two rates, and each with the layerwise ratios that the other finds: within each layer its own smallest weights
-    go, how many the other's mask says."""
+    """Four recipes: the two LR_find, and each of them with the layerwise ratios that the other finds.
+
+    A transplanted mask prunes in each layer as many weights as the donor's mask, the smallest of its own run.
+    """
     small, large = settings.lr_find
     return [
         MaskRecipe(small),
@@ -26,8 +28,8 @@ def _transplanted(settings: Settings) -> list[MaskRecipe]:
 
 
 def _transplant_claims(r: Roles) -> Sequence[Claim]:
-    """The abstract says that layerwise ratios mediate the effect of LR_find: then they carry the difference over to the
-    other rate's weights, both ways."""
+    # The abstract says that layerwise ratios causally mediate the effect of LR_find. If they do, transplanting them
+    # helps the worse rate and harms the better one.
     small, large, large_by_small, small_by_large = (s.name for s in r.panels[0].series)
     return [
         Claim("small-is-better", f"LR_find {small} is better than {large}", r.masks("better", small, large)),
@@ -42,8 +44,9 @@ def _transplant_claims(r: Roles) -> Sequence[Claim]:
 
 
 def _variant_panels(settings: Settings) -> tuple[Panel, ...]:
-    """Section 3.2 of the paper: to the initial weights, without and with warmup; late; learning rate; fine-tuning."""
+    """One panel per variant: initial weights, warmup, late rewinding, learning rate rewinding, fine-tuning."""
     plain = replace(settings, warmup_epochs=0, rewind="init")
+    # check: the variants change settings after the command line was checked.
     warm = check(replace(settings, warmup_epochs=settings.warmup_epochs or WARMUP_EPOCHS, rewind="init"))
     late = check(replace(plain, rewind="late"))
     epochs = warm.schedule(1.0).warmup_epochs
@@ -55,6 +58,7 @@ def _variant_panels(settings: Settings) -> tuple[Panel, ...]:
         "e": ("Fine-tuning", replace(plain, rewind="finetune")),
     }
     series = tuple(Series(r.name, r.label, r, settings.lr_eval[0]) for r in find_rates(settings))
+    # Rewinding changes the find runs, so each variant lists its own.
     return tuple(Panel(id, title, s, series, find=f"find-{id}") for id, (title, s) in variants.items())
 
 
@@ -71,7 +75,7 @@ def _variant_claims(r: Roles) -> Sequence[Claim]:
 
 
 def _structured_panels(settings: Settings) -> tuple[Panel, ...]:
-    """The same networks over four measures of what was removed. At 0 stands the pre-trained network itself."""
+    """The same networks in four panels, over filters removed, parameters, FLOPs and latency."""
     measures = {"filters": "Filters", "parameters": "Parameters", "flops": "Operations", "latency": "Latency"}
     series = tuple(Series(r.name, r.label, r, settings.lr_eval[0], dense="find") for r in find_rates(settings))
     return tuple(
@@ -82,6 +86,7 @@ def _structured_panels(settings: Settings) -> tuple[Panel, ...]:
 
 def _structured_claims(r: Roles) -> Sequence[Claim]:
     low, middle, high = r.find
+    # By rounds, not densities: the x axis of panel a is the fraction of filters removed. Round 0 removes none.
     rounds = (1, len(r.settings.sparsities))
     masks = [Accuracy("a", "better", other, high, rounds=rounds) for other in (low, middle)]
     return [
@@ -107,7 +112,7 @@ VARIANTS = Figure(
     presets=SMALLER,
     exactly={"lr_eval": 1},
 )
-# The appendix's recipe: whole filters go in one shot by |gamma|, then fine-tuning.
+# Training as in section A.1. The appendix names neither networks, sparsities nor learning rates; these are our choice.
 STRUCTURED = Figure(
     "structured",
     replace(

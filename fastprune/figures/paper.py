@@ -1,4 +1,6 @@
-"""The figures of the paper's appendix, A1 to A6, and what their captions claim."""
+"""Figures A1 to A6 of the paper's appendix, with the claims of their captions."""
+
+# Where a caption is silent or contradicts itself, a comment here names the reading that was chosen.
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +23,7 @@ from fastprune.figures.figure import (
 from fastprune.study.chains import MaskRecipe
 from fastprune.study.settings import Settings
 
+# Protocols of section A.1: one per pair of model and data set.
 RESNET18 = Settings(
     model="resnet18",
     stem="imagenet",
@@ -33,19 +36,22 @@ RESNET18 = Settings(
 RESNET50 = replace(RESNET18, model="resnet50", milestones=(70, 85, 100), gamma=0.2)
 MINIPLACES = replace(RESNET50, dataset="miniplaces", epochs=120, protocol_epochs=120, milestones=(80, 110, 115))
 SMALLER: dict[str, dict[str, Any]] = {
-    # Half the side, half the batch and fewer images than ResNet-18 gets: as long a training, and it learns as much.
+    # ResNet-50 costs more per image than ResNet-18. With images of half the side, half the batch size and fewer images,
+    # its smoke run takes as long and reaches a similar accuracy.
     "smoke": {"image_size": 32, "train_per_class": 128, "val_per_class": 30, "batch_size": 64},
 }
 FIRST = "conv1"
-"""The first layer."""
+"""The layer that A4's caption calls the first."""
 
 
 def _a1_panels(settings: Settings) -> tuple[Panel, ...]:
-    """One for each LR_eval with all LR_find; then one for the middle LR_find with all LR_eval."""
+    """One panel per LR_eval with all LR_find; then one panel for the middle LR_find with all LR_eval."""
     by_eval = evaluated(find_rates)(settings)
+    # The caption says "LR_eval = 0.1 is the best" of panels that hold LR_eval constant: read as LR_find = 0.1.
     middle = sorted(settings.lr_find)[(len(settings.lr_find) - 1) // 2]
     series = tuple(Series(f"LR_eval {lr:g}", f"LR_eval = {lr:g}", MaskRecipe(middle), lr) for lr in settings.lr_eval)
     last = ascii_lowercase[len(by_eval)]
+    # find=None: panels a to c list these find runs already.
     return (*by_eval, Panel(last, f"LR_find = {middle:g}", settings, series, find=None, rate=middle))
 
 
@@ -60,7 +66,7 @@ def _a1_claims(r: Roles) -> Sequence[Claim]:
     return [
         Claim("best-find", f"LR_find {f.middle} is the best at every LR_eval", best),
         Claim("best-eval", f"With LR_find {f.middle}, LR_eval {lr.highest} is the best until 99 % sparsity", until),
-        # "Very high sparsity" is read as 99 %.
+        # The caption says "very high sparsity levels" without a number; 99 % is our reading.
         Claim("sparse-eval", f"From 99 % sparsity on, LR_eval {lr.middle} is better than {lr.highest}", beyond),
         Claim(
             "not-the-dense-best",
@@ -71,6 +77,7 @@ def _a1_claims(r: Roles) -> Sequence[Claim]:
 
 
 def _a2_claims(r: Roles) -> Sequence[Claim]:
+    # The caption lists LR_find 0.5, then speaks of 0.8 three times; the protocol below has 0.8.
     low, middle, high = r.find
     better = (*r.masks("better", low, high), *r.masks("better", middle, high))
     return [
@@ -88,7 +95,7 @@ def _a3_claims(r: Roles) -> Sequence[Claim]:
 
 
 def _a4_panels(settings: Settings) -> tuple[Panel, ...]:
-    """One for each LR_find, with a line for each layer."""
+    """One panel per LR_find, with one line per layer."""
     return tuple(
         Panel(id, f"LR_find = {lr:g}", settings, (Series("", "", MaskRecipe(lr)),), x="epoch", y="ratio", rate=lr)
         for id, lr in zip(ascii_lowercase, settings.lr_find, strict=False)
@@ -129,9 +136,9 @@ def _a5_claims(r: Roles) -> Sequence[Claim]:
 
 
 def _a6_panels(settings: Settings) -> tuple[Panel, ...]:
-    """One for each LR_find, with a series for each epoch, by the protocol's, at which the find runs stop.
+    """One panel per LR_find, with one series per epoch at which the find runs stop.
 
-    The run that stops at the end is the one that other figures have as well.
+    Series are named by the protocol's epochs (20, 50, 70, 110), also where a shorter run scales them.
     """
 
     def series(lr: float) -> tuple[Series, ...]:
@@ -140,6 +147,7 @@ def _a6_panels(settings: Settings) -> tuple[Panel, ...]:
             Series(
                 str(epoch),
                 f"pruned at epoch {stop}",
+                # Not `epochs` itself: None makes the node equal to the full find run that other figures train, too.
                 MaskRecipe(lr, None if stop == settings.epochs else stop),
                 settings.lr_eval[0],
                 dense="find",
@@ -158,7 +166,7 @@ def _a6_claims(r: Roles) -> Sequence[Claim]:
     small, large = r.panel(low), r.panel(high)
     bad = [c for panel in (small, large) for c in r.masks("better", "110", "20", panel)]
     early = [c for stop in ("50", "70") for c in r.masks("better", stop, "110", large)]
-    # "Does well" is judged as not worse than by a point.
+    # The caption says "also performs well"; judged as at most one point worse than pruning at the end.
     well = r.masks("not worse", "70", "110", small)
     dense = [c for panel in (small, large) for c in r.dense("110", "20", "50", "70", panel=panel)]
     return [
@@ -184,7 +192,7 @@ A3 = Figure(
     _a3_claims,
     presets=SMALLER,
 )
-# A4 and A5 are read from dense runs that the other figures train anyway.
+# A4 and A5 train nothing that is not trained anyway: they read the LPR history of dense runs of other figures.
 A4 = Figure(
     "A4",
     replace(RESNET50, lr_find=(0.5, 0.05)),

@@ -1,7 +1,9 @@
-"""From a figure's panels to points, each a trained network or the LPR history of one, and to the graph of their runs.
+"""From the panels of a figure to its points, and to the graph of the runs that the points need.
 
-Standard library only.
+A point is one trained network, or the LPR history of one.
 """
+
+# Standard library only: `--plan` imports this module and must start without torch.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +17,10 @@ from fastprune.study.settings import Settings
 
 @dataclass(frozen=True)
 class Point:
-    """The accuracy of one network as it stands in a figure. lr_find is None for the random baseline.
+    """The accuracy of one trained network in one panel.
 
-    epoch: after which the accuracy is taken (None: the last). x: what stands on the horizontal axis. selection: the
-    channels that a structured network keeps.
+    lr_find: None for the random baseline. epoch: the epoch after which accuracy is read; None: the last. x: name of the
+    horizontal axis (axes.py). selection: the channels that a structured network keeps; None for unstructured pruning.
     """
 
     panel: str
@@ -40,14 +42,17 @@ class Point:
 
     @property
     def wanted(self) -> tuple[Train | ChannelSelection, ...]:
-        """What must exist."""
+        """The nodes that must be published before this point can be drawn."""
         return (self.node,) if self.selection is None else (self.node, self.selection)
 
 
 @dataclass(frozen=True)
 class LprPoint:
-    """What the LPR history of a dense run shows. series: None for a line for each layer (its LPR), else the line's name
-    (the mean over layers of the LPR's absolute difference from that at the end)."""
+    """The LPR history of one dense run in one panel.
+
+    series: None: one line per layer, its LPR (A4). A name: one line of that name, the distance from the LPR at the end,
+    which is the mean over layers of the absolute difference (A5).
+    """
 
     panel: str
     series: str | None
@@ -72,13 +77,14 @@ AnyPoint = Point | LprPoint
 
 
 def points_of(figure: Figure, settings: Settings, data: DataSpec) -> list[AnyPoint]:
-    """Every point of the figure for every seed, and the find runs."""
+    """All points of the figure, for every seed: those of its panels, and one per find run."""
     panels = figure.panels_of(settings)
     found: list[AnyPoint] = []
     for seed in range(settings.seeds):
+        # Panels with equal settings share one builder, which remembers the masks that it has built.
         chains = {panel.settings: Chains(panel.settings, data, seed) for panel in panels}
         points = [point for panel in panels for point in find_points(panel, chains[panel.settings])]
-        # Several panels may share one find panel: its points are the same ones.
+        # Panels that share find runs list them under the same find panel; results.csv allows one row per point.
         found += list({(p.panel, p.series, p.round): p for p in points}.values())
         for panel in panels:
             for series in panel.series:
@@ -87,7 +93,7 @@ def points_of(figure: Figure, settings: Settings, data: DataSpec) -> list[AnyPoi
 
 
 def _points(panel: Panel, series: Series, chains: Chains) -> Iterator[AnyPoint]:
-    """What stands on the x axis decides: rounds over density, epochs of a dense run, or networks cut in one shot."""
+    """The points of one series: prune rounds, epochs of a dense run, or one-shot structured networks, by the x axis."""
     if panel.x == "density":
         return _eval_points(panel, series, chains)
     if panel.x == "epoch":
@@ -96,10 +102,11 @@ def _points(panel: Panel, series: Series, chains: Chains) -> Iterator[AnyPoint]:
 
 
 def find_points(panel: Panel, chains: Chains) -> Iterator[Point]:
-    """The find runs themselves, as they fall out: rounds 0 to `rounds` - 1."""
+    """One point per find run of the panel, rounds 0 to `rounds` - 1."""
     for series in panel.series:
         recipe = series.recipe
         if panel.x == "density" and panel.find is not None and recipe.lr is not None:
+            # The mask of the last round is evaluated, but no find run trains under it.
             for round in range(chains.settings.rounds):
                 state = chains.find_state(recipe, round)
                 yield Point(
@@ -111,6 +118,7 @@ def _eval_points(panel: Panel, series: Series, chains: Chains) -> Iterator[Point
     recipe, lr_eval = series.recipe, series.lr_eval
     assert lr_eval is not None
     for round in range(chains.settings.rounds + 1):
+        # A6 shows at 0 % sparsity the dense network as it was pruned, after `stop` epochs with LR_find.
         if round == 0 and series.dense == "find":
             assert recipe.lr is not None
             node = chains.dense(recipe.lr)
@@ -137,16 +145,18 @@ def _channel_points(panel: Panel, series: Series, chains: Chains) -> Iterator[Po
     for round, sparsity in enumerate((0.0, *chains.settings.sparsities)):
         selection = ChannelSelection(dense.final, sparsity)
         node, lr = dense, lr_find
+        # At 0 % stands the pre-trained network itself: fine-tuning a network with all of its filters prunes nothing.
         if round > 0:
             node, lr = chains.train(lr_eval, selection, Rewind(dense.final, 0, momentum=False)), lr_eval
         yield Point(panel.id, series.name, chains.seed, round, lr_find, lr, node, x=panel.x, selection=selection)
 
 
 def build_graph(figure: Figure, settings: Settings, data: DataSpec) -> tuple[list[AnyPoint], Graph]:
-    """The figure's points, and the graph of all runs that they need."""
+    """The points of the figure, and the graph of all nodes that they need, labelled for progress and error messages."""
     points = points_of(figure, settings, data)
     labels: dict[str, str] = {}
     for point in points:
+        # A run that several points share keeps the label of the first.
         labels.setdefault(point.node.key, f"{figure.name} {point.label}")
         if not isinstance(point, Point):
             continue

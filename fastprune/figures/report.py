@@ -1,4 +1,4 @@
-"""What a finished figure leaves: results.csv, the pictures, summary.json, and the lines on the terminal."""
+"""The output of a figure: results.csv, figure.png, figure.pdf, summary.json, and the summary on the terminal."""
 
 import json
 import math
@@ -17,9 +17,9 @@ from fastprune.figures.drawing import draw
 from fastprune.figures.results import Row, curve, depth_key, natural_key, read_csv, series_of, write_atomic, write_csv
 
 _SHOWN = ("fastprune", "python", "torch", "triton")
-"""Of the versions, those that the terminal gets; summary.json has all."""
+"""Versions that the terminal shows; summary.json has all of them."""
 
-_MACHINERY = "This shows that the machinery works. It is not the paper's result; that takes the real run:"
+_MACHINERY = "This run shows that the machinery works. It is not the paper's result. To compute that, run:"
 
 
 def summarize(
@@ -37,9 +37,9 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    `cost`: `nodes`, `cached`, `epochs`, `images_per_s`, `wall_s` are shown on the terminal, in this order, others only
-    kept; so are `device`, `threads` and `versions` (name -> version) of `environment`. `real_command` is given when the
-    run shows the machinery only. Numbers that are not finite become null. Raises TypeError for what JSON cannot hold.
+    cost: the terminal shows nodes, cached, epochs, images_per_s and wall_s of it. environment: the terminal shows
+    device, threads and versions (name -> version) of it. real_command: the command that computes the paper's result;
+    None where this run does. NaN and infinity become null. TypeError for values that JSON cannot hold.
     """
     summary = {
         "figure": figure,
@@ -48,6 +48,7 @@ def summarize(
         "data": data,
         "claims": [asdict(verdict) for verdict in verdicts],
         "panels": {panel: _panel(rows, panel, drawing.chance) for panel in sorted({row.panel for row in rows})},
+        # By node: a run that several panels show is one run.
         "diverged": len({row.node or row for row in rows if row.diverged}),
         "dead": len({row.node or row for row in rows if row.dead}),
         "cost": cost,
@@ -60,10 +61,11 @@ def summarize(
 
 
 def write_all(folder: Path, rows: Sequence[Row], drawing: Drawing, summary: Mapping[str, Any]) -> list[Path]:
-    """Write results.csv, figure.png, figure.pdf and summary.json into `folder`, each at one stroke; return their paths.
+    """Writes results.csv, figure.png, figure.pdf and summary.json into `folder`, each atomically; returns their paths.
 
-    Raises InputError when `folder` cannot be written.
+    InputError where `folder` cannot be written.
     """
+    # Numbers before pictures: if drawing fails, results.csv is there for --redraw.
     results, described = folder / "results.csv", folder / "summary.json"
     write_csv(results, rows)
     pictures = draw(rows, drawing, folder)
@@ -73,10 +75,10 @@ def write_all(folder: Path, rows: Sequence[Row], drawing: Drawing, summary: Mapp
 
 
 def redraw(folder: Path, drawing: Drawing | None = None) -> list[Path]:
-    """Draw again from results.csv in `folder`; return the paths of the pictures.
+    """Draws again from results.csv in `folder`; returns the paths of the pictures.
 
-    Titles, chance level and note are those of summary.json; without that file those of `drawing`; without that, bare
-    ones. Raises InputError for missing, foreign or damaged files.
+    Titles, chance level and note come from summary.json, else from `drawing`, else from the rows alone. InputError for
+    missing, foreign or damaged files.
     """
     rows = read_csv(folder / "results.csv")
     drawing = _recorded_drawing(folder / "summary.json") or drawing or _bare_drawing(rows)
@@ -93,13 +95,14 @@ def _recorded_drawing(path: Path) -> Drawing | None:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged or foreign; remove it to draw from results.csv alone") from error
+        raise InputError(f"{path} is damaged or foreign: remove it to draw from results.csv alone") from error
 
 
 def _bare_drawing(rows: Sequence[Row]) -> Drawing:
-    """What can be told from the rows and from which figure they are of: no rate that is not in them."""
+    """A drawing from the rows and the name of their figure: titles only where the rows name a single rate."""
     names = sorted({row.figure for row in rows})
     figure = load(names[0]) if names and names[0] in FIGURES else None
+    # The run may have had other rates than the protocol, so only the axes are taken from the figure.
     known = {panel.id: panel for panel in figure.panels_of(figure.protocol)} if figure else {}
     shown = sorted({row.panel for row in rows if not row.panel.startswith("find")}) or ["find"]
     axes = {panel: (known[panel].x, known[panel].y) if panel in known else () for panel in shown}
@@ -108,7 +111,7 @@ def _bare_drawing(rows: Sequence[Row]) -> Drawing:
 
 
 def _rate(rows: Sequence[Row], panel: str) -> str:
-    """The one rate that all rows of a panel share."""
+    """Title of a panel: the learning rate that all of its rows share; empty where there is none."""
     for name in ("lr_eval", "lr_find"):
         rates = {getattr(row, name) for row in rows if row.panel == panel}
         if len(rates) == 1 and (rate := rates.pop()) is not None:
@@ -117,7 +120,7 @@ def _rate(rows: Sequence[Row], panel: str) -> str:
 
 
 def terminal_summary(summary: Mapping[str, Any], folder: Path | None = None) -> str:
-    """The run in plain text of at most 100 columns: accuracies, claims, cost, and where the files are."""
+    """`summary` as text of at most 100 columns: accuracies, claims, cost, and the paths of the files."""
     blocks = [f"Figure {summary['figure']}, preset {summary['preset']}: {summary['drawing']['title']}"]
     for letter in summary["drawing"]["panels"]:
         blocks.append(panel_table(letter, summary["panels"].get(letter, []), summary["drawing"]))
@@ -131,13 +134,14 @@ def terminal_summary(summary: Mapping[str, Any], folder: Path | None = None) -> 
     blocks.append(_cost(summary["cost"], summary["environment"]))
     if folder is not None:
         blocks.append(f"Files   {folder}/: figure.png, figure.pdf, results.csv, summary.json")
+    # After a failure the user needs the errors that follow, not the next command.
     if summary["real_command"] and not summary["cost"].get("failed"):
         blocks.append(f"{_MACHINERY}\n  {summary['real_command']}")
     return "\n\n".join(block for block in blocks if block)
 
 
 def _panel(rows: Sequence[Row], panel: str, chance: float | None) -> list[dict[str, Any]]:
-    """Per round: place on the x axis and, by series, mean and standard deviation over seeds, as in the rows."""
+    """Per round: x, and by series the mean and standard deviation over seeds, in the units of the rows."""
     table: dict[int, dict[str, Any]] = {}
     for name in series_of(rows, [panel]):
         for point in curve(rows, panel, name, chance):
@@ -158,7 +162,7 @@ def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
     units = list(dict.fromkeys(part["unit"] for part in parts))
     lines = [f"Claims: left minus right in {' or '.join(units)}, 95 % interval over seeds"]
     width = max(len(part["text"]) for part in parts)
-    # What holds of every part is said once.
+    # A reason that all parts share (too few seeds, preset smoke) is printed once, below them.
     common = {part["why"] for part in parts}
     if len(common) > 1 or any(_plain_to_see(why) for why in common):
         common = set()
@@ -187,12 +191,12 @@ def _part(part: Mapping[str, Any], head: str, explain: bool) -> list[str]:
 
 
 def _plain_to_see(why: str) -> bool:
-    """Whether the interval, printed beside it, says as much."""
+    """Whether the interval, which is printed on the same line, already shows the reason."""
     return why.startswith("the interval") and ";" not in why
 
 
 def _fill(text: str, head: str) -> str:
-    """`text` after `head`, its further lines below its first."""
+    """`text` after `head`, wrapped, with the further lines indented to the width of `head`."""
     return textwrap.fill(text, COLUMNS, initial_indent=head, subsequent_indent=" " * min(len(head), COLUMNS // 2))
 
 
@@ -224,16 +228,17 @@ def _time(seconds: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON holds it."""
+    """`value` as plain JSON types. TypeError for any other type."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    # JSON has no NaN; float() also turns numpy's float64 into a plain one.
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    raise TypeError(f"{value!r} has no place in summary.json")
+    raise TypeError(f"summary.json cannot hold {value!r}")
 
 
 COLUMNS = 100  # of the terminal
@@ -244,26 +249,29 @@ Rounds = Sequence[Mapping[str, Any]]
 
 
 def panel_table(letter: str, rounds: Rounds, drawing: Mapping[str, Any]) -> str:
-    """`rounds`: as summary.json has them for the panel; drawing: as there. At most 100 columns wide."""
+    """The table of one panel, at most 100 columns wide. rounds, drawing: as in summary.json."""
     panel = drawing["panels"][letter]
     title = f"{letter}  {panel['title']}".rstrip()
     if not rounds:
         return f"{title}\n  no results"
     labels: Mapping[str, str] = drawing["series"]
     if drawing["layers"]:
+        # The drawing lists no series for layers: their names come with the results.
         rounds, labels = _of_layers(rounds)
     present = sorted({name for entry in rounds for name in entry["series"]}, key=natural_key)
     names = [name for name in labels if name in present] + [name for name in present if name not in labels]
+    # Evenly spaced rounds, the first and the last included: thirty would fill the screen.
     last = len(rounds) - 1
     picked = sorted({round(index * last / (_SHOWN_ROUNDS - 1)) for index in range(_SHOWN_ROUNDS)})
     by = f" by {drawing['legend_title']}" if drawing["legend_title"] else ""
     lines = [f"{title}: {Y_AXES[panel['y']].short}{by}"]
-    # Of sizes and times each series has its own at a round: they stand beside the value.
+    # Parameters, FLOPs and latency of a round differ between series, so each cell has its own x beside the value.
     own = panel["x"] in ("parameters", "flops", "latency")
     if own:
         lines[0] += f", at {X_AXES[panel['x']].short}"
     head = "round" if own else X_AXES[panel["x"]].short
     found = {(index, name): rounds[index]["series"].get(name) for index in picked for name in names}
+    # Marks take the same room in all cells, so that numbers stay aligned.
     marked = max([1, *(len(_marks(cell)) for cell in found.values())])
     cells = {at: _cell(cell, panel["y"], panel["x"], marked, own=own) for at, cell in found.items()}
     widths = {n: max(14, len(labels.get(n, n)) + 2, *(len(cells[i, n]) + 2 for i in picked)) for n in names}
@@ -277,8 +285,9 @@ def panel_table(letter: str, rounds: Rounds, drawing: Mapping[str, Any]) -> str:
 
 
 def _blocks(widths: Mapping[str, int]) -> list[list[str]]:
-    """The columns, in as few and equal parts as the terminal needs; `widths`: of the columns."""
+    """Column names in as few blocks of equal length as fit the terminal. widths: name -> width of the column."""
     names = list(widths)
+    # 16 columns are taken by the indent and the first column, the round.
     for parts in range(1, len(names)):
         length = -(-len(names) // parts)
         tried = [names[start : start + length] for start in range(0, len(names), length)]
@@ -288,7 +297,8 @@ def _blocks(widths: Mapping[str, int]) -> list[list[str]]:
 
 
 def _of_layers(rounds: Rounds) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The first layer, the mean of the others, and the one of them that moves most."""
+    """`rounds` reduced to the first layer, the mean of the others, and the other that moves most; and their labels."""
+    # These are what A4's claims compare; ResNet-50 has 53 conv layers, too many for a table.
     layers = sorted({name for entry in rounds for name in entry["series"]}, key=depth_key)
 
     def values(name: str) -> list[float]:
@@ -316,7 +326,8 @@ def _marks(cell: Mapping[str, Any] | None) -> str:
 
 
 def _cell(cell: Mapping[str, Any] | None, axis: str, x_axis: str, marked: int, *, own: bool) -> str:
-    """Mean and deviation, marks, and in figures over sizes the place on the x axis. marked: room for marks."""
+    """Mean, deviation and marks of one cell. own: whether x follows. marked: width of the widest marks, so that numbers
+    align."""
     if cell is None:
         return "-" + " " * marked * (not own)
     marks = _marks(cell)
@@ -344,5 +355,5 @@ def _amount(x: float) -> str:
 
 
 def count_of(number: int, noun: str) -> str:
-    """A number and its noun."""
+    """A number and its noun, in the plural unless it is 1."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,6 @@
-"""From a request to figures: data, graph, runs, results. What is heavy is imported where it is needed."""
+"""From a request to finished figures: find the data, build the graph, run it, report."""
+
+# Functions import what needs torch, so that `--plan` starts at once.
 
 import os
 import sys
@@ -38,14 +40,14 @@ if TYPE_CHECKING:
 
 
 TITLES = {name: title for name, (title, *_) in DISTRIBUTED.items()} | {"synthetic": "generated images"}
-"""Data set -> what a person calls it."""
+"""Name of a data set -> its title."""
 
 
 @dataclass(frozen=True)
 class FigureRequest:
-    """A figure that is asked for, its settings resolved. `out` is the figure's folder.
+    """A requested figure with its settings resolved.
 
-    data: a folder, "synthetic", or None where none was given: enough to plan.
+    data: a folder, "synthetic", or None where none was given, which is enough to plan. out: the figure's own folder.
     """
 
     figure: Figure
@@ -63,9 +65,10 @@ class FigureRequest:
 class Request:
     """One call of reproduce.py.
 
-    rate: images/s to plan with, where not the measured ones. clusters: numbers of GPUs to plan for. ray: run on a
-    cluster, at ray_address, with `gpus` GPUs a run (None: one where there are GPUs). modules: of the user's own.
-    command: for the record.
+    device: "cpu", "cuda" or "cuda:N"; None: every GPU, else the CPU. workers: how many runs compute at once; None: by
+    the device. rate: images/s to plan with; None: those measured. clusters: numbers of GPUs to plan for. ray: run on
+    the Ray cluster at ray_address. gpus: GPUs per run on Ray; None: one if there are GPUs. modules: the user's modules
+    to import. command: the command line, to be recorded.
     """
 
     figures: tuple[FigureRequest, ...]
@@ -85,13 +88,16 @@ class Request:
 
 
 def asked_for(figure: FigureRequest) -> str | SyntheticData:
-    """What the loaders are asked for: a folder, or as many generated images as the settings use."""
+    """The figure's data for the loaders: a folder, or a description of as many generated images as the settings use.
+
+    InputError where none was given.
+    """
     flag, title = data_flag(figure.settings), TITLES[figure.settings.dataset]
     if figure.data == "":
         raise InputError(f"{flag} is empty: give the folder of {title}, or 'synthetic'")
     if figure.data is None:
         raise InputError(
-            f"figure {figure.name} at preset {figure.preset} trains on {title}: say where it is with {flag} DIR"
+            f"figure {figure.name} at preset {figure.preset} trains on {title}: give its folder with {flag} DIR"
         )
     if figure.data != "synthetic":
         return figure.data
@@ -100,13 +106,16 @@ def asked_for(figure: FigureRequest) -> str | SyntheticData:
 
 
 def data_flag(settings: Settings) -> str:
-    """The flag that says where the figure's images are."""
+    """The flag that names the folder of the figure's images."""
     return "--miniplaces" if settings.dataset == "miniplaces" else "--data"
 
 
 def planned_data(figure: FigureRequest, store: Path) -> DataSpec:
-    """The data a plan counts with, told without reading an image: from the folder, or where none is given from the
-    data set as it is distributed."""
+    """The data that a plan assumes, without reading an image.
+
+    Counts come from the manifest if the data are prepared, else from the folder's file names, else from the data set as
+    distributed. The fingerprint is unknown unless there is a manifest.
+    """
     s = figure.settings
     manifest = None if figure.data is None else known(asked_for(figure), store)
     if manifest is not None:
@@ -123,6 +132,7 @@ def planned_data(figure: FigureRequest, store: Path) -> DataSpec:
         for split, most in limits.items()
     }
     classes = s.classes or len(held["train"])
+    # The fingerprint needs every pixel. A made-up one matches no node in the store, and the plan says so.
     return DataSpec(
         name, f"{UNKNOWN} {name}", classes, s.train_per_class, s.val_per_class, counts["train"], counts["val"]
     )
@@ -131,7 +141,10 @@ def planned_data(figure: FigureRequest, store: Path) -> DataSpec:
 def find_data(
     request: Request, figure: FigureRequest, device: str, copies: int
 ) -> "tuple[Manifest, Path | None, LoaderChoice]":
-    """The data set, prepared where it was not, and the loader that will read it; `copies` workers share a device."""
+    """Manifest and folder of the data set, which is prepared if it is not yet, and the loader that will read it.
+
+    copies: how many workers share a device, each with images of its own.
+    """
     from fastprune.loaders import choose_loader, locate
 
     manifest, folder = locate(asked_for(figure), request.store, loader=request.loader)
@@ -139,26 +152,28 @@ def find_data(
 
 
 def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
-    """The part of a data set that the settings use. InputError if it has too few classes or images."""
+    """The part of a data set that the settings use. InputError for fewer than two classes, or images than a batch."""
     part = Subset(settings.classes, settings.train_per_class, settings.val_per_class)
     train, val = (part.count(manifest, split) for split in ("train", "val"))
+    # The last partial batch is dropped, so an epoch would have no step.
     if settings.batch_size > train:
-        raise InputError(f"--batch-size is {settings.batch_size}, but there are only {train} training images")
+        raise InputError(f"--batch-size {settings.batch_size} is more than the {train} training images: lower it")
     classes = settings.classes or len(manifest.classes)
     if classes < 2:
-        raise InputError(f"{manifest.name} has one class: there is nothing to learn")
+        raise InputError(f"{manifest.name} has {classes} class, at least 2 are needed: choose another data set")
     return DataSpec(
         manifest.name, manifest.fingerprint, classes, settings.train_per_class, settings.val_per_class, train, val
     )
 
 
 def check_rounds(settings: Settings, data: DataSpec) -> None:
-    """InputError where a round would prune nothing, or all that is left."""
+    """InputError where a round would prune no weight, or every remaining one."""
     import torch
 
     from fastprune.pruning.masks import prunable
     from fastprune.training.models import build
 
+    # "meta" tensors have a shape but no memory: only the number of weights is needed.
     with torch.device("meta"):
         left = sum(weight.numel() for _, weight in prunable(build(settings.network(data))))
     for round in range(1, settings.rounds + 1):
@@ -172,7 +187,7 @@ def check_rounds(settings: Settings, data: DataSpec) -> None:
 
 
 def plan(request: Request) -> None:
-    """Prints what would run and what it would cost; writes nothing, and reads no image."""
+    """Prints what `run` would compute and what it would cost. Writes nothing and reads no image."""
     planned = []
     for figure in request.figures:
         data = planned_data(figure, request.store)
@@ -182,13 +197,13 @@ def plan(request: Request) -> None:
             panels.setdefault(point.panel, set()).add(point.node.key)
         about = f"Figure {figure.name}, preset {figure.preset}: {describe(figure.settings, data)}"
         planned.append(Planned(figure.name, about, graph, panels))
-    store = RunStore(request.store, read_only=True)
+    store = RunStore(request.store, read_only=True)  # a plan must not create a store
     print_plan(planned, store, rate=request.rate, clusters=request.clusters)
 
 
 @dataclass(frozen=True)
 class _Figure:
-    """A figure that is asked for, with all that its runs are made from."""
+    """A requested figure with its data, loader, points and graph."""
 
     request: FigureRequest
     data: DataSpec
@@ -201,7 +216,7 @@ class _Figure:
         return self.request.preset == "smoke"
 
     def drawing(self, store: RunStore) -> Drawing:
-        """How it is shown: panels and series of its module, and a note on what was trained."""
+        """The drawing of the figure, with a note on what was trained."""
         figure, s = self.request.figure, self.request.settings
         note = f"Preset {self.request.preset}: {self.data.classes} classes, width {s.width}, {s.epochs} epochs."
         if self.smoke:
@@ -220,52 +235,58 @@ class _Figure:
 
 
 def run(request: Request) -> bool:
-    """Trains what the store lacks, then draws, judges and reports. Returns whether nothing failed."""
+    """Computes the nodes that the store lacks, then draws, judges and reports. Returns False if a node failed."""
     began = time.monotonic()
     for figure in request.figures:
-        asked_for(figure)  # before anything is created
+        asked_for(figure)  # raises for missing data before a folder is created
     for figure in request.figures:
         _check_writable(figure.out)
     store = RunStore(request.store)
     _keep_caches_in(store.cache())
+    # On a cluster this process only coordinates, so it leaves a GPU of its own machine to Ray.
     devices = ["cpu"] if request.ray else _devices(request.device)
+    # Without --workers: one per GPU, which a single training can fill; on a CPU one per usable core, up to 8, since
+    # each needs memory of about 1 GB (bench/NOTES.md).
     workers = request.workers or (len(devices) if devices[0] != "cpu" else min(8, len(os.sched_getaffinity(0))))
     figures, images = _prepare(request, devices, workers)
     if not request.ray:
         print(f"  on {', '.join(dict.fromkeys(devices))}, runs at once: up to {workers}", flush=True)
+    # Recorded before it runs, so that `store.py gc` spares the nodes of a figure that is not finished.
     for each in figures:
         record_figure(
             store, each.request.name, each.request.preset, each.graph.nodes, each.graph.histories, request.command
         )
     graph = merge_graphs(f.graph for f in figures)
+    # Before anything runs, so that the report can tell cached nodes from computed ones.
     todo = {n.key for n in graph.todo(store)}
     outcome = _execute(request, store, graph, images, devices, workers)
     for each in figures:
         _report(each, store, todo, outcome, devices, time.monotonic() - began)
     cached = Cost.of(n for n in graph.nodes if n.key not in todo)
     found = Cost.of(graph.by_key[key] for key in outcome.found).trainings
-    others = f", {found} were another process's" if outcome.found else ""
+    others = f", {found} by other processes" if outcome.found else ""
     print(f"\n{len(outcome.epochs)} trainings run, {cached.trainings} were in the store{others}", flush=True)
     if outcome.failed:
         for key, reason in outcome.failed.items():
             print(f"failed: {graph.label(graph.by_key[key])}: {reason}", file=sys.stderr)
-        print(f"{len(outcome.failed)} failed, {outcome.not_reached} rest on them; the same command tries again")
+        print(f"{len(outcome.failed)} failed, {outcome.not_reached} blocked; rerun the command to retry")
         return False
     return True
 
 
 def _prepare(request: Request, devices: list[str], workers: int) -> "tuple[list[_Figure], dict[str, Images]]":
-    """Finds the images of each figure, prepares them where they are not, and says what will be run on which."""
+    """Finds or prepares the data of each figure and builds its graph; prints the settings and the loader."""
     from fastprune.study.compute import Images
 
     figures, images = [], {}
     for figure in request.figures:
+        # Rounded up: the device with the most workers decides whether the images fit into its memory.
         manifest, folder, choice = find_data(request, figure, devices[0], -(-workers // len(devices)))
         data = data_spec(manifest, figure.settings)
         points, graph = build_graph(figure.figure, figure.settings, data)
         if any(n.kind == "prune" for n in graph.nodes):
             check_rounds(figure.settings, data)
-        # On a cluster each worker chooses by its own device.
+        # On a cluster each worker chooses the loader by its own device, which this process does not see.
         images[manifest.fingerprint] = Images(manifest, folder, request.loader if request.ray else choice.name)
         figures.append(_Figure(figure, data, choice.name, points, graph))
         print(f"Figure {figure.name}, preset {figure.preset}: {describe(figure.settings, data)}")
@@ -291,8 +312,10 @@ def _report(
 
 
 def _cost(graph: Graph, todo: set[str], outcome: "Outcome", seconds: float) -> dict[str, Any]:
-    """What the figure's nodes cost in this call; rate and wall time are those of the whole call."""
+    """The cost of the figure's nodes in this call. Rate and wall time are those of the whole call, for all figures."""
+    # Nodes of several figures run at once, so time cannot be divided between figures.
     here = {n.key: outcome.epochs[n.key] for n in graph.trainings if n.key in outcome.epochs}
+    # The last partial batch of an epoch is dropped.
     per_epoch = {n.key: n.data.train_count // n.optimizer.batch_size * n.optimizer.batch_size for n in graph.trainings}
     cached = sum(n.key not in todo or n.key in outcome.found for n in graph.nodes)
     return {
@@ -330,13 +353,14 @@ def _summary(
 
 
 def _computed_on(figure: _Figure, store: RunStore) -> dict[str, Any]:
-    """Which devices its networks were trained on, here or elsewhere."""
+    """The devices that trained the figure's networks, in this call or an earlier one; empty where none is recorded."""
     there = [store.node(n)["provenance"] for n in figure.graph.trainings if store.has(n)]
     names = sorted({str(made["device"]) for made in there if "device" in made})
     return {"device": ", ".join(names)} if names else {}
 
 
 def _devices(asked: str | None) -> list[str]:
+    """The devices that --device means: "cpu", or one "cuda:N" per GPU. InputError for a device that is not there."""
     import torch
 
     if asked is None:
@@ -347,7 +371,7 @@ def _devices(asked: str | None) -> list[str]:
     if kind != "cuda" or (":" in asked and not (number.isascii() and number.isdecimal())):
         raise InputError(f"unknown device {asked!r}: choose cpu, cuda or cuda:N")
     if int(number or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {asked}: there are {torch.cuda.device_count()} CUDA devices here")
+        raise InputError(f"--device {asked} does not exist: this machine has {torch.cuda.device_count()} CUDA devices")
     return [asked] if number else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
 
 
@@ -368,7 +392,7 @@ def _execute(
         modules=request.modules,
     )
     crew = _ray_crew(request, graph, config, len(todo)) if request.ray and todo else None
-    with nullcontext() if crew is None else closing(crew):  # whatever comes before it is at work
+    with nullcontext() if crew is None else closing(crew):  # closed also if an error comes before its first node
         if crew is not None:
             print(f"  on {crew.about}", flush=True)
         with Bars(graph, todo, min(workers if crew is None else crew.count, len(todo))) as bars:
@@ -377,25 +401,27 @@ def _execute(
 
 def _ray_crew(request: Request, graph: Graph, config: "WorkConfig", most: int) -> "RayCrew":
     if find_spec("ray") is None:
-        raise InputError("--executor ray needs Ray, which is not installed: pip install 'fastprune[ray]'")
+        raise InputError("--executor ray needs Ray, which is not installed: run pip install 'fastprune[ray]'")
     from fastprune.study.ray_workers import RayCrew
 
     return RayCrew(graph, config, address=request.ray_address, workers=request.workers, gpus=request.gpus, most=most)
 
 
 def _check_writable(out: Path) -> None:
-    """Finds out before the work that the output folder can take the results."""
+    """InputError where `out` cannot be created or written, or its disk is full."""
+    # Found before hours of training rather than after them. 64 KiB, since a full disk may still take a few bytes.
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out) as f:
             f.write(bytes(1 << 16))
             f.flush()
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror}); choose another folder") from error
+        raise InputError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
 
 
 def _keep_caches_in(folder: Path) -> None:
-    """Compilers and matplotlib keep what they cache in the store, not in the home folder."""
+    """Makes compilers and matplotlib cache in `folder`, unless the user set their variables. Changes os.environ."""
+    # The home folder may be read-only, or small and shared by all machines of a cluster.
     for variable, name in {
         "MPLCONFIGDIR": "matplotlib",
         "NUMBA_CACHE_DIR": "numba",
@@ -403,19 +429,21 @@ def _keep_caches_in(folder: Path) -> None:
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
     }.items():
         os.environ.setdefault(variable, str((folder / name).resolve()))
-    # One thread a process; it sleeps when it has nothing to do, beside as many others.
+    # One thread per process: two processes of one thread beat one of two (bench/NOTES.md). Passive: idle threads sleep
+    # rather than spin, which would take the cores of other workers.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def redraw(request: Request) -> None:
-    """Draws again from results.csv; titles and notes are those of summary.json, where that is still there."""
+    """Draws each figure again from its results.csv, with titles and notes of summary.json if it exists."""
     for figure in request.figures:
         if not figure.out.is_dir():
             raise InputError(
-                f"no results.csv in {figure.out}: run the figure first, or give its folder's parent as --out"
+                f"{figure.out} has no results.csv: run the figure first, or give the folder above it as --out"
             )
         _check_writable(figure.out)
+        # In the output folder, because --redraw needs no store and must not create one.
         with tempfile.TemporaryDirectory(dir=figure.out) as caches:
             _keep_caches_in(Path(caches))
             for path in draw_again(figure.out):

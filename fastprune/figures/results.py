@@ -1,6 +1,6 @@
-"""The numbers behind a figure: one row a trained network, in results.csv.
+"""results.csv: the numbers behind a figure, one row per trained network; and curves over seeds.
 
-The file is written in a fixed order with exact floats, so a run that was interrupted and resumed leaves the same bytes.
+Rows are written in a fixed order with exact floats, so that an interrupted and resumed run leaves the same bytes.
 """
 
 import csv
@@ -21,13 +21,14 @@ from fastprune.files import write_atomically
 class Row:
     """One network of one seed, as a point (x, y) of a series in a panel.
 
-    What x and y are says the panel (axes.py): in figures over density, x is the fraction of conv weights remaining and
-    y the top-1 accuracy as a fraction. `round` is the prune round, 0 the dense network; over epochs it is the epoch, in
-    structured pruning the index of the sparsity. y is None exactly when training diverged. A learning rate is None
-    where the series has none (the random baseline has no `lr_find`). `dead` is the number of layers whose weights are
-    all pruned. `node` is the key of the run in the store.
-    Raises ValueError for values that no run can have, NaN and infinity among them.
+    x, y: quantities that the panel names (axes.py). Over density, x is the fraction of conv weights remaining and y the
+    top-1 accuracy, a fraction. y is None exactly where training diverged. round: the prune round, 0 for the dense
+    network; over epochs, the epoch; in structured pruning, the index of the sparsity. lr_find, lr_eval: None where the
+    series has none, such as lr_find of the random baseline. dead: the number of layers whose weights are all pruned.
+    node: the key of the run in the store. ValueError for values that no run can have, NaN and infinity included.
     """
+
+    # Checked when it is made, because rows also come from a file that a user may have edited.
 
     figure: str
     panel: str
@@ -50,13 +51,14 @@ class Row:
         for name in ("seed", "round", "dead"):
             number = getattr(self, name)
             if type(number) is not int or number < 0:
-                raise ValueError(f"{name} {number!r} is not a whole number >= 0")
+                raise ValueError(f"{name} {number!r} is not an integer >= 0")
         for name in ("x", "y", "lr_find", "lr_eval"):
             number = getattr(self, name)
             if number is None and name != "x":
                 continue
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
                 raise ValueError(f"{name} {number!r} is not a finite number")
+        # An accuracy that is missing for another reason must not look like a divergence.
         if type(self.diverged) is not bool or self.diverged != (self.y is None):
             raise ValueError(f"y {self.y!r} and diverged {self.diverged!r} disagree: y is None exactly when diverged")
 
@@ -65,7 +67,7 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 
 def natural_key(name: str) -> tuple[bool, float, str]:
-    """Sort key that puts numbers first, by value, then words: "0.05", "0.2", "110", "random"."""
+    """Sort key: numbers by value, then words, as in "0.05", "0.2", "110", "random"."""
     try:
         value = float(name)
     except ValueError:
@@ -74,8 +76,8 @@ def natural_key(name: str) -> tuple[bool, float, str]:
 
 
 def depth_key(layer: str) -> tuple[tuple[int, str], ...]:
-    """Sort key that puts a ResNet's layers in the order of the network: "conv1", "layer1.0.conv1", ..., a block's
-    shortcut after its convs."""
+    """Sort key: the layers of a torchvision ResNet in forward order, a block's shortcut after its convs."""
+    # Works on names alone, so that --redraw needs no model: "conv1" < "downsample", and "fc" is never pruned.
     return tuple((int(part), "") if part.isdecimal() else (0, part) for part in layer.split("."))
 
 
@@ -84,10 +86,11 @@ def _order(row: Row) -> tuple[object, ...]:
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Write `rows` to `path` at one stroke. The same rows, in any order, give the same bytes.
+    """Writes `rows` to `path` atomically. The same rows, in any order, give the same bytes.
 
-    Raises ValueError for two rows at the same point, InputError when `path` cannot be written.
+    ValueError for two rows at the same point, InputError where `path` cannot be written.
     """
+    # Workers finish in any order; the file must not depend on it.
     ordered = sorted(rows, key=_order)
     for first, second in pairwise(ordered):
         if _order(first) == _order(second):
@@ -104,12 +107,13 @@ def _to_text(name: str, value: object) -> str:
     if value is None:
         return ""
     if name in ("x", "y", "lr_find", "lr_eval"):
+        # repr gives the shortest text that reads back as the same float64.
         return repr(float(value))  # type: ignore[arg-type]
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Rows of a file that `write_csv` left. Raises InputError for a missing, foreign or damaged file."""
+    """The rows of a file that `write_csv` wrote. InputError for a missing, foreign or damaged file."""
     hint = "run the figure again to write a new one"
     try:
         text = path.read_bytes().decode()
@@ -117,13 +121,15 @@ def read_csv(path: Path) -> list[Row]:
         raise InputError(f"cannot read {path}: {error.strerror or error}; {hint}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is damaged: it is not text; {hint}") from error
-    # An editor on another system may have turned the line ends.
+    # A spreadsheet or an editor on Windows may have changed the line ends.
     lines = text.replace("\r\n", "\n").split("\n")
     if lines[0] != ",".join(COLUMNS):
         raise InputError(f"{path} is not a results.csv of fastprune: its first line is not the expected one; {hint}")
+    # write_csv ends every line, so a file that does not end with one was cut.
     if lines.pop():
-        raise InputError(f"{path} is damaged: it ends within a line; {hint}")
+        raise InputError(f"{path} is damaged: its last line is incomplete; {hint}")
     rows, seen = [], set()
+    # Line by line, so that an error can name the line; no field of ours contains a line break.
     for number, line in enumerate(lines[1:], start=2):
         try:
             row = _parse(line)
@@ -160,9 +166,9 @@ def _parse(line: str) -> Row:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader, or a crash, never meets half a file. Makes missing folders.
+    """Writes `content` to `path` atomically: no reader and no crash sees part of a file. Creates missing folders.
 
-    Raises InputError, one line, when the folder is read-only, full or no folder.
+    InputError where the folder is read-only, full or not a folder.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -174,10 +180,10 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A series at one round, over seeds. Values are as in the rows.
+    """One series at one round, over seeds, in the units of the rows.
 
-    `mean` is None when no run counts, `std` (sample standard deviation) when fewer than two do. dead: runs with a layer
-    that is pruned whole.
+    mean: None where no run counts. std: the sample standard deviation; None for fewer than two runs. diverged, dead:
+    the numbers of runs that diverged, and in which a layer is pruned whole.
     """
 
     round: int
@@ -190,13 +196,14 @@ class CurvePoint:
 
 
 def curve(rows: Iterable[Row], panel: str, series: str, chance: float | None) -> list[CurvePoint]:
-    """The points of one series by round. A diverged run counts as `chance`; without a `chance` it is left out."""
+    """The points of one series, by round. A diverged run counts as `chance`; it is left out where that is None."""
     rounds: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
         if row.panel == panel and row.series == series:
             rounds[row.round].append(row)
     points = []
     for number, group in sorted(rounds.items()):
+        # Sorted, because float sums depend on their order, and equal rows must draw equal pictures.
         values = [chance if row.y is None else row.y for row in sorted(group, key=lambda row: row.seed)]
         known = [value for value in values if value is not None]
         points.append(
@@ -214,6 +221,6 @@ def curve(rows: Iterable[Row], panel: str, series: str, chance: float | None) ->
 
 
 def series_of(rows: Iterable[Row], panels: Iterable[str] | None = None) -> list[str]:
-    """Names of the series in `panels` (all of them by default), numbers first, by value."""
+    """Names of the series in `panels` (None: in all), in natural order."""
     wanted = None if panels is None else set(panels)
     return sorted({row.series for row in rows if wanted is None or row.panel in wanted}, key=natural_key)

@@ -1,4 +1,6 @@
-"""Chains of runs that find masks and evaluate them: the nodes of one seed. Standard library only."""
+"""Chains of find runs and prune steps, and the eval runs of their masks: the nodes of one seed."""
+
+# Standard library only: `--plan` imports this module and must start without torch.
 
 from dataclasses import dataclass, replace
 
@@ -9,8 +11,12 @@ from fastprune.study.settings import Settings
 
 @dataclass(frozen=True)
 class MaskRecipe:
-    """How masks are found: with a learning rate (None: at random), by find runs that stop after epoch `stop` (None: at
-    the end), each layer pruned by the ratios of the masks that rate `ratios_of` finds (None: by `allocation`)."""
+    """How the masks of a series are found.
+
+    lr: LR_find; None: the random baseline. stop: the epoch after which find runs stop and are pruned; None: the last.
+    ratios_of: each layer is pruned by the ratios of the masks that this LR_find finds; None: by the setting
+    `allocation`.
+    """
 
     lr: float | None
     stop: int | None = None
@@ -18,19 +24,21 @@ class MaskRecipe:
 
     @property
     def name(self) -> str:
-        """The series."""
+        """The name of the series in results.csv."""
         ratios = "" if self.ratios_of is None else f" by {self.ratios_of:g}"
         return "random" if self.lr is None else f"{self.lr:g}{ratios}"
 
     @property
     def label(self) -> str:
-        """In a legend."""
+        """The label in a legend."""
         ratios = "" if self.ratios_of is None else f", ratios of {self.ratios_of:g}"
         return "random pruning" if self.lr is None else f"LR_find = {self.lr:g}{ratios}"
 
 
 class Chains:
-    """Builds the runs of one seed. The same run asked for twice is the same node, so nothing is shared by hand."""
+    """Builds the nodes of one seed."""
+
+    # Runs are shared between series, panels and figures by their keys: building the same run twice gives equal nodes.
 
     def __init__(self, settings: Settings, data: DataSpec, seed: int) -> None:
         self.settings, self.data, self.seed = settings, data, seed
@@ -40,13 +48,13 @@ class Chains:
         self._found: dict[tuple[MaskRecipe, int], StateRef] = {}
 
     def dense(self, lr: float) -> Train:
-        """The dense network, from its initial weights to the end of the schedule."""
+        """The run that trains the dense network from initialisation to the end of the schedule."""
         return self.train(lr, None, self.init)
 
     def train(
         self, lr: float, mask: Prune | ChannelSelection | None, start: Init | Rewind, stop: int | None = None
     ) -> Train:
-        """With peak learning rate `lr`; from a start that fine-tuning gives, with that schedule's last rate."""
+        """A run with peak learning rate `lr`. A fine-tuning run has the last rate of that schedule throughout."""
         s = self.settings
         schedule = s.schedule(lr)
         if s.rewind == "finetune" and isinstance(start, Rewind):
@@ -56,11 +64,12 @@ class Chains:
         return Train(self.data, start, mask, s.optimizer(), schedule, stop or s.epochs, self.seed, s.precision)
 
     def masks(self, recipe: MaskRecipe) -> list[Prune]:
-        """The masks of rounds 1 to `rounds`."""
+        """The prune nodes of rounds 1 to `rounds`, in order."""
         if recipe not in self._masks:
             s, masks = self.settings, self._masks.setdefault(recipe, [])
             donors = None if recipe.ratios_of is None else self.masks(MaskRecipe(recipe.ratios_of))
             for round in range(s.rounds):
+                # The random baseline reads no trained weights, so its masks need no find runs.
                 pruned = self.init if recipe.lr is None else self.find_state(recipe, round)
                 score = "random" if recipe.lr is None else self.criterion
                 allocation = s.allocation if donors is None else Ratios(donors[round])
@@ -69,7 +78,7 @@ class Chains:
         return self._masks[recipe]
 
     def find_state(self, recipe: MaskRecipe, round: int) -> StateRef:
-        """The state that is pruned after `round`."""
+        """The trained state of find run `round` that the next prune step reads."""
         if (recipe, round) not in self._found:
             assert recipe.lr is not None
             stop = recipe.stop or self.settings.epochs
@@ -81,28 +90,32 @@ class Chains:
         return self._found[recipe, round]
 
     def eval_run(self, recipe: MaskRecipe, round: int, lr_eval: float) -> Train:
-        """The dense network, or the mask of `round`, trained with `lr_eval`."""
+        """The eval run of `round`: the mask of that round (0: dense), trained with `lr_eval`."""
         if round == 0:
             return self.dense(lr_eval)
         return self.train(lr_eval, self.masks(recipe)[round - 1], self._start(recipe, round, lr_eval))
 
     def _start(self, recipe: MaskRecipe, round: int, lr: float) -> Init | Rewind:
-        """Where the network of `round` starts; the random baseline's late point is that of the run with `lr`."""
+        """The rewind point of `round`. InputError where the random baseline would need trained weights."""
         s = self.settings
         if s.rewind == "init":
             return self.init
         if s.rewind == "late":
+            # The random baseline has no LR_find, so its late rewind point is taken from the dense run with LR_eval.
             dense = self.dense(lr if recipe.lr is None else recipe.lr)
             return Rewind(StateRef(dense, s.late_epoch), s.late_epoch, momentum=True)
         if recipe.lr is None:
-            raise InputError(f"--rewind {s.rewind}: the random baseline has no trained weights to go back to")
+            raise InputError(
+                f"--rewind {s.rewind}: the random baseline has no trained weights to return to; use init or late"
+            )
         return Rewind(self.find_state(recipe, round - 1), 0, momentum=False)
 
 
 def _criterion(name: str) -> str | CriterionRef:
-    """As a prune step names it. A user's has a version in the key, since what it computes can change under its name."""
+    """The criterion as a prune node records it."""
     if name == "magnitude":
         return name
     from fastprune.pruning.criteria import criterion  # here: it imports torch
 
+    # The version is part of the key, because the function behind a name can change.
     return CriterionRef(name, criterion(name).version)

@@ -1,4 +1,6 @@
-"""`--plan`: what would run, and what it would cost on one machine or a cluster. Imports nothing heavy."""
+"""`--plan`: what would run, and what it would cost on one machine or on a cluster."""
+
+# No import of torch, here or below: that alone takes longer than planning a figure (0.2 s, bench/NOTES.md).
 
 import heapq
 import math
@@ -13,12 +15,12 @@ from fastprune.study.graph import Cost, Graph, Queue, merge_graphs
 from fastprune.study.settings import Settings
 
 UNKNOWN = "unknown"
-"""What the fingerprint of images begins with that no process has read yet."""
+"""How the fingerprint of images begins that have not been read yet."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A figure as a plan shows it. about: its settings in a line. panels: by name the keys of their trainings."""
+    """A figure to plan. about: its settings in one line. panels: panel -> keys of its trainings."""
 
     name: str
     about: str
@@ -31,7 +33,7 @@ def print_plan(
 ) -> None:
     """Prints what would run and what it would cost; writes nothing.
 
-    rate: images/s to count with, in place of those measured in the store. clusters: numbers of GPUs to plan for.
+    rate: images/s to assume; None: those measured in the store. clusters: numbers of GPUs to simulate.
     """
     for figure in figures:
         print(figure.about)
@@ -50,9 +52,10 @@ def _print_trainings(figure: Planned, *, brief: bool) -> None:
         return
     seen: set[str] = set()
     for panel, keys in figure.panels.items():
+        # A training that several panels share is counted in the first, so that the lines add up to the total.
         fresh = keys - seen
         seen |= fresh
-        title = "to find masks" if panel == "find" else f"for panel {panel}, not shared with the above"
+        title = "to find masks" if panel == "find" else f"for panel {panel}, beside those above"
         print(f"               {len(fresh):>15,}   {title}")
 
 
@@ -78,8 +81,8 @@ def _print_cost(graph: Graph, store: RunStore, rate: float | None, clusters: Seq
     print(f"  images       {cost.images:>15,}")
     print(f"  in the store {cost.trainings - left.trainings:>15,}   trainings; {left.trainings:,} to do")
     if any(n.data.fingerprint.startswith(UNKNOWN) for n in graph.trainings):
-        print("  Of images that are not prepared yet, nothing counts as being in the store.")
-    print(f"  disk         {_size(bytes_on_disk(graph, todo)):>15}   for what is to do")
+        print("  Images that are not prepared yet have no fingerprint: none of their trainings counts as in the store.")
+    print(f"  disk         {_size(bytes_on_disk(graph, todo)):>15}   for the nodes to do")
     rates = _measured(graph, store)
     _print_time(todo, rates, rate)
     if clusters:
@@ -90,6 +93,7 @@ def _print_time(todo: list[Runnable], measured: dict[tuple[str, int, str], float
     seconds, unmeasured, used = 0.0, 0, set()
     for node in todo:
         if isinstance(node, Train):
+            # One rate for all rounds: a masked step costs what a dense step costs (bench/NOTES.md).
             rate = given or measured.get(_kind(node))
             if rate is None:
                 unmeasured += 1
@@ -107,13 +111,15 @@ def _print_time(todo: list[Runnable], measured: dict[tuple[str, int, str], float
 def _seconds(
     todo: list[Runnable], measured: dict[tuple[str, int, str], float], given: float | None, prune: float
 ) -> dict[str, float]:
-    """By key, what a node takes. InputError where that is not known."""
+    """Key -> seconds that the node takes. InputError where no rate is known."""
     seconds = {}
     for node in todo:
         if isinstance(node, Train):
             rate = given or measured.get(_kind(node))
             if rate is None:
-                raise InputError("--gpus needs the rate of a run, and none was measured here: --images-per-second R")
+                raise InputError(
+                    "--gpus needs the rate of a run, and this store has none measured: give --images-per-second R"
+                )
             seconds[node.key] = Cost.of([node]).images / rate
         else:
             seconds[node.key] = prune
@@ -131,26 +137,27 @@ def _print_clusters(clusters: Sequence[int], graph: Graph, todo: list[Runnable],
     print(f"  {'GPUs':<12} {'time':>15}   busy")
     for workers in clusters:
         found = simulate(graph, todo, seconds, workers)
+        # Within 1 % of the bound, more GPUs bring nothing.
         bound = "the longest chain decides" if found.makespan < 1.01 * length else ""
         print(f"  {workers:<12,} {duration(found.makespan):>15}   {100 * found.utilisation:>3.0f} %   {bound}".rstrip())
     trainings = sum(isinstance(node, Train) for node in chain)
     print(f"  longest chain {duration(length):>14}   {trainings} trainings, to {graph.label(chain[-1])}")
-    print(f"  {'':<12} {'':>15}   so more than {math.ceil(work / length):,} GPUs cannot be faster")
+    print(f"  {'':<12} {'':>15}   so no gain from more than {math.ceil(work / length):,} GPUs")
 
 
 def _prune_seconds(graph: Graph, store: RunStore) -> float:
-    """Mean of the prune steps in the store; 0 where there are none."""
+    """Mean seconds of the graph's prune steps in the store; 0 where there are none."""
     found = [store.node(n)["provenance"]["wall_seconds"] for n in graph.nodes if isinstance(n, Prune) and store.has(n)]
     return sum(found) / len(found) if found else 0.0
 
 
 def _kind(node: Train) -> tuple[str, int, str]:
-    """Runs that are about as fast."""
+    """What decides the speed of a run: runs of equal kind have about the same images/s."""
     return node.model.name, node.model.width, node.data.fingerprint
 
 
 def _measured(graph: Graph, store: RunStore) -> dict[tuple[str, int, str], float]:
-    """Mean images/s of each kind of run in the store."""
+    """Kind -> mean images/s of its runs in the store."""
     rates: dict[tuple[str, int, str], list[float]] = defaultdict(list)
     for node in graph.trainings:
         if store.has(node):
@@ -159,7 +166,7 @@ def _measured(graph: Graph, store: RunStore) -> dict[tuple[str, int, str], float
 
 
 def describe(s: Settings, data: DataSpec) -> str:
-    """A figure's settings in a line."""
+    """The settings of a figure in one line."""
     rates = "".join(
         f", {name} {' '.join(f'{r:g}' for r in values)}"
         for name, values in (("LR_find", s.lr_find), ("LR_eval", s.lr_eval))
@@ -174,7 +181,7 @@ def describe(s: Settings, data: DataSpec) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds."""
+    """Seconds as text: days, hours and minutes, minutes and seconds, or seconds."""
     hours, rest = divmod(round(seconds), 3600)
     minutes, seconds = divmod(rest, 60)
     if hours >= 100:
@@ -192,7 +199,7 @@ def _size(count: float) -> str:
 
 @dataclass(frozen=True)
 class Simulated:
-    """makespan: seconds until the last node is done. busy: seconds of all workers together."""
+    """A simulated run. makespan: seconds until the last node is done. busy: worker-seconds of computation."""
 
     workers: int
     makespan: float
@@ -205,7 +212,8 @@ class Simulated:
 
 
 def simulate(graph: Graph, todo: Sequence[Runnable], seconds: Mapping[str, float], workers: int) -> Simulated:
-    """Runs `todo`, nodes of the graph, on that many workers. seconds: by key, what a node takes on any of them."""
+    """Simulates the computation of `todo`, nodes of the graph, by `workers`. seconds: key -> what the node takes."""
+    # The queue that real workers use, so that the simulation schedules as a run does.
     queue = Queue(graph, todo)
     running: list[tuple[float, int, Runnable]] = []
     now, started = 0.0, 0
@@ -219,10 +227,13 @@ def simulate(graph: Graph, todo: Sequence[Runnable], seconds: Mapping[str, float
 
 
 def longest_chain(graph: Graph, todo: Sequence[Runnable], seconds: Mapping[str, float]) -> tuple[float, list[Runnable]]:
-    """What no number of workers can beat: the chain of `todo` that takes longest, and how many seconds that is."""
+    """The chain of dependent nodes in `todo` that takes longest (the critical path), and its seconds.
+
+    No number of workers is faster.
+    """
     ends: dict[str, float] = {}
     before: dict[str, Runnable | None] = {}
-    for node in todo:  # parents come first
+    for node in todo:  # in topological order, so the parents are known
         parents = [parent for parent in node.parents() if parent.key in ends]
         last = max(parents, key=lambda parent: ends[parent.key], default=None)
         before[node.key] = last
@@ -237,22 +248,24 @@ def longest_chain(graph: Graph, todo: Sequence[Runnable], seconds: Mapping[str, 
     return length, chain[::-1]
 
 
+# Blocks per stage: He et al., Deep Residual Learning for Image Recognition, table 1.
 _BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 
+# Estimated bytes. Weights dominate a store, so the sizes of text need not be exact.
 _FLOAT = 4
 
-_TEXT_PER_EPOCH = 150
+_TEXT_PER_EPOCH = 150  # a row of metrics
 
-_TEXT_PER_RATIO = 21
+_TEXT_PER_RATIO = 21  # an entry of an LPR history
 
-_TEXT_PER_LAYER = 100
+_TEXT_PER_LAYER = 100  # of a mask: name, shape, ratio
 
-_JSON = 2500
+_JSON = 2500  # node.json
 
 
 @dataclass(frozen=True)
 class NetworkSize:
-    """Numbers of conv layers, of conv weights, of all parameters, and of batch norm's running values."""
+    """Numbers of conv layers, of conv weights, of all parameters, and of running means and variances."""
 
     layers: int
     weights: int
@@ -261,7 +274,7 @@ class NetworkSize:
 
     @classmethod
     def of(cls, model: ModelSpec) -> "NetworkSize":
-        """As torchvision's ResNet has them, with our stem and width."""
+        """The size of a torchvision ResNet with the given stem and width, counted without building it."""
         bottleneck = model.name == "resnet50"
         side = 3 if model.stem == "small" else 7
         convs = [(3, model.width, side)]
@@ -274,17 +287,19 @@ class NetworkSize:
                     convs += [(inputs, planes, 1), (planes, planes, 3), (planes, outputs, 1)]
                 else:
                     convs += [(inputs, planes, 3), (planes, planes, 3)]
+                # The 1x1 shortcut, where a block changes the shape.
                 if block == 0 and (stage > 0 or inputs != outputs):
                     convs.append((inputs, outputs, 1))
                 inputs = outputs
         weights = sum(i * o * k * k for i, o, k in convs)
         channels = sum(o for _, o, _ in convs)
         classifier = (inputs + 1) * model.classes
+        # Each channel has a scale and a shift, and a running mean and a variance.
         return cls(len(convs), weights, weights + 2 * channels + classifier, 2 * channels)
 
 
 def bytes_on_disk(graph: Graph, nodes: Iterable[Runnable]) -> int:
-    """About what `nodes` of the graph leave in the store."""
+    """Estimate of the bytes that `nodes` of the graph leave in the store."""
     sizes: dict[ModelSpec, NetworkSize] = {}
     total = 0
     for node in nodes:
@@ -297,5 +312,6 @@ def bytes_on_disk(graph: Graph, nodes: Iterable[Runnable]) -> int:
             total += len(products.momentum) * _FLOAT * size.parameters
             total += len(products.histories) * (node.epochs + 1) * size.layers * _TEXT_PER_RATIO
         elif isinstance(node, Prune):
+            # One bit per weight.
             total += size.weights // 8 + size.layers * _TEXT_PER_LAYER
     return total

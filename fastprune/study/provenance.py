@@ -1,4 +1,6 @@
-"""Where results were computed, and by which code. Recorded, never part of a key."""
+"""Provenance: on which machine and by which code a result was computed."""
+
+# Recorded beside results and never part of a key: a result must not be computed again because a library was updated.
 
 import hashlib
 import os
@@ -17,7 +19,7 @@ _LIBRARIES = ("torch", "torchvision", "triton", "numpy", "numba", "safetensors",
 
 
 def environment(loader: str | None, devices: list[str]) -> dict[str, Any]:
-    """Versions, devices, threads, loader and host, as they are in this process."""
+    """Versions, devices, threads, loader and host of this process. devices: as torch names them."""
 
     def name(device: str) -> str:
         return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
@@ -36,12 +38,13 @@ def environment(loader: str | None, devices: list[str]) -> dict[str, Any]:
 
 @cache
 def versions() -> dict[str, str]:
-    """By name: fastprune, Python, CUDA where torch was built for it, and the libraries that compute."""
+    """Name -> version, of fastprune, Python, CUDA if torch was built for it, and the libraries that compute."""
     found = {"fastprune": fastprune.__version__, "python": platform.python_version()}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     for library in _LIBRARIES:
         try:
+            # torch.__version__ names the build, such as +cu128; the package's metadata may not.
             found[library] = torch.__version__ if library == "torch" else version(library)
         except PackageNotFoundError:
             continue
@@ -50,10 +53,11 @@ def versions() -> dict[str, str]:
 
 @cache
 def code_digest() -> str:
-    """First 16 hex digits of the SHA-256 of all source files: tells also what was changed and not committed."""
+    """First 16 hex digits of the SHA-256 of all source files of the package."""
+    # Not the commit: it would miss uncommitted changes, and an installed wheel has none.
     root = Path(fastprune.__file__).parent
     digest = hashlib.sha256()
-    # The links kernels and loaders are followed by glob("*/"), not by "**".
+    # kernels and loaders are symbolic links, which glob("*/*.py") follows and "**" does not.
     for path in sorted([*root.glob("*.py"), *root.glob("*/*.py")], key=lambda p: p.relative_to(root).as_posix()):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

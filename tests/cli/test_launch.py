@@ -50,7 +50,7 @@ def test_with_an_environment_it_goes_on_there_and_says_so(script, bare, checkout
     (checkout / ".venv" / "lib").symlink_to(Path(sys.prefix) / "lib")
     done = run(bare, checkout / "scripts" / script, "--help")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == f"{script}: {bare} lacks torch: going on with {checkout / '.venv' / 'bin' / 'python'}\n"
+    assert done.stderr == f"{script}: {bare} lacks torch: continuing with {checkout / '.venv' / 'bin' / 'python'}\n"
     assert f"usage: {script}" in done.stdout
 
 

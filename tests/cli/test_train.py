@@ -130,8 +130,8 @@ def test_all_flags_of_the_reference_are_known():
     [
         (["--lr-scheduler", "plateau"], "unknown --lr-scheduler plateau: choose one of steplr, "),
         (["--lr-warmup-method", "sine"], "unknown --lr-warmup-method sine: choose linear or constant"),
-        (["--amp-dtype", "fp16"], "--amp-dtype says what --amp computes in"),
-        (["--opt", "sgd_nesterov", "--momentum", "0"], "--opt sgd_nesterov needs --momentum above 0"),
+        (["--amp-dtype", "fp16"], "--amp-dtype requires --amp"),
+        (["--opt", "sgd_nesterov", "--momentum", "0"], "--opt sgd_nesterov requires --momentum above 0"),
         (["--sparsity", "1"], "argument --sparsity: 1 is not a fraction"),
         (["--sparsity", "0.5", "--mask", "x"], "argument --mask: not allowed with argument --sparsity"),
         (["--epochs", "0"], "argument --epochs: 0 is not a whole number of 1 or more"),

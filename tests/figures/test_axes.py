@@ -221,7 +221,7 @@ def test_cells_do_not_touch():
 
 def test_panels_that_make_no_sense():
     for axes in ({"x": "time"}, {"y": "loss"}):
-        with pytest.raises(ValueError, match="no axes"):
+        with pytest.raises(ValueError, match="unknown axes"):
             DrawnPanel("", **axes)
 
 

@@ -104,7 +104,7 @@ def test_falling_before_and_after_an_epoch():
     for outside in (0, 6, 70):
         found = part(Flattens("a", "0.5", outside), rows)
         assert (found.verdict, found.effect) == ("undecided", None)
-        assert "not within" in found.why
+        assert "not inside" in found.why
     found = part(Flattens("a", "0.5", 2), [r for r in rows if r.round != 2])
     assert (found.verdict, found.effect, found.why) == ("undecided", None, "no results of 0.5 at epoch 2")
 
@@ -173,9 +173,9 @@ def test_two_results_at_one_place_are_no_results():
 
 
 def test_comparisons_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match=r"of '0[.]5' with itself"):
+    with pytest.raises(ValueError, match=r"'0[.]5' is compared with itself"):
         SmallerStart("a", "0.5", "0.5")
-    with pytest.raises(ValueError, match="panel 'b' with itself"):
+    with pytest.raises(ValueError, match="panel 'b' is compared with itself"):
         MoreMovement("b", "b", "conv1")
 
 

@@ -196,7 +196,7 @@ def test_a_dollar_sign_is_a_dollar_sign(tmp_path):
 
 
 def test_percent_in_the_rows_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no density and accuracy"):
+    with pytest.raises(InputError, match="out of bounds for density and accuracy"):
         draw.draw([Row("A2", "a", "0.05", 0, 0, 1.0, 57.0, 0.1, 0.5, False, 0, "")], DRAWING, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -108,8 +108,8 @@ def test_another_version_is_another_mask(clean):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--figure-module", "no_such_module"], "--figure-module no_such_module does not import"),
-        (["--figure-module", "nowhere.py"], "there is no such file"),
+        (["--figure-module", "no_such_module"], "--figure-module no_such_module cannot be imported"),
+        (["--figure-module", "nowhere.py"], "--figure-module nowhere.py: no such file"),
         (["--criterion", "nonsense"], "unknown criterion 'nonsense': choose one of magnitude"),
     ],
 )

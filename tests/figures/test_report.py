@@ -105,7 +105,7 @@ def test_numbers_that_are_not_finite_become_null_and_odd_things_are_refused():
     summary = summary_of(fake_rows(), cost={"images_per_s": math.inf, "wall_s": math.nan})
     assert summary["cost"] == {"images_per_s": None, "wall_s": None}
     assert "Cost" not in terminal_summary(summary)
-    with pytest.raises(TypeError, match="no place"):
+    with pytest.raises(TypeError, match="cannot hold"):
         summary_of(fake_rows(), data={"folder": object()})
 
 

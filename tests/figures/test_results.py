@@ -121,7 +121,7 @@ LINE = "A2,a,0.05,0,1,0.8,0.47,0.05,0.5,0,0,abc"
         (b"", "not a results.csv"),
         (b"epoch,loss\n1,2\n", "not a results.csv"),
         (b"\xff\xfe\x00", "not text"),
-        (f"{HEADER}\n{LINE}".encode(), "ends within a line"),
+        (f"{HEADER}\n{LINE}".encode(), "its last line is incomplete"),
         (f"{HEADER}\n{LINE[:20]}\n".encode(), "line 2: 7 columns instead of 12"),
         (f"{HEADER}\n\n".encode(), "line 2"),
         (f"{HEADER}\n{LINE}\n{LINE}\n".encode(), "line 3 repeats"),
