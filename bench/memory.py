@@ -39,7 +39,7 @@ from fastprune.figures.reproduce import data_spec
 from fastprune.loaders import SyntheticData, locate
 from fastprune.specs import ChannelSelection, DataSpec, Rewind, Runnable
 from fastprune.study.chains import Chains, MaskRecipe
-from fastprune.study.compute import Images, WorkConfig, Worker
+from fastprune.study.compute import Images, NodeComputer, WorkConfig
 from fastprune.study.graph import Graph
 from fastprune.study.settings import Settings, preset
 
@@ -138,9 +138,9 @@ def graph_of(data: DataSpec, count: int, *, structured: bool = False, settings: 
 
 def run_nodes(config: WorkConfig, graph: Graph) -> list[Sample]:
     """All nodes through one worker; what this process holds after each. To be called in a process of its own."""
-    worker, samples = Worker(config), []
+    worker, samples = NodeComputer(config), []
     for node in graph.nodes:
-        worker.run(node, graph.requested_outputs(node), lambda epoch, images: None)
+        worker.compute_node(node, graph.requested_outputs(node), lambda epoch, images: None)
         samples.append(sample())
     return samples
 

@@ -13,12 +13,13 @@ from fastprune.figures.reproduce import data_spec
 from fastprune.loaders import locate
 from fastprune.loaders.synthetic import SyntheticData
 from fastprune.specs import Runnable
+from fastprune.store import RunStore
 from fastprune.study.chains import Chains
 from fastprune.study.compute import Images, WorkConfig
 from fastprune.study.graph import Graph
-from fastprune.study.run import execute
+from fastprune.study.run import run
 from fastprune.study.settings import Settings, preset
-from fastprune.study.workers import Processes
+from fastprune.study.workers import ProcessWorker
 
 WORKERS = (1, 2, 4)
 
@@ -52,7 +53,7 @@ class _Meter:
     def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None:
         raise RuntimeError("a run ended before the measurement did")
 
-    def failed(self, worker: int, node: Runnable, reason: str, resting: list[Runnable]) -> None:
+    def failed(self, worker: int, node: Runnable, reason: str, blocked: list[Runnable]) -> None:
         raise RuntimeError(reason)
 
     @property
@@ -83,5 +84,5 @@ def time_shared(settings: Settings, workers: int, device: torch.device, window: 
         config = WorkConfig(Path(folder) / "store", {manifest.fingerprint: images}, device=str(device))
         meter = _Meter(workers, window)
         with suppress(_EnoughError):
-            execute(graph, config, meter, crew=Processes(graph, config, [str(device)], workers))
+            run(graph, RunStore(config.store), [ProcessWorker(graph, config) for _ in range(workers)], meter)
     return {"ours": workers == 1, "ms": 1e3 * settings.batch_size / meter.rate, "images_per_s": meter.rate}

@@ -88,7 +88,7 @@ def sums_text(sums: Mapping[str, str]) -> str:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256. OSError if there is no SHA256SUMS, ValueError if it is damaged."""
+    """File name -> SHA-256. OSError if there is no SHA256SUMS, ValueError if it is corrupt."""
     sums = {}
     for line in (folder / SUMS).read_text("ascii").splitlines():
         # The pattern allows no slash: a store from elsewhere must not name files outside its folder.
@@ -185,4 +185,4 @@ def read_tensors(path: Path) -> "tuple[dict[str, Tensor], Any]":
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: a safetensors file, but not one of fastprune's") from None
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: missing, damaged or foreign ({error})") from error
+        raise InputError(f"{path}: missing, corrupt or foreign ({error})") from error

@@ -1,4 +1,4 @@
-"""`scripts/store.py`: shows what is in a run store and whether it is whole, clears it up, takes it along, merges it."""
+"""`scripts/store.py`: shows what is in a run store, verifies it, clears it up, exports it, merges another into it."""
 
 import argparse
 import json
@@ -10,9 +10,9 @@ from fastprune.cli.command import DONE, FAILED, Parser, run_command
 from fastprune.console import printable
 from fastprune.errors import InputError
 from fastprune.store import RunStore
-from fastprune.store.read import existing_store
+from fastprune.store.listing import existing_store
 
-OK, DAMAGED = DONE, FAILED
+OK, CORRUPT = DONE, FAILED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         prog="store.py",
         description="Look after a store of runs.",
-        epilog="Exit codes: 0 all is well, 1 something is damaged, differs or was left out, 2 bad usage or input.",
+        epilog="Exit codes: 0 all is well, 1 something is corrupt, differs or was left out, 2 bad usage or input.",
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -35,35 +35,36 @@ def parser() -> argparse.ArgumentParser:
     c = command("show", "all that is known of one node")
     c.add_argument("key", metavar="KEY", help="its key, or as much of its beginning as no other has")
     c = command("verify", "read every file and compare it with its checksum")
-    c.add_argument("--delete", action="store_true", help="delete what is damaged: the next run makes it again")
-    c = command("gc", "remove what is worthless: temporary files, checkpoints of finished runs, old caches")
-    c.add_argument("--unneeded", action="store_true", help="also nodes that no recorded figure needs")
-    c.add_argument("--states", action="store_true", help="also weights and momentum that only finished nodes have read")
-    c.add_argument("--forget", metavar="NAME", help="remove the record of a figure first")
-    c.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    c.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a tar that export wrote, in place of --store")
+    c.add_argument("--delete", action="store_true", help="delete what is corrupt: the next run computes it again")
+    c = command("gc", "remove leftovers: temporary files, checkpoints of finished runs, old caches")
+    c.add_argument("--unneeded", action="store_true", help="list also the nodes that no recorded figure needs")
+    c.add_argument("--states", action="store_true", help="list also weights and momentum that only finished nodes read")
+    c.add_argument("--forget", metavar="NAME", help="as if this figure were not recorded")
+    c.add_argument("--yes", action="store_true", help="remove what is listed")
     c = command("export", "write the nodes to one tar file")
     c.add_argument("file", type=Path, metavar="FILE")
     c.add_argument("--figure", action="append", default=[], metavar="NAME", help="only what it needs (may be repeated)")
     c.add_argument("--no-states", action="store_true", help="without weights and momentum")
-    c = command("import", "take over the nodes of a tar file, or of another store's folder; ours win")
-    c.add_argument("source", type=Path, metavar="FILE|FOLDER")
+    c = command("merge", "adopt the nodes of another store's folder, or of such a tar file; the first published wins")
+    c.add_argument("source", type=Path, metavar="FOLDER|FILE")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0 all is well, 1 something is damaged, differs or was left out, 2 bad
+    """Runs the command; returns the exit code: 0 all is well, 1 something is corrupt, differs or was left out, 2 bad
     usage or input, 130 interrupted."""
 
     def work() -> int:
         args = parser().parse_args(argv)
-        if args.command != "import":
+        if args.command != "merge" and not (args.command == "verify" and args.file is not None):
             existing_store(args.store)
         try:
             return _COMMANDS[args.command](args)
         except RecursionError:
             raise InputError("a file is nested too deeply; see verify") from None
 
-    return run_command("store.py", work, "what was done is whole")
+    return run_command("store.py", work, "what was done is complete")
 
 
 def _ls(args: argparse.Namespace) -> int:
@@ -79,26 +80,34 @@ def _ls(args: argparse.Namespace) -> int:
     else:
         _print(*table(records))
         _print("", totals(records, tree_bytes(args.store)), *map(printable, going_on(args.store)))
-    return DAMAGED if any("damaged" in r for r in records) else OK
+    return CORRUPT if any("corrupt" in r for r in records) else OK
 
 
 def _show(args: argparse.Namespace) -> int:
     from fastprune.store.listing import show
 
-    said, whole = show(args.store, args.key)
+    said, complete = show(args.store, args.key)
     _print(*said)
-    return OK if whole else DAMAGED
+    return OK if complete else CORRUPT
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from fastprune.store.verify import check_store, delete_damaged, remedy
+    from fastprune.store.merge import opened
+    from fastprune.store.verify import check_store, delete_corrupt, remedy
 
-    found = check_store(args.store)
-    _print(*(printable(f"{path}: {why}; {remedy(args.store, path, why)}") for path, why in found.damaged.items()))
-    if args.delete and found.damaged:
-        _print(*map(printable, delete_damaged(RunStore(args.store), found)))
+    if args.file is not None:
+        if args.delete:
+            raise InputError("--delete is for a store, not for a file")
+        with opened(args.file) as folder:
+            found = check_store(folder)
+            _print(*(printable(f"{path.relative_to(folder)}: {why}") for path, why in found.corrupt.items()))
+    else:
+        found = check_store(args.store)
+        _print(*(printable(f"{path}: {why}; {remedy(args.store, path, why)}") for path, why in found.corrupt.items()))
+        if args.delete and found.corrupt:
+            _print(*map(printable, delete_corrupt(RunStore(args.store), found)))
     _print(str(found))
-    return DAMAGED if found.damaged else OK
+    return CORRUPT if found.corrupt else OK
 
 
 def _gc(args: argparse.Namespace) -> int:
@@ -106,40 +115,43 @@ def _gc(args: argparse.Namespace) -> int:
     from fastprune.store.listing import size
 
     removed = collect(
-        RunStore(args.store), unneeded=args.unneeded, states=args.states, forget=args.forget, dry_run=args.dry_run
+        RunStore(args.store), unneeded=args.unneeded, states=args.states, forget=args.forget, yes=args.yes
     )
-    done = "would remove" if args.dry_run else "removed"
-    _print(*(printable(f"{done} {path} ({size(count)})") for path, count in removed.sizes.items()))
+    _print(*(printable(f"removed {path} ({size(count)})") for path, count in removed.leftovers.items()))
+    done = "removed" if args.yes else "would remove"
+    _print(*(printable(f"{done} {path} ({size(count)})") for path, count in removed.published.items()))
     _print(*removed.left)
-    _print(f"{done} {len(removed.sizes):,} files and folders, {removed.bytes:,} bytes")
+    _print(f"{len(removed.leftovers):,} leftovers removed, {sum(removed.leftovers.values()):,} bytes")
+    if removed.published:
+        rest = "removed" if args.yes else "to remove with --yes"
+        _print(f"{len(removed.published):,} more {rest}, {sum(removed.published.values()):,} bytes")
     return OK
 
 
 def _export(args: argparse.Namespace) -> int:
     from fastprune.store.listing import size
-    from fastprune.store.transfer import DamagedError, export
+    from fastprune.store.merge import CorruptError, export
 
     try:
         count, of = export(args.store, args.file, args.figure, states=not args.no_states)
-    except DamagedError as error:
+    except CorruptError as error:
         print("store.py:", printable(error), file=sys.stderr)
-        return DAMAGED
+        return CORRUPT
     rest = f", {of - count:,} are not there yet" if count < of else ""
     _print(f"{count:,} nodes in {args.file} ({size(args.file.stat().st_size)}){rest}")
     return OK
 
 
-def _import(args: argparse.Namespace) -> int:
-    from fastprune.store.transfer import import_from
+def _merge(args: argparse.Namespace) -> int:
+    from fastprune.store.merge import merge
 
-    done = import_from(args.store, args.source)
-    for title, lines in (("conflict", done.conflicts), ("left out", done.busy)):
-        _print(*(printable(f"{title}: {line}") for line in lines))
-    conflicts = len({line.split()[0] for line in done.conflicts})
-    counts = f"{len(done.new):,} new, {len(done.same):,} the same, {len(done.gained):,} gained files"
-    left = f", {len(done.busy):,} left out" if done.busy else ""
-    _print(f"{counts}, {conflicts:,} in conflict{left}; records of figures: {done.figures:,}")
-    return DAMAGED if done.conflicts or done.busy else OK
+    merged = merge(args.store, args.source)
+    for what, lines in (("conflict", merged.conflicts), ("corrupt", merged.corrupt), ("left out", merged.busy)):
+        _print(*(printable(f"{what}: {line}") for line in lines))
+    counts = f"{len(merged.new):,} new, {len(merged.same):,} the same, {len(merged.gained):,} gained files"
+    bad = f"{len(merged.conflicts):,} in conflict, {len(merged.corrupt):,} corrupt, {len(merged.busy):,} left out"
+    _print(f"{counts}, {bad}; records of figures: {merged.records:,}")
+    return CORRUPT if merged.conflicts or merged.corrupt or merged.busy else OK
 
 
 def _print(*lines: str) -> None:
@@ -147,4 +159,4 @@ def _print(*lines: str) -> None:
         print(line)
 
 
-_COMMANDS = {"ls": _ls, "show": _show, "verify": _verify, "gc": _gc, "export": _export, "import": _import}
+_COMMANDS = {"ls": _ls, "show": _show, "verify": _verify, "gc": _gc, "export": _export, "merge": _merge}

@@ -28,18 +28,19 @@ def remark(points: Iterable[AnyPoint], store: RunStore) -> str:
     """The note of a structured figure: the latency of the dense network, and how many groups of filters kept one
     although the ranking would have removed all; empty for other figures."""
     nodes = {p.selection for p in points if isinstance(p, Point) and p.selection is not None}
-    found = [(node.fraction, store.node(node)["result"]) for node in nodes if store.has(node)]
+    found = [(node.fraction, store.node(node)) for node in nodes if store.has(node)]
     if not found:
         return ""
     counts: dict[float, list[int]] = defaultdict(list)
-    for fraction, result in found:
-        counts[fraction].append(len(result["spared"]))
+    for fraction, selection in found:
+        counts[fraction].append(len(selection["result"]["spared"]))
     # Every selection timed the dense network again; the median is robust to a busy machine.
-    whole, batch = median(r["latency_whole_ms"] for _, r in found), found[0][1]["latency_batch"]
+    measured = [selection["provenance"] for _, selection in found]
+    whole, batch = median(m["latency_whole_ms"] for m in measured), measured[0]["latency_batch"]
     text = f"The whole network takes {whole:.3g} ms for a batch of {batch}."
     parts = [f"{100 * fraction:g} %: {_span(spared)}" for fraction, spared in sorted(counts.items()) if any(spared)]
     if parts:
-        groups = found[0][1]["groups"]
+        groups = found[0][1]["result"]["groups"]
         text += f" Of {groups} groups of filters keep one where the ranking leaves none, at {', '.join(parts)}."
     return text
 
@@ -59,7 +60,7 @@ def _row(figure: str, p: Point, store: RunStore) -> Row:
             accuracy = None
     x, dead = 1.0, 0
     if p.selection is not None:
-        x = _size(store.node(p.selection)["result"], p.x)
+        x = _size(store.node(p.selection), p.x)
     elif isinstance(p.node.mask, Prune):
         mask = store.node(p.node.mask)["result"]
         x = mask["density"]
@@ -68,12 +69,12 @@ def _row(figure: str, p: Point, store: RunStore) -> Row:
     return Row(figure, p.panel, p.series, p.seed, p.round, x, accuracy, p.lr_find, p.lr_eval, gone, dead, p.node.key)
 
 
-def _size(result: dict[str, Any], axis: str) -> float:
+def _size(selection: dict[str, Any], axis: str) -> float:
     """The value of a filter selection on an axis. Latency is relative to the dense network."""
     # Both networks were timed in turn on one machine, so that its load and speed cancel.
     if axis == "latency":
-        return float(result["latency_ms"] / result["latency_whole_ms"])
-    return float(result["removed_fraction" if axis == "filters" else axis])
+        return float(selection["provenance"]["latency_ms"] / selection["provenance"]["latency_whole_ms"])
+    return float(selection["result"]["removed_fraction" if axis == "filters" else axis])
 
 
 def _history_rows(figure: str, p: LprPoint, store: RunStore) -> list[Row]:

@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 import time
-from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,8 +33,7 @@ from fastprune.study.settings import Settings
 
 if TYPE_CHECKING:
     from fastprune.loaders import LoaderChoice
-    from fastprune.study.compute import Images, WorkConfig
-    from fastprune.study.ray_workers import RayCrew
+    from fastprune.study.compute import Images
     from fastprune.study.run import Outcome
 
 
@@ -269,7 +267,7 @@ def run(request: Request) -> bool:
     if outcome.failed:
         for key, reason in outcome.failed.items():
             print(f"failed: {graph.label(graph.by_key[key])}: {reason}", file=sys.stderr)
-        print(f"{len(outcome.failed)} failed, {outcome.not_reached} blocked; rerun the command to retry")
+        print(f"{len(outcome.failed)} failed, {outcome.blocked} blocked; rerun the command to retry")
         return False
     return True
 
@@ -380,9 +378,13 @@ def _execute(
 ) -> "Outcome":
     from fastprune.study.compute import WorkConfig
     from fastprune.study.progress import Bars
-    from fastprune.study.run import execute
+    from fastprune.study.run import Outcome
+    from fastprune.study.run import run as run_graph
+    from fastprune.study.workers import Worker, local_workers
 
     todo = graph.todo(store)
+    if not todo:
+        return Outcome()
     config = WorkConfig(
         store=request.store.resolve(),
         images=images,
@@ -391,20 +393,23 @@ def _execute(
         checkpoint_epochs=request.checkpoint_epochs,
         modules=request.modules,
     )
-    crew = _ray_crew(request, graph, config, len(todo)) if request.ray and todo else None
-    with nullcontext() if crew is None else closing(crew):  # closed also if an error comes before its first node
-        if crew is not None:
-            print(f"  on {crew.about}", flush=True)
-        with Bars(graph, todo, min(workers if crew is None else crew.count, len(todo))) as bars:
-            return execute(graph, config, bars, workers=workers, devices=devices, crew=crew)
 
+    def by(workers: "list[Worker]") -> "Outcome":
+        with Bars(graph, todo, len(workers)) as bars:
+            return run_graph(graph, RunStore(config.store), workers, bars)
 
-def _ray_crew(request: Request, graph: Graph, config: "WorkConfig", most: int) -> "RayCrew":
+    if not request.ray:
+        with local_workers(graph, config, devices, min(workers, len(todo))) as local:
+            return by(local)
     if find_spec("ray") is None:
         raise InputError("--executor ray needs Ray, which is not installed: run pip install 'fastprune[ray]'")
-    from fastprune.study.ray_workers import RayCrew
+    from fastprune.study.ray_workers import ray_workers
 
-    return RayCrew(graph, config, address=request.ray_address, workers=request.workers, gpus=request.gpus, most=most)
+    with ray_workers(
+        graph, config, address=request.ray_address, count=request.workers, gpus=request.gpus, most=len(todo)
+    ) as cluster:
+        print(f"  on {cluster.about}", flush=True)
+        return by(cluster.workers)
 
 
 def _check_writable(out: Path) -> None:

@@ -1,12 +1,12 @@
-"""Removes from a store what is worthless, and when asked what no recorded figure needs.
+"""Removes from a store what is worthless, and, when the user confirms it, what no recorded command needs.
 
-Everything that belongs to a node goes under its lease, so what somebody is working on stays.
+Everything that belongs to a node is removed under its lease, so what a process computes stays.
 """
 
 import contextlib
+import errno
 import os
 import shutil
-import socket
 import sys
 import time
 from collections import defaultdict
@@ -16,23 +16,20 @@ from pathlib import Path
 
 from fastprune.errors import InputError
 from fastprune.files import SUMS, read_sums, tree_bytes, write_sums
-from fastprune.store import RunStore
-from fastprune.store.keeper import boot
-from fastprune.store.lease import SECONDS, Leases, NoSpaceError
+from fastprune.store.lease import SECONDS, Leases, read_holder
+from fastprune.store.listing import KEY, Found, is_published, node_folder, node_folders, read_node
 from fastprune.store.needs import Needs, awaited, named, read_needs
-from fastprune.store.read import KEY, Found, holder_note, is_published, lock_file, node_folder, node_folders, read_node
+from fastprune.store.run_store import RunStore
 
 
 @dataclass
 class Removed:
-    """What was removed, or would be: by path how many bytes. left: what was left alone, a line each."""
+    """By path how many bytes. leftovers: were removed. published: of nodes, were removed if that was confirmed. left:
+    nodes left alone, a line each."""
 
-    sizes: dict[Path, int] = field(default_factory=dict)
+    leftovers: dict[Path, int] = field(default_factory=dict)
+    published: dict[Path, int] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.sizes.values())
 
 
 def collect(
@@ -41,16 +38,16 @@ def collect(
     unneeded: bool = False,
     states: bool = False,
     forget: str | None = None,
-    dry_run: bool = False,
+    yes: bool = False,
     seconds: float = SECONDS,
 ) -> Removed:
-    """Removes temporary files, checkpoints of what is published, notes of holders who died, logs of what has succeeded
-    since, caches of other machines or copies.
+    """Removes temporary files, checkpoints of what is published, leases of processes that died, logs of what has
+    succeeded since, caches of other machines or copies.
 
-    forget: the record of a figure. unneeded: also nodes, and checkpoints, that no figure needs which is recorded.
-    states: also states and momentum that no unpublished node of such a figure reads. dry_run: only says so. seconds:
-    how long a lease lies untouched until its holder is dead. InputError where nothing is recorded that would be needed
-    to decide. Not to be asked for what is unneeded while a run is being started.
+    Of what is published, only with `yes`. unneeded: nodes (and checkpoints) that no recorded command needs; states:
+    weights and momentum that no unpublished node of such a command reads; forget: the record of a figure, as if it were
+    not there. seconds: how long a lease is untouched until its holder is dead. InputError where no record tells what is
+    needed. Not to be asked for what is unneeded while a run is being started.
     """
     needs = read_needs(store.root) if unneeded or states or forget is not None else _readable_needs(store.root)
     if (unneeded or states) and not needs:
@@ -59,7 +56,7 @@ def collect(
             "once more (what is there is not trained again)"
         )
     forgotten = named(needs, [forget] if forget is not None else [])
-    collection = _Collection(store, [n for n in needs if n not in forgotten], dry_run, seconds)
+    collection = _Collection(store, [n for n in needs if n not in forgotten], yes, seconds)
     collection.plan([n.path for n in forgotten], unneeded, states)
     collection.run()
     return collection.removed
@@ -72,131 +69,122 @@ def _readable_needs(root: Path) -> list[Needs]:
 
 
 class _Collection:
-    """First all that may go, by key; then each key's part under its lease."""
+    """First all that may be removed, by key; then each key's part under its lease."""
 
-    def __init__(self, store: RunStore, needs: list[Needs], dry_run: bool, seconds: float) -> None:
-        self.store, self.needs, self.dry_run, self.seconds = store, needs, dry_run, seconds
+    def __init__(self, store: RunStore, needs: list[Needs], yes: bool, seconds: float) -> None:
+        self.store, self.needs, self.yes, self.seconds = store, needs, yes, seconds
         self.removed = Removed()
-        self.work: dict[str, list[Callable[[], None]]] = defaultdict(list)
-        self.free: list[Callable[[], None]] = []
+        self.of_node: dict[str, list[Callable[[], None]]] = defaultdict(list)
+        self.others: list[Callable[[], None]] = []
 
     def plan(self, records: list[Path], unneeded: bool, states: bool) -> None:
         root = self.store.root
         needed = frozenset().union(*(n.nodes for n in self.needs))
-        self.free += [self._removal(path) for path in records]
+        self.others += [self._removal_of_published(path) for path in records]
         for path in sorted((root / "tmp").iterdir()):
-            self._file(path, path.name[:32])
+            self._leftover(path, path.name[:32])
         for path in sorted((root / "partial").iterdir()):
             key = path.name.removeprefix(".")[:32]
-            if path.name.startswith(".") or (unneeded and key not in needed) or self._finished(key):
-                self._file(path, key)
+            if path.name.startswith(".") or self._is_finished(key):
+                self._leftover(path, key)
+            elif unneeded and key not in needed:
+                self.of_node[key].append(self._removal_of_published(path))
         for folder in node_folders(root):
             if unneeded and folder.name not in needed:
-                self.work[folder.name].append(self._taking_away(folder))
+                self.of_node[folder.name].append(self._removal_of_published(folder))
                 continue
             for path in self._not_listed(folder):
-                self._file(path, folder.name)
+                self._leftover(path, folder.name)
             if states:
-                self.work[folder.name].append(self._states(folder))
+                self.of_node[folder.name].append(self._removal_of_states(folder))
         for path in (root / "leases").iterdir():
             key = path.name.removeprefix(".")[:32]
-            if path.name.startswith("."):  # what a keeper was writing that died
-                self._file(path, key)
+            if path.name.startswith("."):
+                self._leftover(path, key)
             elif KEY.fullmatch(key):
-                self.work[key].append(lambda: None)  # taking its lease and giving it back is all
+                self.of_node[key].append(lambda: None)  # taking its lease and giving it back is all
         for path in sorted((root / "logs").glob("*.log")):
-            if self._older(path, node_folder(root, path.stem) / "node.json"):
-                self._file(path, path.stem)
+            if _is_older(path, node_folder(root, path.stem) / "node.json"):
+                self._leftover(path, path.stem)
         for path in (*root.glob(".store.json.*"), *sorted((root / "figures").glob(".*"))):
-            self._file(path, "")
+            self._leftover(path, "")
 
     def run(self) -> None:
-        with Leases(self.store.root / "leases", self.seconds) as leases:
-            busy = [key for key in sorted(self.work) if not self._under_lease(leases, key, self.work[key])]
-            suspects = [key for key in busy if self._silent(key)]
-            if suspects and not self.dry_run:  # only watching tells whether a holder on another machine is alive
-                print(f"waiting {self.seconds:.0f} s for a sign of who holds {len(suspects)} leases", file=sys.stderr)
+        root = self.store.root
+        with Leases(root / "leases", self.seconds) as leases:
+            busy = [key for key in sorted(self.of_node) if not self._under_lease(leases, key)]
+            silent = [key for key in busy if self._is_untouched(root / "leases" / key)]
+            if silent:  # only watching tells whether a process on another machine is alive
+                print(
+                    f"waiting {self.seconds:.0f} s for a sign of the holders of {len(silent)} leases", file=sys.stderr
+                )
                 time.sleep(self.seconds + 1.0)
-                busy = [k for k in busy if k not in suspects or not self._under_lease(leases, k, self.work[k])]
+                busy = [key for key in busy if key not in silent or not self._under_lease(leases, key)]
         for key in busy:
-            holder = holder_note(self.store.root, key)
-            by = f"process {holder['pid']} on {holder['host']}" if holder else "somebody"
-            self.removed.left.append(f"left alone: {key}, on which {by} works")
-        if not busy:  # who works here may run code from there
+            self.removed.left.append(
+                f"left alone: {key}, which {read_holder(root / 'leases' / key) or 'a process'} computes"
+            )
+        if not busy:  # a process that computes may run code from there
             own = self.store.cache().name
-            caches = sorted((self.store.root / "cache").iterdir())
-            self.free += [self._removal(path) for path in caches if path.name != own]
-        for remove in self.free:
+            self.others += [self._removal(path) for path in sorted((root / "cache").iterdir()) if path.name != own]
+        for remove in self.others:
             remove()
 
-    def _under_lease(self, leases: Leases, key: str, work: list[Callable[[], None]]) -> bool:
-        """Whether the work could be done."""
-        if self.dry_run:
-            mine = not self._seems_alive(key)
-        else:
-            try:
-                mine = leases.acquire(key)[0]
-            except NoSpaceError:  # then nobody else can take it either, until something is removed
-                mine = lock_file(self.store.root, key) is None
+    def _under_lease(self, leases: Leases, key: str) -> bool:
+        """Whether all that is planned for the node could be done."""
+        try:
+            mine, _ = leases.acquire(key)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            mine = not (self.store.root / "leases" / key).exists()  # no other process can take it either
         if mine:
-            for remove in work:
+            for remove in self.of_node[key]:
                 remove()
-            if not self.dry_run:
-                leases.release(key)
+            leases.release(key)
         return mine
 
-    def _seems_alive(self, key: str) -> bool:
-        """Without taking the lease, which would change it."""
-        holder = holder_note(self.store.root, key)
-        if holder is not None and (holder["host"], holder["boot"]) == (socket.gethostname(), boot()):
-            try:
-                os.kill(holder["pid"], 0)
-            except ProcessLookupError:
-                return False
-            except (OSError, OverflowError):
-                pass
-        return lock_file(self.store.root, key) is not None and not self._silent(key)
-
-    def _silent(self, key: str) -> bool:
-        lock = lock_file(self.store.root, key)
-        return lock is not None and self._aged(lock)
-
-    def _aged(self, path: Path) -> bool:
+    def _is_untouched(self, path: Path) -> bool:
         try:
             return time.time() - path.lstat().st_mtime > self.seconds
         except OSError:
             return False
 
-    def _file(self, path: Path, key: str) -> None:
+    def _leftover(self, path: Path, key: str) -> None:
         """Plans to remove it: under the lease of `key`, or, where it is no node's, if it has not just been written."""
         if KEY.fullmatch(key):
-            self.work[key].append(self._removal(path))
-        elif self._aged(path):
-            self.free.append(self._removal(path))
+            self.of_node[key].append(self._removal(path))
+        elif self._is_untouched(path):
+            self.others.append(self._removal(path))
 
     def _removal(self, path: Path) -> Callable[[], None]:
         def remove() -> None:
-            folder = path.is_dir() and not path.is_symlink()
+            is_folder = path.is_dir() and not path.is_symlink()
             try:
-                size = tree_bytes(path) if folder else path.lstat().st_size
+                size = tree_bytes(path) if is_folder else path.lstat().st_size
             except FileNotFoundError:  # its owner has removed it meanwhile
                 return
-            if not self.dry_run:
-                shutil.rmtree(path) if folder else path.unlink(missing_ok=True)
-            self.removed.sizes[path] = size
+            shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
+            self.removed.leftovers[path] = size
 
         return remove
 
-    def _taking_away(self, folder: Path) -> Callable[[], None]:
-        def take() -> None:
-            if folder.exists():
-                self.removed.sizes[folder] = tree_bytes(folder)
-                if not self.dry_run:
-                    self.store.take_away(folder)
+    def _removal_of_published(self, path: Path) -> Callable[[], None]:
+        """A node's folder at once, or a file."""
 
-        return take
+        def remove() -> None:
+            if path.is_dir():
+                self.removed.published[path] = tree_bytes(path)
+                if self.yes:
+                    self.store.remove(path)
+            elif path.exists():
+                self.removed.published[path] = path.stat().st_size
+                if self.yes:
+                    path.unlink(missing_ok=True)
 
-    def _states(self, folder: Path) -> Callable[[], None]:
+        return remove
+
+    def _removal_of_states(self, folder: Path) -> Callable[[], None]:
         """The list of checksums is rewritten first: what is not in it does not count."""
 
         def remove() -> None:
@@ -205,20 +193,20 @@ class _Collection:
                 sums = read_sums(folder)
                 epochs = int(node.result["epochs"]) if isinstance(node, Found) and node.kind == "train" else None
             except (OSError, ValueError, KeyError, TypeError):
-                return  # damaged: that is for verify to say
+                return  # corrupt: that is for verify to say
             if epochs is None:
                 return
             keep = awaited(self.store.root, self.needs, folder.name, epochs)
-            gone = sorted(n for n in sums if n.startswith(("state-", "momentum-")) and n not in keep)
-            if gone and not self.dry_run:
-                write_sums(folder, {name: d for name, d in sums.items() if name not in gone})
-            for name in gone:
-                self._removal(folder / name)()
+            unread = sorted(n for n in sums if n.startswith(("state-", "momentum-")) and n not in keep)
+            if unread and self.yes:
+                write_sums(folder, {name: d for name, d in sums.items() if name not in unread})
+            for name in unread:
+                self._removal_of_published(folder / name)()
 
         return remove
 
     def _not_listed(self, folder: Path) -> list[Path]:
-        """Half-written files, and whole ones whose writer died before they counted."""
+        """Half-written files, and complete ones whose writer died before they counted."""
         names = os.listdir(folder)
         hidden = [folder / name for name in names if name.startswith(".")]
         try:
@@ -227,8 +215,8 @@ class _Collection:
             return hidden
         return hidden + [folder / n for n in names if n not in sums and n != SUMS and not n.startswith(".")]
 
-    def _finished(self, key: str) -> bool:
-        """Whether a run is published with all that others still read of it, so that nobody continues it."""
+    def _is_finished(self, key: str) -> bool:
+        """Whether a run is published with all that others still read of it, so that no process continues it."""
         if not KEY.fullmatch(key) or not is_published(self.store.root, key):
             return False
         folder = node_folder(self.store.root, key)
@@ -236,13 +224,14 @@ class _Collection:
         try:
             epochs, sums = int(node.result["epochs"]), read_sums(folder)  # type: ignore[union-attr]
         except (AttributeError, OSError, ValueError, KeyError, TypeError):
-            return False  # damaged: it may be made again from there
+            return False  # corrupt: it may be computed again from there
         wanted = awaited(self.store.root, self.needs, key, epochs)
         wanted |= {name for n in self.needs for name in n.histories.get(key, ())}
         return wanted <= sums.keys()
 
-    def _older(self, path: Path, than: Path) -> bool:
-        try:
-            return path.stat().st_mtime <= than.stat().st_mtime
-        except OSError:
-            return False
+
+def _is_older(path: Path, than: Path) -> bool:
+    try:
+        return path.stat().st_mtime <= than.stat().st_mtime
+    except OSError:
+        return False

@@ -1,89 +1,121 @@
-"""Who computes which node: one holder a lease, among all processes and machines that share the store."""
+"""Who computes which node: a file that its holder creates exclusively and touches from a thread.
 
-import contextlib
-import errno
+A lease saves work, it does not guard the store: of two processes that compute the same node the first to publish wins,
+and both would publish the same. So nothing here needs file locks or an atomic exchange, which network disks lack.
+"""
+
 import json
-import subprocess
-import sys
-from dataclasses import dataclass
+import os
+import secrets
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-from fastprune.errors import InputError
+SECONDS = 90.0
+"""A lease that nobody has touched for so long is abandoned. Equal for all processes that share a store."""
 
-SECONDS = 45.0
-"""A holder that has not been heard of for so long is taken to be dead. Equal for all that share a store."""
-
-
-class NoSpaceError(InputError):
-    """The disk is full: nobody can take a lease."""
+_TOUCHES = 6
+"""How often a lease is touched in that time: a disk that hangs for a moment costs no lease."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that has, or had, a lease. since: Unix time. boot: see keeper.boot."""
+    """The process that has, or had, a lease. since: Unix time. token: tells two leases of one process apart."""
 
     host: str
+    machine: str
     pid: int
     since: float
-    boot: str
+    token: str
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
+    @property
+    def has_died(self) -> bool:
+        """Whether it ran on this machine, and does no more. A process of another machine cannot be asked."""
+        if self.machine != this_machine():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            pass
+        return False
+
+
+@cache
+def this_machine() -> str:
+    """Tells machines of one name apart, one machine from itself before a reboot, and containers that count their
+    processes apart; "" where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Whose lease the file is; None where there is none, or its holder has created it just now."""
+    try:
+        found = json.loads(path.read_bytes())
+        types = {"host": str, "machine": str, "pid": int, "since": float, "token": str}
+        return Holder(**{name: of(found[name]) for name, of in types.items()})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
 
 class Leases:
-    """The leases that this process holds, kept alive by a child of its own (see keeper.py). A context manager.
+    """The leases that this process holds, by key: files in `folder`, touched by one thread. A context manager.
 
-    Losing one to a false alarm (a machine cut off for longer than SECONDS) costs work, nothing else: whoever publishes
-    first wins, and both would publish the same.
+    seconds: after which an untouched lease is abandoned, by the clock of the process that looks at it.
     """
 
     def __init__(self, folder: Path, seconds: float = SECONDS) -> None:
-        self._command = [sys.executable, "-P", str(Path(__file__).with_name("keeper.py")), str(folder), str(seconds)]
-        self._process: subprocess.Popen[str] | None = None
-        self._held: set[str] = set()
-        self._asked = 0
+        self._folder, self._seconds = folder, seconds
+        self._held: dict[str, str] = {}
+        self._seen: dict[str, tuple[object, float]] = {}
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def acquire(self, key: str) -> tuple[bool, Holder | None]:
-        """(whether the lease is now ours, who holds it; or, where it is ours, who died with it). Does not wait.
+        """(whether the lease is now ours, its holder; or, where it is ours, the one that died with it). Does not wait.
 
-        InputError where the folder cannot be written, NoSpaceError where the disk is full.
+        OSError where the folder takes no files.
         """
-        answer = self._ask("acquire", key)
-        if answer["mine"]:
-            self._held.add(key)
-        return answer["mine"], None if answer["holder"] is None else Holder(**answer["holder"])
+        path, holder = self._folder / key, None
+        mine = self._create(key)
+        if not mine:
+            holder = read_holder(path)
+            if self._is_abandoned(key, holder) and self._remove(path, holder):
+                mine = self._create(key)
+        if mine:
+            self._seen.pop(key, None)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._touch_all, daemon=True)
+                self._thread.start()
+        return mine, holder
 
     def release(self, key: str) -> bool:
         """Gives a lease back; whether it was still ours."""
-        self.tend()
-        if key not in self._held:
+        token, path = self._held.pop(key, None), self._folder / key
+        holder = read_holder(path)
+        if token is None or holder is None or holder.token != token:
             return False
-        lost = self._ask("release", key)["lost"]
-        self._held.discard(key)
-        return not lost
-
-    def tend(self) -> None:
-        """Where the process that keeps the leases was killed, starts another, which takes them again: until then nobody
-        keeps them alive. What somebody else has taken meanwhile is lost."""
-        if self._process is None or self._process.poll() is None:
-            return
-        self._drop()
-        for key in sorted(self._held):
-            answer = self._answer("acquire", key)
-            if answer is None or not answer.get("mine"):
-                self._held.discard(key)
+        path.unlink(missing_ok=True)
+        return True
 
     def close(self) -> None:
         """Gives all back."""
-        if self._process is None:
-            return
-        for key in sorted(self._held):
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+        for key in list(self._held):
             self.release(key)
-        process, self._process = self._process, None
-        if process is not None:
-            process.communicate()
 
     def __enter__(self) -> "Leases":
         return self
@@ -91,47 +123,58 @@ class Leases:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _ask(self, do: str, key: str) -> Any:
-        self.tend()
-        answer = self._answer(do, key)
-        if answer is None:  # killed just now
-            self.tend()
-            answer = self._answer(do, key)
-        if answer is None:
-            raise RuntimeError("the process that keeps leases ends as it starts")
-        if "error" in answer:
-            said = f"{answer['file'] or key}: no lease ({answer['error']})"
-            if answer["errno"] in (errno.ENOSPC, errno.EDQUOT):
-                raise NoSpaceError(f"{said}; make room, with scripts/store.py gc or otherwise")
-            raise InputError(f"{said}; choose another --store")
-        return answer
+    def _create(self, key: str) -> bool:
+        token = secrets.token_hex(8)
+        holder = Holder(socket.gethostname(), this_machine(), os.getpid(), time.time(), token)
+        path = self._folder / key
+        try:
+            file = path.open("x")
+        except FileExistsError:
+            return False
+        try:
+            with file:
+                json.dump(asdict(holder), file)
+        except OSError:  # a full disk
+            path.unlink(missing_ok=True)
+            raise
+        self._held[key] = token
+        return True
 
-    def _answer(self, do: str, key: str) -> dict[str, Any] | None:
-        """None where the process that keeps the leases has ended."""
-        if self._process is None:
-            # A session of its own: an interrupt from the terminal is not for it.
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._asked += 1
-        answer: dict[str, Any] = {"to": None}
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"do": do, "key": key, "number": self._asked}) + "\n")
-            self._process.stdin.flush()
-        while answer["to"] != self._asked:  # an interrupt may have left an answer unread
-            line = self._process.stdout.readline()
-            if not line.endswith("\n"):
-                self._process.wait()
-                return None
-            answer = json.loads(line)
-        return answer
+    def _is_abandoned(self, key: str, holder: Holder | None) -> bool:
+        """Its process has died, or it has been the same, whenever this process looked, for as long as a lease lasts."""
+        if holder is not None and holder.has_died:
+            return True
+        try:
+            with (self._folder / key).open("rb") as file:  # opening makes NFS ask the server
+                look = holder, os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return False
+        before, since = self._seen.get(key, (None, 0.0))
+        if look != before:
+            self._seen[key] = look, time.monotonic()
+            return False
+        return time.monotonic() - since >= self._seconds
 
-    def _drop(self) -> None:
-        """Forgets a process that has ended."""
-        process, self._process = self._process, None
-        for pipe in (process.stdin, process.stdout) if process is not None else ():
-            with contextlib.suppress(BrokenPipeError):  # what it was asked last
-                if pipe is not None:
-                    pipe.close()
+    def _remove(self, path: Path, holder: Holder | None) -> bool:
+        """Takes an abandoned lease away; False where another process was quicker, and has it now."""
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            os.rename(path, aside)  # of several processes one succeeds
+            if read_holder(aside) != holder:
+                os.rename(aside, path)
+                return False
+        except FileNotFoundError:
+            return False
+        aside.unlink(missing_ok=True)
+        return True
+
+    def _touch_all(self) -> None:
+        while not self._closed.wait(self._seconds / _TOUCHES):
+            for key, token in list(self._held.items()):
+                path = self._folder / key
+                holder = read_holder(path)
+                if holder is not None and holder.token == token:
+                    try:
+                        os.utime(path)
+                    except OSError:  # the disk hangs or is full: the next touch may succeed
+                        continue

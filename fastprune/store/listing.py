@@ -1,40 +1,121 @@
-"""What is in a store, for a person or a script: a line for each node, what is going on, and one node in full."""
+"""What is in a store, read as it lies there: nodes by key, without the records they were made from; and said, for the
+user or a script, in a line a node."""
 
-import itertools
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastprune.console import printable
 from fastprune.errors import InputError
-from fastprune.files import SUMS, digest, read_sums
-from fastprune.specs import Init, ModelSpec
-from fastprune.store.read import (
-    KEY,
-    Damaged,
-    Found,
-    holder_note,
-    is_published,
-    node_folder,
-    node_folders,
-    read_all,
-    read_json,
-    read_node,
-    rests_on,
-)
+from fastprune.files import SUMS, digest, read_sums, tree_bytes
+from fastprune.store.lease import read_holder
+from fastprune.store.run_store import check_about, check_format
 
-_KNOWN = [
-    (name, stem, width)
-    for name in ("resnet18", "resnet34", "resnet50")
-    for stem in ("imagenet", "small")
-    for width in range(1, 257)
-]
+KEY = re.compile("[0-9a-f]{32}")
 
-_TRIES = 20
+
+@dataclass(frozen=True)
+class Found:
+    """A published node. about: its node.json, found to have the fields that every node has. size: bytes on disk."""
+
+    key: str
+    folder: Path
+    about: dict[str, Any]
+    size: int
+
+    @property
+    def kind(self) -> str:
+        return str(self.about["kind"])
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return self.about["spec"]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return self.about["result"]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.about["provenance"]
+
+
+@dataclass(frozen=True)
+class Corrupt:
+    """A node that cannot be read, and why."""
+
+    key: str
+    folder: Path
+    why: str
+
+
+def existing_store(root: Path) -> None:
+    """InputError unless there is a store of this format at `root`."""
+    check_format(root)
+    if not (root / "store.json").is_file():
+        raise InputError(f"no store at {root}: say where it is with --store DIR")
+
+
+def node_folders(root: Path) -> Iterator[Path]:
+    """The folders of all nodes, by key, published or not."""
+    nodes = root / "nodes"
+    for short in sorted(os.listdir(nodes)) if nodes.is_dir() else ():
+        if (nodes / short).is_dir():
+            yield from (nodes / short / key for key in sorted(os.listdir(nodes / short)) if KEY.fullmatch(key))
+
+
+def node_folder(root: Path, key: str) -> Path:
+    return root / "nodes" / key[:2] / key
+
+
+def is_published(root: Path, key: str) -> bool:
+    return (node_folder(root, key) / "node.json").exists()
+
+
+def read_json(path: Path) -> Any:
+    """OSError for a file that cannot be read, ValueError for one that is not JSON, however it is not."""
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_node(folder: Path) -> Found | Corrupt:
+    """A node as its node.json describes it. Fast: checksums are verify's business."""
+    try:
+        about = read_json(folder / "node.json")
+        check_about(about, folder.name)
+        size = tree_bytes(folder)
+    except FileNotFoundError as error:
+        return Corrupt(folder.name, folder, f"{Path(error.filename).name} is missing")
+    except (OSError, ValueError) as error:
+        return Corrupt(folder.name, folder, f"node.json: {' '.join(str(error).split())}")
+    return Found(folder.name, folder, about, size)
+
+
+def read_all(root: Path) -> Iterator[Found | Corrupt]:
+    """All nodes, by key."""
+    return map(read_node, node_folders(root))
+
+
+def keys_in(spec: Any) -> set[str]:
+    """The keys that a spec names, initial weights among them, which are never stored."""
+    keys, left = set(), [spec]
+    while left:
+        part = left.pop()
+        if isinstance(part, str) and KEY.fullmatch(part):
+            keys.add(part)
+        elif isinstance(part, dict):
+            left += part.values()
+        elif isinstance(part, list):
+            left += part
+    return keys
+
 
 _COLUMNS = ("key", "kind", "what", "result", "cost", "device", "size", "date")
 
@@ -43,34 +124,19 @@ class Listing:
     """All nodes of a store, and what can be told of each from the others."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
         self.nodes = list(read_all(root))
         self.by_key = {n.key: n for n in self.nodes if isinstance(n, Found)}
-        self._networks: dict[str, str] = {}
-        self._seen: dict[tuple[str, str, int], None] = {}
-        self._in_vain = 0
 
-    @cached_property
-    def data_names(self) -> dict[str, str]:
-        """By fingerprint what a data set is called: a node does not know, but what a figure needs says so."""
-        names: dict[str, str] = {}
-        for path in sorted((self.root / "figures").glob("*.json")):
-            try:
-                names |= {str(k): str(v) for k, v in read_json(path)["data"].items()}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                continue
-        return names
-
-    def record(self, node: Found | Damaged) -> dict[str, Any]:
-        """A node as plain values: seconds, bytes, Unix time. {"key", "damaged": why} where it cannot be read."""
-        if isinstance(node, Damaged):
-            return {"key": node.key, "damaged": node.why}
+    def record(self, node: Found | Corrupt) -> dict[str, Any]:
+        """A node as plain values: seconds, bytes, Unix time. {"key", "corrupt": why} where it cannot be read."""
+        if isinstance(node, Corrupt):
+            return {"key": node.key, "corrupt": node.why}
         try:
             what = {"train": self._train, "prune": self._prune, "filters": self._filters}[node.kind](node)
             made = node.provenance
             how = {name: _number(made.get(name)) for name in ("wall_seconds", "images_per_second", "at")}
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
-            return {"key": node.key, "damaged": "node.json: fields are missing"}
+            return {"key": node.key, "corrupt": "node.json: fields are missing"}
         return {
             "key": node.key,
             "kind": node.kind,
@@ -87,8 +153,8 @@ class Listing:
         rewound = isinstance(spec["start"], dict)
         round, density, removed = self._mask(spec["mask"])
         return {
-            "network": self._network(node),
-            "data": self._data(spec["data"]["fingerprint"]),
+            "network": str(node.about["about"]["network"]),
+            "data": str(node.about["about"]["data"]),
             "classes": spec["data"]["classes"],
             "lr": float(spec["schedule"]["lr"]),
             "seed": spec["seed"],
@@ -145,48 +211,21 @@ class Listing:
     def _filters(self, node: Found) -> dict[str, Any]:
         return {"fraction": float(node.spec["fraction"]), "removed": _number(node.result.get("removed_fraction"))}
 
-    def _data(self, fingerprint: str) -> str:
-        return self.data_names.get(fingerprint, f"data {fingerprint[:8]}")
-
-    def _network(self, node: Found) -> str:
-        """A node names its initial weights by their key only, so that is compared with the keys of what there is."""
-        trail = []
-        while isinstance(node.spec["start"], dict):
-            trail.append(node.key)
-            parent = self.by_key.get(node.spec["start"]["state"]["node"])
-            if parent is None or parent.key in trail:
-                return "network unknown"
-            node = parent
-        start = str(node.spec["start"])
-        if start not in self._networks:
-            self._networks[start] = self._network_of(start, node.spec["data"]["classes"], node.spec["seed"])
-        return self._networks[start]
-
-    def _network_of(self, start: str, classes: Any, seed: Any) -> str:
-        known = itertools.chain(self._seen, _KNOWN if self._in_vain < _TRIES else ())
-        for name, stem, width in known:
-            if Init(ModelSpec(name, classes, stem, width), seed).key == start:
-                self._seen[name, stem, width] = None  # most nodes of a store have one of a few networks
-                of_width = "" if width == 64 else f" width {width}"
-                return name + of_width + (" small" if stem == "small" else "")
-        self._in_vain += 1
-        return "network unknown"
-
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def table(records: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Lines, the first of them the head; a damaged node is a line that says so."""
+    """Lines, the first of them the head; a corrupt node is a line that says so."""
     records = list(records)
-    rows = [_COLUMNS, *(tuple(map(printable, _row(r))) for r in records if "damaged" not in r)]
+    rows = [_COLUMNS, *(tuple(map(printable, _row(r))) for r in records if "corrupt" not in r)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for r in records:
-        if "damaged" in r:
-            yield f"{r['key'][:8]}  DAMAGED: {printable(r['damaged'])} (see verify)"
+        if "corrupt" in r:
+            yield f"{r['key'][:8]}  CORRUPT: {printable(r['corrupt'])} (see verify)"
 
 
 def _row(r: dict[str, Any]) -> tuple[str, ...]:
@@ -215,25 +254,26 @@ def _row(r: dict[str, Any]) -> tuple[str, ...]:
 
 
 def totals(records: list[dict[str, Any]], disk: int) -> str:
-    """disk: bytes of the whole store."""
-    whole = [r for r in records if "damaged" not in r]
-    counts = {kind: sum(r["kind"] == kind for r in whole) for kind in ("train", "prune", "filters")}
-    seconds = sum(r["seconds"] or 0.0 for r in whole)
+    """disk: bytes of all that is in the store."""
+    complete = [r for r in records if "corrupt" not in r]
+    counts = {kind: sum(r["kind"] == kind for r in complete) for kind in ("train", "prune", "filters")}
+    seconds = sum(r["seconds"] or 0.0 for r in complete)
     said = f"{counts['train']:,} trainings, {counts['prune']:,} prunes"
     if counts["filters"]:
         said += f", {counts['filters']:,} filter selections"
-    if len(whole) < len(records):
-        said += f", {len(records) - len(whole):,} damaged"
+    if len(complete) < len(records):
+        said += f", {len(records) - len(complete):,} corrupt"
     return f"{said}; {size(disk)} on disk; {duration(seconds)} of computing"
 
 
 def going_on(root: Path) -> list[str]:
-    """Who works on what, what unfinished runs have kept, and what failed; a line each."""
+    """Which process computes what, what unfinished runs have kept, and what failed; a line each."""
     said = []
-    for key in sorted({lock.name[:32] for lock in (root / "leases").glob("*.lock")}):
-        holder = holder_note(root, key)
-        by = "somebody" if holder is None else f"process {holder['pid']} on {holder['host']}, {_since(holder['since'])}"
-        said.append(f"lease {key[:8]}: {by}")
+    for path in sorted((root / "leases").iterdir()):
+        if KEY.fullmatch(path.name):
+            holder = read_holder(path)
+            by = "a process" if holder is None else f"{holder}, {_since(holder.since)}"
+            said.append(f"lease {path.name[:8]}: {by}")
     for path in sorted((root / "partial").glob("*.checkpoint.safetensors")):
         found = _stat(path)
         if found is not None:
@@ -287,8 +327,8 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def show(root: Path, prefix: str) -> tuple[list[str], bool]:
-    """(lines: everything that is known of a node, or of what there is of one that is not published; whether all that is
-    whole). prefix: what its key, and no other, begins with; InputError for none or several."""
+    """(lines: everything that is known of a node, or of what there is of one that is not published; whether it is
+    complete). prefix: what its key, and no other, begins with; InputError for none or several."""
     found = [folder for folder in node_folders(root) if folder.name.startswith(prefix.lower())]
     if not found and (unpublished := _unpublished(root, prefix.lower())) is not None:
         return unpublished, True
@@ -297,16 +337,16 @@ def show(root: Path, prefix: str) -> tuple[list[str], bool]:
         count = f"{len(found):,} nodes have" if found else "no node has"
         raise InputError(f"{count} a key that begins with {prefix!r}{several}; see ls")
     node = read_node(found[0])
-    if isinstance(node, Damaged):
+    if isinstance(node, Corrupt):
         return [f"{node.folder}: {node.why}; delete this folder to make it again", "", "files", *_files(node)[0]], False
     said = [f"{node.kind} {node.key}", str(node.folder), ""]
-    for part in ("spec", "result", "provenance"):
+    for part in ("about", "spec", "result", "provenance"):
         said += [part, *_tree(node.about[part]), ""]
     at = node.provenance.get("at")
     if isinstance(at, int | float):
         said[-1:] = [f"  made on {date(at)}", ""]
-    files, whole = _files(node)
-    return [*said, "files", *files, "", *_neighbours(root, node)], whole
+    files, complete = _files(node)
+    return [*said, "files", *files, "", *_neighbours(root, node)], complete
 
 
 def _unpublished(root: Path, prefix: str) -> list[str] | None:
@@ -334,36 +374,36 @@ def _tree(content: dict[str, Any], indent: str = "  ") -> Iterator[str]:
             yield indent + printable(f"{name}: {value if isinstance(value, str) else json.dumps(value)}")
 
 
-def _files(node: Found | Damaged) -> tuple[list[str], bool]:
+def _files(node: Found | Corrupt) -> tuple[list[str], bool]:
     """(a line each, whether all are as they were written)."""
-    said, whole = [], True
+    said, complete = [], True
     try:
         sums = read_sums(node.folder)
     except (OSError, ValueError) as error:
-        sums, whole = {}, False
+        sums, complete = {}, False
         said.append(f"  {SUMS}: {error.strerror if isinstance(error, OSError) else error}")
     for name in sorted({*sums, *os.listdir(node.folder)} - {SUMS}):
         path = node.folder / name
         try:
-            state = f"not in {SUMS}" if name not in sums else "ok" if digest(path) == sums[name] else "DAMAGED"
+            state = f"not in {SUMS}" if name not in sums else "ok" if digest(path) == sums[name] else "CORRUPT"
             said.append(f"  {name}  {size(path.stat().st_size)}  {state}")
         except OSError as error:
             state = "missing"
             said.append(f"  {name}  {error.strerror}")
-        whole &= state == "ok"
-    return said, whole
+        complete &= state == "ok"
+    return said, complete
 
 
 def _neighbours(root: Path, node: Found) -> Iterator[str]:
-    parents, text = rests_on(node.spec), node.key.encode()
+    parents, text = keys_in(node.spec), node.key.encode()
     for title, keys in (
-        ("rests on", sorted(k for k in parents if is_published(root, k))),
-        ("what rests on it", [f.name for f in node_folders(root) if f != node.folder and _names(f, text, node.key)]),
+        ("depends on", sorted(k for k in parents if is_published(root, k))),
+        ("needed by", [f.name for f in node_folders(root) if f != node.folder and _names(f, text, node.key)]),
     ):
         yield title
         for key in keys:
             other = read_node(node_folder(root, key))
-            yield f"  {key} {other.kind if isinstance(other, Found) else 'damaged'}"
+            yield f"  {key} {other.kind if isinstance(other, Found) else 'corrupt'}"
         if not keys:
             yield "  nothing"
 
@@ -375,4 +415,4 @@ def _names(folder: Path, text: bytes, key: str) -> bool:
     except OSError:
         return False
     other = read_node(folder)
-    return isinstance(other, Found) and key in rests_on(other.spec)
+    return isinstance(other, Found) and key in keys_in(other.spec)

@@ -12,9 +12,9 @@ from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.files import write_atomically
-from fastprune.specs import LprHistory, Runnable, Train, states_read
+from fastprune.specs import LprHistory, Runnable, states_read
 from fastprune.store import RunStore, lpr_name
-from fastprune.store.read import KEY, is_published, read_json
+from fastprune.store.listing import KEY, is_published, read_json
 
 RECORD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}[.]json")
 _WHAT = {"weights": "state", "momentum": "momentum"}
@@ -33,7 +33,7 @@ def record_figure(
     To be called before its nodes are computed.
 
     "nodes": their keys. "reads": by the key of a run what others read of it: by epoch the keys of those that
-    read its "weights" or "momentum", and the fractions of its "histories". "data": what data sets are called.
+    read its "weights" or "momentum", and the fractions of its "histories".
     """
     reads: dict[str, dict[str, Any]] = defaultdict(dict)
     for node in nodes:
@@ -48,7 +48,6 @@ def record_figure(
         "preset": preset,
         "command": command,
         "at": time.time(),
-        "data": {n.data.fingerprint: n.data.name for n in nodes if isinstance(n, Train)},
         "nodes": keys,
         "reads": reads,
     }
@@ -75,7 +74,7 @@ class Needs:
         try:
             return cls.of(path, read_json(path))
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-            raise InputError(f"{path}: damaged or foreign ({type(error).__name__}); run its figure again") from None
+            raise InputError(f"{path}: corrupt or foreign ({type(error).__name__}); run its figure again") from None
 
     @classmethod
     def of(cls, path: Path, content: Any) -> "Needs":
@@ -102,7 +101,7 @@ def _key(text: str) -> str:
 
 
 def read_needs(root: Path) -> list[Needs]:
-    """All that is recorded. InputError where a record is damaged: what it needs is not known."""
+    """All that is recorded. InputError where a record is corrupt: what it needs is not known."""
     return [Needs.read(p) for p in sorted((root / "figures").glob("*.json")) if not p.name.startswith(".")]
 
 

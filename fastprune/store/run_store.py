@@ -1,4 +1,4 @@
-"""What a node.json holds."""
+"""The run store: a folder of published nodes, each complete or not there, and never changed but for what it gains."""
 
 import csv
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from fastprune.errors import InputError
 from fastprune.files import SUMS, digest, flush, read_sums, write_atomically, write_sums
-from fastprune.specs import SEMANTICS, ChannelSelection, LprHistory, Node, Prune, StateRef, Train
+from fastprune.specs import SEMANTICS, ChannelSelection, LprHistory, Node, Prune, Runnable, StateRef, Train
 
 _NUMBER = (int, float)
 
@@ -27,8 +27,6 @@ _RESULTS: dict[str, dict[str, tuple[type, ...]]] = {
         "removed_fraction": _NUMBER,
         "parameters": _NUMBER,
         "flops": _NUMBER,
-        "latency_ms": _NUMBER,
-        "latency_whole_ms": _NUMBER,
         "spared": (list,),
     },
 }
@@ -41,7 +39,7 @@ def check_about(about: Any, key: str) -> None:
         raise ValueError("it describes no node")
     if not isinstance(about.get("kind"), str) or not isinstance(about.get("semantics"), int):
         raise ValueError("kind or semantics are missing")
-    for name in ("spec", "result", "provenance"):
+    for name in ("about", "spec", "result", "provenance"):
         if not isinstance(about.get(name), dict):
             raise ValueError(f"{name} is missing")
     if about.get("key") != key:
@@ -52,7 +50,18 @@ def check_about(about: Any, key: str) -> None:
             raise ValueError(f"its result's {name} is {str(value)[:40]}")
 
 
-FORMAT = 2
+def in_words(node: Runnable) -> dict[str, str]:
+    """What a node's spec names by keys and fingerprints only: {"network", "data"}; no data where none was used."""
+    model, run = node.model, node
+    if not isinstance(node, Train):
+        run = node.source.node if isinstance(node.source, StateRef) else node
+    of_width = "" if model.width == 64 else f" width {model.width}"
+    of_stem = "" if model.stem == "imagenet" else f" stem {model.stem}"
+    about = {"network": f"{model.name}{of_width}{of_stem}"}
+    return about | {"data": run.data.name} if isinstance(run, Train) else about
+
+
+FORMAT = 3
 
 FOLDERS = ("nodes", "partial", "figures", "leases", "tmp", "logs", "data", "cache")
 
@@ -86,7 +95,8 @@ class RunStore:
             for name in FOLDERS:
                 (root / name).mkdir(parents=True, exist_ok=True)
             if not marker.exists():
-                write_atomically(marker, lambda p: p.write_text(json.dumps({"format": FORMAT}) + "\n"))
+                about = json.dumps({"format": FORMAT, "id": secrets.token_hex(8)}) + "\n"
+                write_atomically(marker, lambda p: p.write_text(about))
             with tempfile.TemporaryFile(dir=root / "tmp"):
                 pass
         except OSError as error:
@@ -98,6 +108,11 @@ class RunStore:
         found = os.stat(self.root / "store.json")
         name = hashlib.sha256(f"{found.st_dev} {found.st_ino} {found.st_ctime_ns}".encode()).hexdigest()[:16]
         return self.root / "cache" / name
+
+    @property
+    def id(self) -> str:
+        """Tells whether another machine sees the same store at the same path."""
+        return str(json.loads((self.root / "store.json").read_text())["id"])
 
     def path(self, node: Node) -> Path:
         """The folder of a node, published or not."""
@@ -116,11 +131,11 @@ class RunStore:
         return wanted <= self.files(node).keys()
 
     def files(self, node: Node) -> dict[str, str]:
-        """By name the SHA-256 of a published node's files. InputError if that list is damaged."""
+        """By name the SHA-256 of a published node's files. InputError if that list is corrupt."""
         try:
             return read_sums(self.path(node))
         except (OSError, ValueError) as error:
-            raise self.damaged(self.path(node) / SUMS, error) from error
+            raise self.corrupt(self.path(node) / SUMS, error) from error
 
     def file(self, node: Node, name: str) -> Path:
         """A file of a published node, found to be as it was written; InputError if it is not."""
@@ -129,9 +144,9 @@ class RunStore:
             if digest(path) != self.files(node)[name]:
                 raise ValueError("its checksum is not that in SHA256SUMS")
         except KeyError:
-            raise self.damaged(path, f"not in {SUMS}") from None
+            raise self.corrupt(path, f"not in {SUMS}") from None
         except (OSError, ValueError) as error:
-            raise self.damaged(path, error) from error
+            raise self.corrupt(path, error) from error
         return path
 
     def await_node(self, node: Node, seconds: float = _APPEAR_SECONDS) -> None:
@@ -158,7 +173,7 @@ class RunStore:
         return f"{what}-{epoch}.safetensors"
 
     def metrics(self, node: Train) -> dict[int, dict[str, float]]:
-        """By epoch (from 1) what a published run measured. InputError if the file is damaged."""
+        """By epoch (from 1) what a published run measured. InputError if the file is corrupt."""
         return self._numbers(node, "metrics.csv")
 
     def lpr_history(self, history: LprHistory) -> dict[int, dict[str, float]]:
@@ -172,23 +187,23 @@ class RunStore:
                 rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f, strict=True)]
             return {int(row.pop("epoch")): row for row in rows}
         except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-            raise self.damaged(path, error) from error
+            raise self.corrupt(path, error) from error
 
     def node(self, node: Node) -> dict[str, Any]:
-        """node.json of a published node. InputError if it is damaged."""
+        """node.json of a published node. InputError if it is corrupt."""
         path = self.file(node, "node.json")
         try:
             found = json.loads(path.read_text())
             check_about(found, node.key)
         except (OSError, ValueError) as error:
-            raise self.damaged(path, error) from error
+            raise self.corrupt(path, error) from error
         return dict(found)
 
-    def damaged(self, path: Path, why: Any) -> InputError:
+    def corrupt(self, path: Path, why: Any) -> InputError:
         """What to raise for a file of a node that is not what it should be."""
         return InputError(
-            f"{path}: damaged or missing ({why}); delete the folder {path.parent} to make it again "
-            "(scripts/store.py verify --delete does so with all that is damaged)"
+            f"{path}: corrupt or missing ({why}); delete the folder {path.parent} to make it again "
+            "(scripts/store.py verify --delete does so with all that is corrupt)"
         )
 
     def mask(self, node: Prune) -> Path:
@@ -204,12 +219,12 @@ class RunStore:
 
     def publish(
         self,
-        node: Node,
+        node: Runnable,
         result: dict[str, Any],
         provenance: dict[str, Any],
         files: dict[str, Callable[[Path], Any]],
     ) -> None:
-        """Makes the node's folder appear whole: written aside, flushed to disk, renamed. The first published wins.
+        """Makes the node's folder appear complete: written aside, flushed to disk, renamed. The first published wins.
 
         files: name -> function that writes it at the path it is given. A node that is there already only gains the
         files that it lacks.
@@ -218,6 +233,7 @@ class RunStore:
             "kind": node.kind,
             "key": node.key,
             "semantics": SEMANTICS,
+            "about": in_words(node),
             "spec": node.identity(),
             "result": result,
             "provenance": provenance,
@@ -248,15 +264,11 @@ class RunStore:
         return folder
 
     def adopt(self, folder: Path, final: Path) -> bool:
-        """Moves a whole node, flushed to disk, to its place; False where it was published meanwhile."""
+        """Moves a complete node, flushed to disk, to its place; False where it was published meanwhile."""
         flush(folder)
         final.parent.mkdir(exist_ok=True)
-        if final.exists() and not (final / "node.json").exists():  # taken away by somebody: the rest is of no use
-            damaged = self.aside(f"{final.name}-damaged")
-            try:
-                os.rename(final, damaged / "was")
-            finally:
-                shutil.rmtree(damaged, ignore_errors=True)
+        if final.exists() and not (final / "node.json").exists():  # a user has removed it: the rest is of no use
+            self.remove(final)
         try:
             os.rename(folder, final)
         except OSError:
@@ -266,11 +278,13 @@ class RunStore:
         flush(final.parent)
         return True
 
-    def take_away(self, folder: Path) -> None:
-        """Removes a published node's folder, whole or not at all. For the holder of its lease."""
-        away = self.aside(folder.name)
-        os.rename(folder, away / "was")
-        shutil.rmtree(away)
+    def remove(self, folder: Path) -> None:
+        """Removes a published node's folder at once, or not at all. For the holder of its lease."""
+        aside = self.aside(folder.name)
+        try:
+            os.rename(folder, aside / "removed")
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
     def save_partial(self, node: Train, name: str, write: Callable[[Path], Any]) -> None:
         """Writes or replaces a file of a run in progress, atomically."""
@@ -282,7 +296,7 @@ class RunStore:
             path.unlink(missing_ok=True)
 
     def tidy(self, node: Node) -> None:
-        """Removes what somebody who died left half-written of a node. For the holder of its lease."""
+        """Removes what a process that died left half-written of a node. For the holder of its lease."""
         for folder in (self.root / "tmp").glob(f"{node.key}-*"):
             shutil.rmtree(folder, ignore_errors=True)
         half_written = [*(self.root / "partial").glob(f".{node.key}.*"), *self.path(node).glob(".*")]
@@ -302,12 +316,12 @@ def gain(folder: Path, sums: dict[str, str], files: dict[str, Callable[[Path], A
 
     def written(name: str, path: Path) -> None:
         files[name](path)
-        digests[name] = digest(path)  # before anybody sees it, so that it is listed as soon as possible
+        digests[name] = digest(path)  # before it is seen, so that it is listed as soon as possible
 
     for name in sorted(files.keys() - sums.keys()):
         write_atomically(folder / name, partial(written, name))
     if digests:
-        # Read again: whoever was taken for dead may have added something meanwhile.
+        # Read again: a process that was taken for dead may have added something meanwhile.
         write_sums(folder, read_sums(folder) | digests)
     return list(digests)
 

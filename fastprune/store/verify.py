@@ -1,12 +1,12 @@
-"""Whether every file of a store is as it was written. What is damaged is named, and taken away when that is asked for;
-the next run makes it again. Runs nothing that it reads."""
+"""Whether every file of a store is as it was written. What is corrupt is named, and deleted when that is asked for; the
+next run computes it again. Runs nothing that it reads."""
 
 import csv
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastprune.files import SUMS, check_sealed, digest, read_sums
 from fastprune.specs import key_of
 from fastprune.store import RunStore
 from fastprune.store.lease import Leases
-from fastprune.store.read import KEY, lock_file, node_folder, read_json
+from fastprune.store.listing import KEY, node_folder, read_json
 from fastprune.store.run_store import check_about
 
 _NUMBER = "[0-9]{1,9}"
@@ -41,17 +41,17 @@ _NEEDED = {"train": {"metrics.csv"}, "prune": {"mask.safetensors", "layers.csv"}
 
 @dataclass
 class Checked:
-    """What was found out. damaged: by path why. nodes, partials: the keys and the files that are damaged."""
+    """What was found. corrupt: by path why. nodes, partials: the keys and the files that are corrupt."""
 
     node_count: int = 0
     file_count: int = 0
-    damaged: dict[Path, str] = field(default_factory=dict)
+    corrupt: dict[Path, str] = field(default_factory=dict)
     nodes: set[str] = field(default_factory=set)
     stray: list[Path] = field(default_factory=list)
     partials: list[Path] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{self.node_count:,} nodes, {self.file_count:,} files, {len(self.damaged):,} damaged"
+        return f"{self.node_count:,} nodes, {self.file_count:,} files, {len(self.corrupt):,} corrupt"
 
 
 def check_store(root: Path) -> Checked:
@@ -59,27 +59,27 @@ def check_store(root: Path) -> Checked:
     found = Checked()
     folders, stray = _folders(root)
     for path in stray:
-        found.damaged[path] = "no node: it is not where one is looked for"
+        found.corrupt[path] = "no node: it is not where one is looked for"
         found.stray.append(path)
     partials = sorted(p for p in (root / "partial").glob("*") if not p.name.startswith("."))
     suspects = []
     with progress_bar("verify", len(folders), " nodes", _look_at(folders)) as bar:
-        for folder, (count, damaged) in bar:
+        for folder, (count, corrupt) in bar:
             found.node_count += 1
             found.file_count += count
-            if damaged:
+            if corrupt:
                 suspects.append(folder)
-    for folder in suspects:  # again: it may have been gaining a file, or have been taken away
-        damaged = _look(folder)[1] if folder.exists() else {}
-        if lock_file(root, folder.name) is not None:  # what is not listed yet may be soon
-            damaged = {name: why for name, why in damaged.items() if why != UNLISTED}
-        if damaged:
-            found.damaged |= {folder / name: why for name, why in damaged.items()}
+    for folder in suspects:  # again: it may have been gaining a file, or have been removed
+        corrupt = _look(folder)[1] if folder.exists() else {}
+        if (root / "leases" / folder.name).exists():  # what is not listed yet may be soon
+            corrupt = {name: why for name, why in corrupt.items() if why != UNLISTED}
+        if corrupt:
+            found.corrupt |= {folder / name: why for name, why in corrupt.items()}
             found.nodes.add(folder.name)
     for path in partials:
         found.file_count += 1
         if (why := _partial(path)) is not None and path.exists():
-            found.damaged[path] = why
+            found.corrupt[path] = why
             found.partials.append(path)
     return found
 
@@ -128,14 +128,10 @@ def _look(folder: Path) -> tuple[int, dict[str, str]]:
     return check_node(folder, folder.name)
 
 
-def check_node(folder: Path, key: str, known: Mapping[str, str] | None = None) -> tuple[int, dict[str, str]]:
-    """(how many files there are, and by name of a damaged file why). `folder` is to hold the node `key`.
-
-    known: by name the digest of files that belong there, but have been read already.
-    """
-    known = known or {}
-    entries = {entry.name for entry in _entries(folder) if not entry.name.startswith(".")} | known.keys()
-    damaged: dict[str, str] = {}
+def check_node(folder: Path, key: str) -> tuple[int, dict[str, str]]:
+    """(how many files there are, and by name of a corrupt file why). `folder` is to hold the node `key`."""
+    entries = {entry.name for entry in _entries(folder) if not entry.name.startswith(".")}
+    corrupt: dict[str, str] = {}
     try:
         sums = read_sums(folder)
     except FileNotFoundError:
@@ -144,20 +140,17 @@ def check_node(folder: Path, key: str, known: Mapping[str, str] | None = None) -
         return len(entries), {SUMS: line(error)}
     for name in sorted((entries | sums.keys()) - {SUMS}):
         if name not in sums:
-            damaged[name] = UNLISTED
+            corrupt[name] = UNLISTED
         elif name not in entries:
-            damaged[name] = "missing"
-        elif name in known:
-            if known[name] != sums[name]:
-                damaged[name] = _WRONG
+            corrupt[name] = "missing"
         elif (why := _file(folder / name, sums[name], key)) is not None:
-            damaged[name] = why
+            corrupt[name] = why
     if "node.json" not in sums:
-        damaged.setdefault("node.json", UNLISTED)
-    elif "node.json" not in damaged:
+        corrupt.setdefault("node.json", UNLISTED)
+    elif "node.json" not in corrupt:
         needed = _NEEDED.get(read_json(folder / "node.json")["kind"], set())
-        damaged |= dict.fromkeys(needed - sums.keys(), UNLISTED)
-    return len(entries), damaged
+        corrupt |= dict.fromkeys(needed - sums.keys(), UNLISTED)
+    return len(entries), corrupt
 
 
 def _file(path: Path, expected: str, key: str) -> str | None:
@@ -237,16 +230,16 @@ def line(error: Exception) -> str:
 
 
 def remedy(root: Path, path: Path, why: str) -> str:
-    """What to do about a damaged file."""
+    """What to do about a corrupt file."""
     inside = path.relative_to(root).parts
     if inside[0] == "nodes" and len(inside) == 4 and why != UNLISTED:
         return f"delete the folder {path.parent} to make it again"
     return f"delete {path}"
 
 
-def delete_damaged(store: RunStore, found: Checked) -> list[str]:
-    """Deletes damaged nodes whole, and damaged files of unfinished runs; returns what to say, a line each. What
-    somebody is working on is left alone."""
+def delete_corrupt(store: RunStore, found: Checked) -> list[str]:
+    """Deletes corrupt nodes with all their files, and corrupt files of unfinished runs; returns a line for each. Nodes
+    that a process computes are left alone."""
     said = []
     by_key: dict[str, list[Path]] = {key: [] for key in sorted(found.nodes)}
     for path in found.partials:
@@ -256,7 +249,7 @@ def delete_damaged(store: RunStore, found: Checked) -> list[str]:
             keyed = KEY.fullmatch(key) is not None
             mine, holder = leases.acquire(key) if keyed else (True, None)
             if not mine:
-                said.append(f"left alone: {key}, on which {holder or 'somebody'} works")
+                said.append(f"left alone: {key}, which {holder or 'a process'} computes")
                 continue
             if key in found.nodes:
                 said += _delete_node(store, node_folder(store.root, key))
@@ -267,13 +260,13 @@ def delete_damaged(store: RunStore, found: Checked) -> list[str]:
 
 
 def _delete_node(store: RunStore, folder: Path) -> list[str]:
-    """The whole of it; only those files that do not count, where nothing else is wrong."""
-    damaged = check_node(folder, folder.name)[1] if folder.exists() else {}
-    if not damaged:
+    """All of it; only those files that do not count, where nothing else is wrong."""
+    corrupt = check_node(folder, folder.name)[1] if folder.exists() else {}
+    if not corrupt:
         return []
-    if set(damaged.values()) == {UNLISTED} and "node.json" not in damaged:
-        return [_delete(folder / name) for name in damaged]
-    store.take_away(folder)
+    if set(corrupt.values()) == {UNLISTED} and "node.json" not in corrupt:
+        return [_delete(folder / name) for name in corrupt]
+    store.remove(folder)
     return [f"deleted {folder}"]
 
 

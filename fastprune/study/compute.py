@@ -1,4 +1,4 @@
-"""Computes one node. A Worker stays warm: it keeps a Trainer per network and the opened data sets over many nodes."""
+"""Computes one node. A NodeComputer stays warm: it keeps a Trainer a network, and opened data sets, over many nodes."""
 
 import json
 import math
@@ -49,6 +49,7 @@ Report = Callable[[int, int], None]
 """Called with (epochs of the schedule done, training images since the last call)."""
 
 Files = dict[str, Callable[[Path], Any]]
+"""A node's files, by name with the function that writes each."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class _Progress:
         return cls(begin, [EpochMetrics(**m) for m in facts["history"]], histories, parts)
 
 
-class Worker:
-    """Runs nodes one after another in this process."""
+class NodeComputer:
+    """Computes nodes one after another in this process."""
 
     def __init__(self, config: WorkConfig) -> None:
         load_modules(config.modules)
@@ -137,36 +138,38 @@ class Worker:
         self._trainers: dict[tuple[ModelSpec, str], Trainer] = {}
         self._initial: dict[str, dict[str, Tensor]] = {}
 
-    def run(self, node: Runnable, products: RequestedOutputs, report: Report) -> tuple[dict[str, Any], int]:
+    def compute_node(self, node: Runnable, outputs: RequestedOutputs, report: Report) -> tuple[dict[str, Any], int]:
         """Computes and publishes a node whose parents are published; returns its result, and the epochs it took here.
 
-        products: what a training run is to leave beside its metrics.
+        outputs: what a training run is to leave beside its metrics.
         """
         if isinstance(node, Train):
-            return self._train(node, products, report)
+            return self._train(node, outputs, report)
         began = time.perf_counter()
+        made = environment(None, [self.config.device])
         if isinstance(node, Prune):
             source = node.source
             state = self._initial_state(source) if isinstance(source, Init) else read_state(self.store, source)
             result, files = choose_weights(self.store, node, state, self.config.device)
         else:
             manifest = self.config.images[node.source.node.data.fingerprint].manifest
-            result, files = choose_channels(self.store, node, manifest.height, self.config.device)
-        made = {**environment(None, [self.config.device]), **_cost(time.perf_counter() - began, None)}
+            result, files, times = choose_channels(self.store, node, manifest.height, self.config.device)
+            made |= times
+        made |= _cost(time.perf_counter() - began, None)
         self.store.publish(node, result, made, files)
         return result, 0
 
-    def _train(self, node: Train, products: RequestedOutputs, report: Report) -> tuple[dict[str, Any], int]:
+    def _train(self, node: Train, outputs: RequestedOutputs, report: Report) -> tuple[dict[str, Any], int]:
         with self._trainer(node) as trainer:
-            progress = self._start(trainer, node, products)
+            progress = self._start(trainer, node, outputs)
             epochs_before = progress.epoch
             report(progress.epoch, 0)
             if progress.epoch < node.stop:
-                self._fit(trainer, node, products, progress, report)
-            return self._publish(node, products, progress, trainer), progress.epoch - epochs_before
+                self._fit(trainer, node, outputs, progress, report)
+            return self._publish(node, outputs, progress, trainer), progress.epoch - epochs_before
 
     def _fit(
-        self, trainer: Trainer, node: Train, products: RequestedOutputs, progress: _Progress, report: Report
+        self, trainer: Trainer, node: Train, outputs: RequestedOutputs, progress: _Progress, report: Report
     ) -> None:
         """Trains what is left, and writes what is to be kept on the way."""
         saved_at = time.monotonic()
@@ -180,7 +183,7 @@ class Worker:
             progress.lpr_history(trainer)
             if metrics.epoch == node.stop:
                 return
-            for what in _asked(products, metrics.epoch):
+            for what in _asked(outputs, metrics.epoch):
                 self.store.save_partial(node, f"{what}-{metrics.epoch}", _writer(trainer, what))
             often = self.config.checkpoint_epochs
             if time.monotonic() - saved_at >= self.config.checkpoint_seconds or (often and metrics.epoch % often == 0):
@@ -200,9 +203,7 @@ class Worker:
             on_epoch=on_epoch,
         )
 
-    def _publish(
-        self, node: Train, products: RequestedOutputs, progress: _Progress, trainer: Trainer
-    ) -> dict[str, Any]:
+    def _publish(self, node: Train, outputs: RequestedOutputs, progress: _Progress, trainer: Trainer) -> dict[str, Any]:
         history, last = progress.history, progress.history[-1]
         metrics, times = zip(*(m.parts() for m in history), strict=True)
         files: Files = {
@@ -211,8 +212,8 @@ class Worker:
         }
         for fraction, rows in progress.histories.items():
             files[lpr_name(fraction)] = partial(write_csv, rows=rows)
-        for epoch in sorted({*products.weights, *products.momentum}):
-            for what in _asked(products, epoch):
+        for epoch in sorted({*outputs.weights, *outputs.momentum}):
+            for what in _asked(outputs, epoch):
                 if epoch < last.epoch:
                     passed = self.store.partial_path(node, f"{what}-{epoch}")
                     files[f"{what}-{epoch}.safetensors"] = partial(shutil.copyfile, passed)
@@ -234,11 +235,11 @@ class Worker:
         self.store.drop_partial(node)
         return result
 
-    def _start(self, trainer: Trainer, node: Train, products: RequestedOutputs) -> _Progress:
+    def _start(self, trainer: Trainer, node: Train, outputs: RequestedOutputs) -> _Progress:
         """Puts the trainer where the run begins, or where its checkpoint left it; returns what is done."""
-        progress = self._resume(trainer, node, products)
+        progress = self._resume(trainer, node, outputs)
         if progress is None:
-            progress = _Progress(node.begin, histories={fraction: [] for fraction in products.histories})
+            progress = _Progress(node.begin, histories={fraction: [] for fraction in outputs.histories})
             if not isinstance(node.mask, ChannelSelection):  # such a network begins as it was cut
                 self._load_start(trainer, node.start)
             progress.lpr_history(trainer)
@@ -253,7 +254,7 @@ class Worker:
         else:
             load_start(self.store, trainer, start.state, momentum=start.momentum)
 
-    def _resume(self, trainer: Trainer, node: Train, products: RequestedOutputs) -> _Progress | None:
+    def _resume(self, trainer: Trainer, node: Train, outputs: RequestedOutputs) -> _Progress | None:
         """What a checkpoint holds. One that has passed something which is wanted only now does not help."""
         path = self.store.partial_path(node, "checkpoint")
         if not path.exists():
@@ -261,12 +262,12 @@ class Worker:
         try:
             state, facts = read_tensors(path)
             progress = _Progress.of(node.begin, facts)
-            for epoch in (e for e in {*products.weights, *products.momentum} if e <= progress.epoch):
-                for what in _asked(products, epoch):
+            for epoch in (e for e in {*outputs.weights, *outputs.momentum} if e <= progress.epoch):
+                for what in _asked(outputs, epoch):
                     if not (passed := self.store.partial_path(node, f"{what}-{epoch}")).exists():
                         return None
                     read_tensors(passed)  # raises if it is not as it was written
-            if not set(products.histories) <= set(progress.histories):
+            if not set(outputs.histories) <= set(progress.histories):
                 return None
             trainer.load_state(state)
         except (TypeError, ValueError, KeyError) as error:
@@ -313,7 +314,7 @@ class Worker:
         return source.train(seed=node.seed, **how), source.val(**how)
 
     def _loader(self, node: Train) -> str | None:
-        """None where a checkpoint held the whole run, so that no data was opened."""
+        """None where a checkpoint held all epochs, so that no data was opened."""
         source = self._sources.get(node.data.fingerprint)
         return None if source is None else source.loader
 
@@ -325,9 +326,9 @@ def _cost(seconds: float, rate: float | None) -> dict[str, Any]:
     return {"wall_seconds": seconds, "images_per_second": rate, "at": time.time()}
 
 
-def _asked(products: RequestedOutputs, epoch: int) -> list[str]:
+def _asked(outputs: RequestedOutputs, epoch: int) -> list[str]:
     """What is kept of the state after `epoch`."""
-    return [what for what, epochs in (("state", products.weights), ("momentum", products.momentum)) if epoch in epochs]
+    return [what for what, epochs in (("state", outputs.weights), ("momentum", outputs.momentum)) if epoch in epochs]
 
 
 def _writer(trainer: Trainer, what: str) -> Callable[[Path], Any]:
@@ -342,12 +343,9 @@ _LATENCY_BATCH = 64
 
 _HUGE = 1e30
 
-Chosen = tuple[dict[str, Any], dict[str, Callable[[Path], Any]]]
-"""A node's result, and its files by name with the functions that write them."""
-
 
 def read_mask(store: RunStore, node: Prune) -> Mask:
-    """The mask of a published prune step. InputError, saying what to do, if it is damaged."""
+    """The mask of a published prune step. InputError, saying what to do, if it is corrupt."""
     path = store.mask(node)
     with _to_be_made_again(path):
         return Mask.load(path)
@@ -367,7 +365,7 @@ def read_state(store: RunStore, ref: StateRef, *, momentum: bool = False) -> dic
 
 def _foreign(store: RunStore, ref: StateRef | Init, why: str) -> Exception:
     path = None if isinstance(ref, Init) else store.state(ref)
-    return ValueError(why) if path is None else store.damaged(path, why)
+    return ValueError(why) if path is None else store.corrupt(path, why)
 
 
 def load_start(store: RunStore, trainer: Trainer, ref: StateRef, *, momentum: bool) -> None:
@@ -379,8 +377,10 @@ def load_start(store: RunStore, trainer: Trainer, ref: StateRef, *, momentum: bo
         raise _foreign(store, ref, str(error)) from error
 
 
-def choose_weights(store: RunStore, node: Prune, state: dict[str, Tensor], device: str = "cpu") -> Chosen:
-    """The mask of a prune step, chosen on `device`; `state` is that of its source."""
+def choose_weights(
+    store: RunStore, node: Prune, state: dict[str, Tensor], device: str = "cpu"
+) -> tuple[dict[str, Any], Files]:
+    """The result of a prune step, its mask among the files, chosen on `device`; `state` is that of its source."""
     if node.prior is not None:
         mask = read_mask(store, node.prior)
     else:
@@ -429,9 +429,11 @@ def _scores(store: RunStore, node: Prune, mask: Mask, state: dict[str, Tensor]) 
     return user_scores(used, weights, mask)
 
 
-def choose_channels(store: RunStore, node: ChannelSelection, image_size: int, device: str) -> Chosen:
-    """The filters that stay, and what the smaller network costs beside the whole one: parameters, FLOPs of one image,
-    and milliseconds for a batch, measured in turn here and now."""
+def choose_channels(
+    store: RunStore, node: ChannelSelection, image_size: int, device: str
+) -> tuple[dict[str, Any], Files, dict[str, Any]]:
+    """The filters that stay, and what the smaller network costs beside the dense one: parameters and FLOPs of one
+    image. Third, as provenance: milliseconds for a batch, both networks measured in turn here and now."""
     state = read_state(store, node.source)
     model = _with_weights(node, state)
     groups = structured.channel_groups(model, image_size)
@@ -460,26 +462,24 @@ def choose_channels(store: RunStore, node: ChannelSelection, image_size: int, de
         "parameters_whole": before.parameters,
         "flops": after.flops,
         "flops_whole": before.flops,
-        "latency_ms": times["small"],
-        "latency_whole_ms": times["whole"],
-        "latency_batch": _LATENCY_BATCH,
     }
+    measured = {"latency_ms": times["small"], "latency_whole_ms": times["whole"], "latency_batch": _LATENCY_BATCH}
 
     def layers(path: Path) -> None:
         write_csv(path, [{"layer": name, "filters": n, "kept": kept[name]} for name, n in filters.items()])
 
     described = json.dumps(selection.as_dict(), indent=1, sort_keys=True) + "\n"
-    return result, {"filters.json": lambda p: p.write_text(described), "layers.csv": layers}
+    return result, {"filters.json": lambda p: p.write_text(described), "layers.csv": layers}, measured
 
 
 def smaller(store: RunStore, node: ChannelSelection, state: dict[str, Tensor], image_size: int) -> nn.Module:
-    """The network of `state` without the filters that a published selection removes. InputError if it is damaged."""
+    """The network of `state` without the filters that a published selection removes. InputError if it is corrupt."""
     path = store.filters(node)
     try:
         selection = structured.Selection.from_dict(json.loads(path.read_text()))
         return structured.remove(_with_weights(node, state), selection, image_size)
     except (OSError, ValueError) as error:
-        raise store.damaged(path, error) from error
+        raise store.corrupt(path, error) from error
 
 
 def _with_weights(node: ChannelSelection, state: dict[str, Tensor]) -> nn.Module:
@@ -494,7 +494,7 @@ def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _to_be_made_again(path: Path) -> Iterator[None]:
-    """Says what to do about a damaged file of a published node."""
+    """Says what to do about a corrupt file of a published node."""
     try:
         yield
     except InputError as error:

@@ -1,11 +1,11 @@
 """The nodes of a figure: what must exist, in which order, what is there, what it will cost. Standard library only."""
 
-import heapq
-import time
+from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import TopologicalSorter
 
 from fastprune.specs import LprHistory, Node, Prune, Runnable, StateRef, Train, states_read
 from fastprune.store import RequestedOutputs, RunStore
@@ -21,7 +21,7 @@ class Graph:
 
     @classmethod
     def of(cls, wanted: Iterable[Runnable | LprHistory], labels: dict[str, str] | None = None) -> "Graph":
-        """What is wanted, and all that it rests on."""
+        """What is wanted, and all that it depends on."""
         wanted = list(wanted)
         histories = tuple(w for w in wanted if isinstance(w, LprHistory))
         seen: dict[str, Runnable] = {}
@@ -133,81 +133,45 @@ class Cost:
         )
 
 
-_BUSY_SECONDS = 1.0, 10.0
-"""How long a node that another process computes is left alone before it is looked at again: at first, and at last."""
-
-
-class Queue:
-    """The nodes still to do, handed out when their parents are there, longest remaining chain first."""
+class Schedule:
+    """The nodes still to do, in the order in which they are: parents first, the longest remaining chain first."""
 
     def __init__(self, graph: Graph, todo: Iterable[Runnable]) -> None:
         """todo: nodes of the graph, parents first; a parent that is not among them is there."""
-        self.graph = graph
-        todo = list(todo)
-        self._open = {n.key for n in todo}
-        self._waiting: dict[str, set[str]] = {}
-        self._children: dict[str, list[str]] = {}
-        self._ready: list[tuple[int, int, str]] = []
-        self._busy: list[tuple[float, str]] = []
-        self._busy_since: dict[str, float] = {}
-        self._order = {n.key: i for i, n in enumerate(graph.nodes)}
-        for node in todo:
-            missing = {p.key for p in node.parents()} & self._open
-            self._waiting[node.key] = missing
-            for parent in missing:
-                self._children.setdefault(parent, []).append(node.key)
-            if not missing:
-                self._push(node.key)
+        self.todo = {node.key: node for node in todo}
+        self._rank = {key: (-graph.height[key], i) for i, key in enumerate(self.todo)}
+        self._sorter = TopologicalSorter(
+            {key: [p.key for p in node.parents() if p.key in self.todo] for key, node in self.todo.items()}
+        )
+        self._sorter.prepare()
+        self._ready: list[Runnable] = []
+        self._blocked: set[str] = set()
 
-    def _push(self, key: str) -> None:
-        heapq.heappush(self._ready, (-self.graph.height[key], self._order[key], key))
+    def ready(self) -> list[Runnable]:
+        """Those whose parents are done, and that are not taken."""
+        for key in self._sorter.get_ready():
+            self.put_back(self.todo[key])
+        return list(self._ready)
 
-    @property
-    def left(self) -> int:
-        """Nodes neither done nor failed."""
-        return len(self._open)
+    def take(self, node: Runnable) -> None:
+        self._ready.remove(node)
 
-    def next(self) -> Runnable | None:
-        """A node that can run now, or None."""
-        now = time.monotonic()
-        while self._busy and self._busy[0][0] <= now:
-            self._push(heapq.heappop(self._busy)[1])
-        if not self._ready:
-            return None
-        return self.graph.by_key[heapq.heappop(self._ready)[2]]
-
-    def busy(self, node: Runnable) -> None:
-        """Another process computes this node: look again later, the less often the longer it takes."""
-        now = time.monotonic()
-        shortest, longest = _BUSY_SECONDS
-        waited = now - self._busy_since.setdefault(node.key, now)
-        heapq.heappush(self._busy, (now + min(max(shortest, 0.1 * waited), longest), node.key))
-
-    def is_settled(self, key: str) -> bool:
-        """Whether it is done or failed."""
-        return key not in self._open
-
-    def again(self, node: Runnable) -> None:
-        self._push(node.key)
+    def put_back(self, node: Runnable) -> None:
+        insort(self._ready, node, key=lambda n: self._rank[n.key])
 
     def done(self, node: Runnable) -> None:
-        self._open.discard(node.key)
-        for child in self._children.get(node.key, []):
-            self._waiting[child].discard(node.key)
-            if not self._waiting[child] and child in self._open:
-                self._push(child)
+        """For a node that was taken."""
+        self._sorter.done(node.key)
 
-    def fail(self, node: Runnable) -> list[Runnable]:
-        """Gives up a node and all that rests on it; returns what rests on it."""
-        self._open.discard(node.key)
-        lost, stack = [], list(self._children.get(node.key, []))
-        while stack:
-            key = stack.pop()
-            if key in self._open:
-                self._open.discard(key)
-                lost.append(self.graph.by_key[key])
-                stack.extend(self._children.get(key, []))
-        return lost
+    def failed(self, node: Runnable) -> list[Runnable]:
+        """For a node that was taken: what depends on it, and on no other that has failed."""
+        keys = {node.key}
+        for key, other in self.todo.items():
+            if key not in self._blocked and any(parent.key in keys for parent in other.parents()):
+                keys.add(key)
+        blocked = [other for key, other in self.todo.items() if key in keys and key != node.key]
+        self._blocked |= keys
+        return blocked
 
 
 def merge_graphs(graphs: Iterable[Graph]) -> Graph:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastprune.errors import InputError
 from fastprune.specs import DataSpec, ModelSpec, Prune, Runnable, Train
 from fastprune.store import RunStore
-from fastprune.study.graph import Cost, Graph, Queue, merge_graphs
+from fastprune.study.graph import Cost, Graph, Schedule, merge_graphs
 from fastprune.study.settings import Settings
 
 UNKNOWN = "unknown"
@@ -213,16 +213,19 @@ class Simulated:
 
 def simulate(graph: Graph, todo: Sequence[Runnable], seconds: Mapping[str, float], workers: int) -> Simulated:
     """Simulates the computation of `todo`, nodes of the graph, by `workers`. seconds: key -> what the node takes."""
-    # The queue that real workers use, so that the simulation schedules as a run does.
-    queue = Queue(graph, todo)
+    # The schedule of a real run, so that the simulation hands out nodes as a run does.
+    schedule = Schedule(graph, todo)
     running: list[tuple[float, int, Runnable]] = []
     now, started = 0.0, 0
-    while queue.left:
-        while len(running) < workers and (node := queue.next()) is not None:
+    while True:
+        for node in schedule.ready()[: workers - len(running)]:
+            schedule.take(node)
             heapq.heappush(running, (now + seconds[node.key], started, node))
             started += 1
+        if not running:
+            break
         now, _, node = heapq.heappop(running)
-        queue.done(node)
+        schedule.done(node)
     return Simulated(workers, now, sum(seconds[node.key] for node in todo))
 
 

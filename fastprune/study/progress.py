@@ -1,4 +1,4 @@
-"""What a person sees while a graph runs: one bar over all training images, one line for each worker."""
+"""What the user sees while a graph runs: one bar over all training images, one line for each worker."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ class Bars:
         self.graph = graph
         live = bool(todo) and sys.stderr.isatty()
         self.trainings = sum(isinstance(n, Train) for n in todo)
-        self.trained = self.failures = self.resting = 0
+        self.trained = self.failures = self.blocked = 0
         self.total = tqdm(
             total=Cost.of(todo).images,
             unit=" images",
@@ -72,11 +72,11 @@ class Bars:
             if result["diverged"]:
                 self.note(f"diverged: {self.graph.label(node)}, in epoch {result['epochs']}")
 
-    def failed(self, worker: int, node: Runnable, reason: str, resting: list[Runnable]) -> None:
+    def failed(self, worker: int, node: Runnable, reason: str, blocked: list[Runnable]) -> None:
         self._say(worker, "")
         self.failures += 1
-        self.resting += len(resting)
-        self._expect_no_more_of([node, *resting])
+        self.blocked += len(blocked)
+        self._expect_no_more_of([node, *blocked])
         self._count()
         self.note(f"failed: {self.graph.label(node)}: {reason}")
 
@@ -86,7 +86,7 @@ class Bars:
 
     def _count(self) -> None:
         failures = f", {self.failures} failed" if self.failures else ""
-        failures += f", {self.resting} rest on them" if self.resting else ""
+        failures += f", {self.blocked} blocked" if self.blocked else ""
         self.total.set_description(f"{self.trained}/{self.trainings} trainings{failures}", refresh=False)
 
     def note(self, text: str) -> None:

@@ -4,12 +4,13 @@ import contextlib
 import logging
 import math
 import os
-import secrets
 import signal
 import socket
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import fastprune
 from fastprune.errors import InputError
-from fastprune.specs import Runnable
 from fastprune.store import RunStore
-from fastprune.study.compute import WorkConfig, Worker
+from fastprune.study.compute import NodeComputer, WorkConfig
 from fastprune.study.graph import Graph
-from fastprune.study.workers import STARTS_LIMIT, Hear, cause_of, compute
+from fastprune.study.workers import Answer, BadInput, Lost, Report, Worker, answer, failed
 
 _REPORT_SECONDS = 1.0
 """Between two reports of a worker's progress, and two looks at them."""
@@ -33,14 +33,12 @@ _SEEN_SECONDS = 60.0
 
 _ANSWER_SECONDS = 10.0
 
-_TOUCH_SECONDS = 10.0
-
 _PASSED_ON = ("OMP_", "MKL_", "NUMBA_", "TRITON_", "TORCHINDUCTOR_", "MPLCONFIGDIR")
 """What of the driver's environment its workers get."""
 
 
 class _Reports:
-    """What workers said since somebody last asked: (worker, key) -> (epoch, training images so far)."""
+    """What workers reported since they were last asked for: (worker, key) -> (epoch, training images so far)."""
 
     def __init__(self) -> None:
         self.said: dict[tuple[int, str], tuple[int, int]] = {}
@@ -53,43 +51,39 @@ class _Reports:
         return said
 
 
-class _Remote:
-    """One worker, in a process of its own on some machine of the cluster."""
+class _Actor:
+    """One worker, in a process of its own on some machine of the cluster. Ray starts it again where it dies."""
 
-    def __init__(self, number: int, reports: Any) -> None:
-        self.number, self.reports = number, reports
+    def __init__(self, number: int, graph: Graph, config: WorkConfig, reports: Any) -> None:
+        self.number, self.graph, self.config, self.reports = number, graph, config, reports
+        self.gpus = ray.get_gpu_ids()
+        self.computer: NodeComputer | None = None
 
-    def open(self, graph: Graph, config: WorkConfig, token: str, version: str) -> tuple[str, Any]:
-        """("ready", (where this is, Ray's name of the machine)), or ("input", what keeps it from working here)."""
+    def open(self, store_id: str, version: str) -> BadInput | tuple[str, str, str]:
+        """(device, place, Ray's name of the machine), or what keeps it from working here."""
         host = socket.gethostname()
         if fastprune.__version__ != version:
-            return "input", f"{host} has fastprune {fastprune.__version__}, here it is {version}: install the same"
-        folders = [images.folder for images in config.images.values() if images.folder is not None]
-        for path in (config.store / "tmp" / token, *folders):
+            return BadInput(f"{host} has fastprune {fastprune.__version__}, here it is {version}: install the same")
+        folders = [images.folder for images in self.config.images.values() if images.folder is not None]
+        for path in (self.config.store / "store.json", *folders):
+            shared = "--store and --data must be on a disk that all machines see at the same path"
             if not _appears(path):
-                shared = "--store and --data must be on a disk that all machines see at the same path"
-                return "input", f"{host} does not see {path.parent if path.name == token else path}: {shared}"
-        gpus = ray.get_gpu_ids()
+                return BadInput(f"{host} does not see {path}: {shared}")
+        if RunStore(self.config.store).id != store_id:
+            return BadInput(f"{host} has another store at {self.config.store}: {shared}")
+        place = f"{host} {'cuda' if self.gpus else 'cpu'}{''.join(map(str, self.gpus[:1]))}"
+        return place, f"{place}, process {os.getpid()}", ray.get_runtime_context().get_node_id()
+
+    def compute(self, key: str) -> Answer:
+        def send(epoch: int, images: int) -> None:
+            self.reports.put.remote(self.number, key, epoch, images)
+
         try:
-            self.graph, self.worker = graph, Worker(replace(config, device="cuda" if gpus else "cpu"))
+            if self.computer is None:
+                self.computer = NodeComputer(replace(self.config, device="cuda" if self.gpus else "cpu"))
         except Exception as error:
-            return "input", f"{host} cannot work: {cause_of(error)}"
-        place = f"{host} {'cuda' if gpus else 'cpu'}{''.join(map(str, gpus[:1]))}"
-        return "ready", (place, ray.get_runtime_context().get_node_id())
-
-    def compute(self, key: str) -> tuple[str, Any, int]:
-        """The answer of crew.compute, and the training images that it took."""
-        sent, seen = time.monotonic(), 0
-
-        def report(epoch: int, images: int) -> None:
-            nonlocal sent, seen
-            seen += images
-            if time.monotonic() - sent > _REPORT_SECONDS:
-                self.reports.put.remote(self.number, key, epoch, seen)
-                sent = time.monotonic()
-
-        kind, value = compute(self.worker, self.graph, self.graph.by_key[key], report)
-        return kind, value, seen
+            return failed(error)
+        return answer(self.computer, self.graph, key, send, every=_REPORT_SECONDS)
 
 
 def _appears(path: Path) -> bool:
@@ -103,141 +97,121 @@ def _appears(path: Path) -> bool:
     return True
 
 
-class RayCrew:
-    """`workers` actors (None: as many as the cluster has room for now), but no more than `most`, each with `gpus` of a
+@dataclass
+class RayWorkers:
+    """Workers on a cluster. about: which cluster it is, how many it has room for, and what each gets, for the user."""
+
+    workers: list[Worker]
+    about: str
+
+
+@contextlib.contextmanager
+def ray_workers(
+    graph: Graph, config: WorkConfig, *, address: str | None, count: int | None, gpus: float | None, most: int
+) -> Iterator[RayWorkers]:
+    """`count` actors (None: as many as the cluster has room for now), but no more than `most`, each with `gpus` of a
     GPU, or on a CPU core if that is 0 or None and the cluster has no GPU. Those without room join when there is some.
 
     address: as ray.init takes it; None joins the cluster that this machine belongs to, or starts one here.
-    InputError where no cluster can be reached, or it has no room for a single worker. about: which cluster it is, how
-    many workers it has room for, and what each gets, for a person.
+    InputError where no cluster can be reached, or it has no room for a single worker.
     """
+    try:
+        which = _connect(address)
+        gpus, room = _room(gpus)
+        if count is None and room == 0:
+            raise InputError(f"the Ray cluster has no room for a worker with {gpus:g} GPUs: see --gpus-per-run")
+        count = max(1, min(count or room, most))
+        each = f"each with {gpus:g} of a GPU" if gpus else "each on a CPU core"
+        fewer = f", {room} for now: the cluster has no room for more" if room < count else ""
+        variables = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
+        path = [str(Path(fastprune.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables["PYTHONPATH"] = os.pathsep.join(path)
+        actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, runtime_env={"env_vars": variables})(_Actor)
+        shared, inbox = (ray.put(graph), ray.put(config)), _Inbox()
+        store_id = RunStore(config.store).id
+        workers: list[Worker] = [
+            RayWorker(i, actor.remote(i, *shared, inbox.reports), store_id, inbox) for i in range(count)
+        ]
+        yield RayWorkers(workers, f"{which}, runs at once: up to {count}, {each}{fewer}")
+    finally:
+        ray.shutdown()
 
-    def __init__(
-        self,
-        graph: Graph,
-        config: WorkConfig,
-        *,
-        address: str | None,
-        workers: int | None,
-        gpus: float | None,
-        most: int,
-    ) -> None:
-        self.graph = graph
-        with contextlib.ExitStack() as undo:
-            undo.callback(ray.shutdown)
-            which = _connect(address)
-            gpus, room = _room(gpus)
-            if workers is None and room == 0:
-                raise InputError(f"the Ray cluster has no room for a worker with {gpus:g} GPUs: see --gpus-per-run")
-            self.count = max(1, min(workers or room, most))
-            each = f"each with {gpus:g} of a GPU" if gpus else "each on a CPU core"
-            fewer = f", {room} for now: the cluster has no room for more" if room < self.count else ""
-            self.about = f"{which}, runs at once: up to {self.count}, {each}{fewer}"
-            token = f"{secrets.token_hex(8)}.seen"
-            self.token = RunStore(config.store).root / "tmp" / token
-            undo.callback(self.token.unlink, missing_ok=True)
-            self.token.touch()
-            self.shared = [ray.put(graph), ray.put(config), token, fastprune.__version__]
-            variables = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
-            variables["PYTHONPATH"] = os.pathsep.join(
-                [str(Path(fastprune.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-            )
-            # Here, where this machine's end is the run's; begun again, it lacks a few seconds of what workers said.
-            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-            reports: Any = ray.remote(num_cpus=0)(_Reports)
-            self.reports = reports.options(max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
-            self.actor = ray.remote(num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": variables})(_Remote)
-            self.actors: list[Any] = [None] * self.count
-            self.places: list[str | None] = [None] * self.count
-            self.machines: list[str] = [""] * self.count
-            self.keys: list[str | None] = [None] * self.count
-            self.images = [0] * self.count
-            self.waits: dict[Any, int | None] = {}
-            self.died_at_start = 0
-            self.asked = self.touched = 0.0
-            for worker in range(self.count):
-                self._start(worker)
-            undo.pop_all()
 
-    def _start(self, worker: int) -> None:
-        self.places[worker] = self.keys[worker] = None
-        self.actors[worker] = self.actor.remote(worker, self.reports)
-        self.waits[self.actors[worker].open.remote(*self.shared)] = worker
+class _Inbox:
+    """The reports of all workers, asked for once a second."""
 
-    def free(self) -> list[int]:
-        return [i for i in range(self.count) if self.places[i] is not None and self.keys[i] is None]
+    def __init__(self) -> None:
+        # Here, where this machine's end is the run's; begun again, it lacks a few seconds of what workers said.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor: Any = ray.remote(num_cpus=0)(_Reports)
+        self.reports = actor.options(max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
+        self._asked: Future[Any] | None = None
+        self._at = 0.0
+        self._said: dict[tuple[int, str], tuple[int, int]] = {}
 
-    def devices(self) -> list[str]:
-        return [place or "" for place in self.places]
-
-    def place(self, worker: int) -> str:
-        return self.places[worker] or "starting"
-
-    def give(self, worker: int, node: Runnable) -> None:
-        self.keys[worker], self.images[worker] = node.key, 0
-        self.waits[self.actors[worker].compute.remote(node.key)] = worker
-
-    def listen(self, hear: Hear) -> None:
-        if time.monotonic() - self.touched > _TOUCH_SECONDS:
-            self.touched = time.monotonic()
-            self.token.touch()  # for those that start later; gc takes what has not been touched for longer
-        if time.monotonic() - self.asked > _REPORT_SECONDS and None not in self.waits.values():
-            self.asked = time.monotonic()
-            self.waits[self.reports.take.remote()] = None
-        ready, _ = ray.wait(list(self.waits), num_returns=len(self.waits), timeout=0.2)
-        for ref in ready:
-            worker = self.waits.pop(ref)
+    def take(self, worker: int, key: str | None) -> tuple[int, int] | None:
+        """(epoch, images so far) of a worker's node, where there is news. InputError where the cluster is lost."""
+        if self._asked is not None and self._asked.done():
             try:
-                answer = ray.get(ref)
+                self._said |= self._asked.result()
             except RayError as error:
-                if worker is None:
-                    raise InputError(
-                        f"the Ray cluster is gone ({_first_line(error)}); the same command goes on"
-                    ) from error
-                self._replace(worker, _first_line(error), hear)
-                continue
-            if worker is None:
-                for (number, key), (epoch, images) in answer.items():
-                    self._count(number, key, epoch, images, hear)
-            elif answer[0] == "ready":
-                self.places[worker], self.machines[worker] = answer[1]
-                self.died_at_start = 0
-            elif self.keys[worker] is None:  # it could not begin
-                raise InputError(answer[1])
-            else:
-                kind, value, images = answer
-                self._count(worker, self.keys[worker], 0, images, hear)
-                self.keys[worker] = None
-                if kind == "failed":  # what broke may stay broken: a CUDA context does
-                    ray.kill(self.actors[worker])
-                    self._start(worker)
-                hear(worker, kind, value)
+                raise InputError(
+                    f"the Ray cluster is lost ({_first_line(error)}); rerun the command to continue"
+                ) from error
+            self._asked = None
+        if self._asked is None and time.monotonic() - self._at > _REPORT_SECONDS:
+            self._asked, self._at = self.reports.take.remote().future(), time.monotonic()
+        return None if key is None else self._said.pop((worker, key), None)
 
-    def _count(self, worker: int, key: str | None, epoch: int, images: int, hear: Hear) -> None:
-        """Passes on progress, unless it is old."""
-        if key == self.keys[worker]:
-            more, self.images[worker] = images - self.images[worker], images
-            hear(worker, "progress", (epoch, more))
 
-    def _replace(self, worker: int, reason: str, hear: Hear) -> None:
-        self.died_at_start += self.places[worker] is None
-        if self.died_at_start >= STARTS_LIMIT:
-            raise InputError(f"Ray's workers die as they start ({reason})")
-        ray.kill(self.actors[worker])
-        was_busy, machine = self.keys[worker] is not None, self.machines[worker]
-        self._start(worker)
-        if was_busy:
-            hear(worker, "lost" if machine in _alive() else "gone", reason)
+class RayWorker:
+    """An actor. Ray places it, and places it again where its process or its machine is lost."""
+
+    def __init__(self, number: int, actor: Any, store_id: str, inbox: _Inbox) -> None:
+        self._number, self._actor, self._store_id, self._inbox = number, actor, store_id, inbox
+        self._machine = ""
+        self._key: str | None = None
+        self._report: Report | None = None
+        self._open()
+
+    def _open(self) -> None:
+        self.device, self.place = "", "starting"
+        self._opening: Future[Any] | None = self._actor.open.remote(self._store_id, fastprune.__version__).future()
+
+    def submit(self, key: str, report: Report) -> "Future[Any]":
+        self._key, self._report = key, report
+        future: Future[Any] = self._actor.compute.remote(key).future()
+        return future
+
+    def poll(self) -> None:
+        if self._opening is not None and self._opening.done():
+            opening, self._opening = self._opening, None
+            try:
+                found = opening.result()
+            except RayError:  # it died as it started: Ray starts it again
+                self._open()
+                return
+            if isinstance(found, BadInput):
+                raise InputError(found.line)
+            self.device, self.place, self._machine = found
+        said = self._inbox.take(self._number, self._key)
+        if said is not None and self._report is not None:
+            self._report(*said)
+
+    def lost(self, error: BaseException) -> Lost:
+        if not isinstance(error, RayError):
+            raise error
+        machine = self._machine
+        self._open()  # Ray starts it again by itself
+        return Lost(_first_line(error), with_machine=machine not in _alive())
+
+    def renew(self) -> None:
+        ray.kill(self._actor, no_restart=False)
+        self._open()
 
     def close(self) -> None:
-        """May be called again."""
-        self.token.unlink(missing_ok=True)
-        if not ray.is_initialized():
-            return
-        for actor in [*self.actors, self.reports]:
-            if actor is not None:
-                ray.kill(actor)
-        ray.shutdown()
+        if ray.is_initialized():
+            ray.kill(self._actor)
 
 
 def _alive() -> set[str]:
@@ -246,8 +220,8 @@ def _alive() -> set[str]:
 
 
 def _connect(address: str | None) -> str:
-    """Which cluster it is, for a person. Ray itself would try for minutes where nobody listens; and it takes SIGTERM
-    for a crash."""
+    """Which cluster it is, for the user. Ray itself would try for minutes where no cluster is; and it takes SIGTERM for
+    a crash."""
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     where, how = _expected_at(address)

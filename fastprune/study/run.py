@@ -1,44 +1,54 @@
-"""Runs a graph: each node once, parents first, the longest chain first, by a crew of warm workers."""
+"""Runs a graph: each node once, parents first, the longest chain first, by workers that give futures."""
 
 import time
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from fastprune.errors import InputError
 from fastprune.specs import Runnable, Train
 from fastprune.store import RunStore
 from fastprune.store.lease import Holder, Leases
-from fastprune.study.compute import WorkConfig
-from fastprune.study.graph import Graph, Queue
-from fastprune.study.workers import Crew, Here, Processes
+from fastprune.study.graph import Graph, Schedule
+from fastprune.study.workers import Answer, BadInput, Done, Failed, Lost, Worker, cannot_write
+
+_TICK = 0.2
+"""Seconds between two looks at the workers when no future is done."""
+
+_LOOK_AGAIN = 1.0, 10.0
+"""After how many seconds a node that another process computes is looked at again: at first, and at last."""
 
 _SILENT_SECONDS = 600.0
-"""A busy worker that says nothing for so long is mentioned, and again when others are waited for."""
+"""A busy worker that reports nothing for so long is mentioned, and again when other processes are waited for."""
 
 _WAITING_SECONDS = 30.0
 """How long nodes of other processes are waited for without a word."""
 
+_FAILURES_LIMIT = 3
+"""So many failures in a row on a device end its workers."""
+
 
 class View(Protocol):
-    """What is told of the work as it goes. worker: its number; place: where it runs; resting: nodes that a failed one
-    leaves undone."""
+    """What is told of the run as it goes. worker: its number; place: where it runs; blocked: nodes that depend on a
+    failed one."""
 
     def started(self, worker: int, node: Runnable, place: str) -> None: ...
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None: ...
     def note(self, text: str) -> None: ...
     def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None: ...
-    def failed(self, worker: int, node: Runnable, reason: str, resting: list[Runnable]) -> None: ...
+    def failed(self, worker: int, node: Runnable, reason: str, blocked: list[Runnable]) -> None: ...
 
 
 @dataclass
 class Outcome:
-    """What became of the nodes that were to do: keys computed here, and by key why a node failed.
+    """What became of the nodes that were missing: keys computed here, and by key why a node failed.
 
     found: keys of nodes that another process published meanwhile. epochs: of the trainings among the done, how many
-    were computed here. images: training images seen by all workers. takeovers: by key of whom. not_reached: nodes that
-    rest on a failed one. seconds: wall time.
+    were computed here. images: training images seen by all workers. blocked: how many nodes depend on a failed one.
+    seconds: wall time.
     """
 
     done: list[str] = field(default_factory=list)
@@ -46,252 +56,263 @@ class Outcome:
     found: list[str] = field(default_factory=list)
     epochs: dict[str, int] = field(default_factory=dict)
     images: int = 0
-    takeovers: dict[str, Holder] = field(default_factory=dict)
-    not_reached: int = 0
+    blocked: int = 0
     seconds: float = 0.0
 
 
-def execute(
-    graph: Graph,
-    config: WorkConfig,
-    view: View,
-    *,
-    workers: int = 1,
-    devices: list[str] | None = None,
-    crew: Crew | None = None,
-) -> Outcome:
-    """Computes what the store lacks of the graph, on this machine or by the `crew` given (which it closes). A node that
-    fails is reported and the others go on.
+def run(graph: Graph, store: RunStore, workers: Sequence[Worker], view: View) -> Outcome:
+    """Computes what the store lacks of the graph. A node that fails is tried once more, then reported, and the others
+    go on.
 
-    InputError (a damaged data file, a full disk) ends the whole run; so does KeyboardInterrupt. Both leave a store that
-    the same command continues from.
+    InputError (a corrupt file, a full disk) ends the run; so does KeyboardInterrupt. After both, the same call goes on.
     """
     began = time.monotonic()
-    store = RunStore(config.store)
-    queue = Queue(graph, graph.todo(store))
-    outcome = Outcome()
-    count = min(workers, queue.left)
-    with (
-        Leases(config.store / "leases") as leases,  # given back when no worker writes any more
-        _closing(crew or _crew(graph, config, devices or [config.device], count)) as open_crew,
-    ):
-        _Run(queue, store, open_crew, leases, view, outcome).run()
-    outcome.seconds = time.monotonic() - began
-    return outcome
+    with Leases(store.root / "leases") as leases:
+        loop = _Loop(graph, store, workers, leases, view)
+        try:
+            loop.run()
+        finally:
+            for worker in workers:  # no worker writes any more when the leases are given back
+                worker.close()
+    loop.outcome.seconds = time.monotonic() - began
+    return loop.outcome
 
 
-def _crew(graph: Graph, config: WorkConfig, devices: list[str], count: int) -> Crew:
-    """What breaks on a GPU breaks the process that uses it, which is then replaced: it is never this one."""
-    if count <= 1 and devices[0] == "cpu":
-        return Here(graph, config, devices[0])
-    return Processes(graph, config, devices, max(count, 1))
+@dataclass
+class _Task:
+    """A node that a worker computes. heard: when it last reported; epoch, images: what."""
+
+    worker: int
+    node: Runnable
+    device: str
+    heard: float
+    epoch: int = 0
+    images: int = 0
 
 
-@contextmanager
-def _closing(crew: Crew) -> Iterator[Crew]:
-    try:
-        yield crew
-    finally:
-        crew.close()
-
-
-class _Run:
-    """One call of execute: hands nodes that can run to workers that are free, and settles what comes back."""
-
-    def __init__(self, queue: Queue, store: RunStore, crew: Crew, leases: Leases, view: View, outcome: Outcome) -> None:
-        self.queue, self.store, self.crew, self.leases = queue, store, crew, leases
-        self.view, self.outcome = view, outcome
-        self.nodes: dict[int, Runnable] = {}
-        self.devices: dict[int, str] = {}
-        self.heard: dict[int, float] = {}
-        self.attempts = Attempts()
-        self.elsewhere: dict[str, Holder | None] = {}
+class _Loop:
+    def __init__(self, graph: Graph, store: RunStore, workers: Sequence[Worker], leases: Leases, view: View) -> None:
+        self.graph, self.store, self.workers, self.leases, self.view = graph, store, workers, leases, view
+        self.outcome, self.retries = Outcome(), Retries()
+        self.schedule = Schedule(graph, graph.todo(store))
+        self.running: dict[Future[Any], _Task] = {}
+        self.elsewhere: dict[str, _Elsewhere] = {}
         self.waiting_since: float | None = None
 
     def run(self) -> None:
-        while self.queue.left:
+        while True:
             self._hand_out()
-            self.crew.listen(self._hear)
+            if not self.running and not self.schedule.ready():
+                return
+            self._listen()
             self._mention_the_silent()
             self._mention_others()
 
     def _hand_out(self) -> None:
-        devices = self.crew.devices()
-        for worker in self.crew.free():
-            device = devices[worker]
-            if self.attempts.is_left_out(device, devices):
+        busy = {task.worker for task in self.running.values()}
+        for number, worker in enumerate(self.workers):
+            device = worker.device
+            if number in busy or not device or self.retries.has_ended(device, self._devices()):
                 continue
-            if (node := self._next(device, devices)) is not None:
-                self.nodes[worker], self.devices[worker] = node, device
-                self.heard[worker] = time.monotonic()
-                self.view.started(worker, node, self.crew.place(worker))
-                self.crew.give(worker, node)
+            if (node := self._claim_next(device)) is not None:
+                self.view.started(number, node, worker.place)
+                task = _Task(number, node, device, time.monotonic())
+                self.running[worker.submit(node.key, partial(self._report, task))] = task
 
-    def _next(self, device: str, devices: list[str]) -> Runnable | None:
-        """A node for a worker on that device, claimed."""
-        others: list[Runnable] = []
-        while (node := self.queue.next()) is not None:
-            if not self.attempts.suits(node.key, device, devices):
-                others.append(node)
-            elif self._claim(node):
-                break
-        for other in others:
-            self.queue.again(other)
-        return node
+    def _devices(self) -> set[str]:
+        return {worker.device for worker in self.workers} - {""}
+
+    def _claim_next(self, device: str) -> Runnable | None:
+        """The ready node with the longest chain that may run on the device, and that no other process computes."""
+        while (node := self._next(device)) is not None:
+            if self._claim(node):
+                return node
+        return None
+
+    def _next(self, device: str) -> Runnable | None:
+        now, devices = time.monotonic(), self._devices()
+        for node in self.schedule.ready():
+            is_due = node.key not in self.elsewhere or self.elsewhere[node.key].look_at <= now
+            if is_due and self.retries.may_run(node.key, device, devices):
+                return node
+        return None
 
     def _claim(self, node: Runnable) -> bool:
-        """Whether it is ours to compute: nobody else's at present, and not published meanwhile."""
-        store = self.store
-        mine, holder = self.leases.acquire(node.key)
+        """Whether it is ours to compute: no other process does, or has published it meanwhile."""
+        try:
+            mine, holder = self.leases.acquire(node.key)
+        except OSError as error:
+            raise InputError(cannot_write(error, self.store.root)) from error
         if not mine:
-            self.elsewhere[node.key] = holder
-            self.queue.busy(node)
+            self._leave(node, holder)
             return False
+        self.schedule.take(node)
         self.elsewhere.pop(node.key, None)
         if holder is not None:
-            self.outcome.takeovers[node.key] = holder
-            self.view.note(f"taken over: {self.queue.graph.label(node)}, from {holder}, which is gone")
-        store.tidy(node)
-        if store.holds(node, self.queue.graph.needed(node)):
+            self.view.note(f"taken over: {self.graph.label(node)}, from {holder}, which died")
+        self.store.tidy(node)
+        if self.store.holds(node, self.graph.needed(node)):
             self.leases.release(node.key)
+            self.schedule.done(node)
             self.outcome.found.append(node.key)
-            self.queue.done(node)
-            self.view.finished(None, node, store.node(node)["result"])
+            self.view.finished(None, node, self.store.node(node)["result"])
             return False
         return True
 
-    def _hear(self, worker: int, kind: str, value: Any) -> None:
-        self.leases.tend()
-        node = self.nodes.get(worker)
-        self.heard[worker] = time.monotonic()
-        if node is None:  # a worker died that had nothing to do
-            return
-        if kind == "progress":
-            epoch, images = value
-            self.attempts.reached(node.key, epoch)
-            self.outcome.images += images
-            self.view.progress(worker, node, epoch, images)
-            return
-        del self.nodes[worker]
-        if kind == "gone" or (kind == "lost" and self.attempts.died(node.key)):  # the whole machine, or the worker
-            self.view.note(f"again: {self.queue.graph.label(node)}, as its worker died ({value})")
-            self.leases.release(node.key)
-            self.queue.again(node)
-            return
-        still_ours = self.leases.release(node.key)
-        if kind == "input":
-            raise InputError(value)
-        if kind == "done":
-            self.attempts.succeeded(self.devices[worker])
-            self._done(worker, node, *value)
-        elif not still_ours:  # whoever took it over has cleared away what this worker was writing
-            self.queue.busy(node)
-        elif kind == "lost":
-            reason = f"its worker died again, having come no further ({value}){_guess(value)}"
-            self._failed(worker, node, reason, reason)
-        elif self.attempts.failed(node.key, self.devices[worker], devices := self.crew.devices()):
-            label, device = self.queue.graph.label(node), self.devices[worker]
-            self.view.note(f"again elsewhere: {label}, which failed on {device}: {self._logged(node, *value)}")
-            if self.attempts.is_left_out(device, devices):
-                self.view.note(f"{device} is left out from here on: what it got failed, time after time")
-            self.queue.again(node)
+    def _leave(self, node: Runnable, holder: Holder | None) -> None:
+        """To another process, which computes it; the longer that takes, the less often it is looked at."""
+        now = time.monotonic()
+        since = self.elsewhere[node.key].since if node.key in self.elsewhere else now
+        first, last = _LOOK_AGAIN
+        self.elsewhere[node.key] = _Elsewhere(holder, since, now + min(max(first, 0.1 * (now - since)), last))
+
+    def _listen(self) -> None:
+        """Waits a moment for what the workers say, and settles what they have done."""
+        if self.running:
+            done, _ = wait(self.running, _TICK, FIRST_COMPLETED)
         else:
-            self._failed(worker, node, *value)
+            done = set()
+            time.sleep(_TICK)
+        for worker in self.workers:
+            worker.poll()
+        for future in done:
+            self._settle(self.running.pop(future), future)
 
-    def _done(self, worker: int, node: Runnable, result: dict[str, Any], epochs: int) -> None:
-        self.outcome.done.append(node.key)
-        if isinstance(node, Train):
-            self.outcome.epochs[node.key] = epochs
-        self.queue.done(node)
-        self.view.finished(worker, node, result)
+    def _report(self, task: _Task, epoch: int, images: int) -> None:
+        more, task.images = images - task.images, images
+        task.heard, task.epoch = time.monotonic(), max(task.epoch, epoch)
+        self.outcome.images += more
+        self.view.progress(task.worker, task.node, epoch, more)
 
-    def _failed(self, worker: int, node: Runnable, cause: str, text: str) -> None:
-        reason = self.outcome.failed[node.key] = self._logged(node, cause, text)
-        resting = self.queue.fail(node)
-        self.outcome.not_reached += len(resting)
-        self.view.failed(worker, node, reason, resting)
+    def _settle(self, task: _Task, future: "Future[Any]") -> None:
+        node, worker = task.node, self.workers[task.worker]
+        error = future.exception()
+        answer: Answer = future.result() if error is None else worker.lost(error)
+        still_ours = self.leases.release(node.key)
+        if isinstance(answer, BadInput):
+            raise InputError(answer.line)
+        if isinstance(answer, Done):
+            self._report(task, task.epoch, answer.images)
+            self.retries.succeeded(task.device)
+            self.outcome.done.append(node.key)
+            if isinstance(node, Train):
+                self.outcome.epochs[node.key] = answer.epochs
+            self.schedule.done(node)
+            self.view.finished(task.worker, node, answer.result)
+            return
+        if isinstance(answer, Failed):
+            worker.renew()
+        if not still_ours:  # the process that took it over has removed what this worker was writing
+            self._leave(node, None)
+            self.schedule.put_back(node)
+        elif self._try_again(task, answer):
+            self.schedule.put_back(node)
 
-    def _logged(self, node: Runnable, cause: str, text: str) -> str:
-        """The cause, and where all that is known was written down."""
+    def _try_again(self, task: _Task, answer: Failed | Lost) -> bool:
+        """Whether a node that was not computed is tried once more; if not, it is reported."""
+        node, device, label = task.node, task.device, self.graph.label(task.node)
+        if isinstance(answer, Lost):
+            if answer.with_machine or self.retries.got_further(node.key, device, task.epoch):
+                self.view.note(f"retry: {label}, whose worker died ({answer.reason})")
+                return True
+            hint = ": out of memory?" if "code -9" in answer.reason or "memory" in answer.reason.lower() else ""
+            reason = self._log(node, f"worker died ({answer.reason}){hint}", answer.reason)
+        else:
+            reason = self._log(node, answer.cause, answer.text)
+        had_ended = self.retries.has_ended(device, self._devices())
+        again = self.retries.failed(node.key, device, self._devices())
+        if again:
+            self.view.note(f"retry: {label}, which failed on {device}: {reason}")
+        else:
+            self.outcome.failed[node.key] = reason
+            blocked = self.schedule.failed(node)
+            self.outcome.blocked += len(blocked)
+            self.view.failed(task.worker, node, reason, blocked)
+        if self.retries.has_ended(device, self._devices()) and not had_ended:
+            self.view.note(f"{device} gets no more nodes: {_FAILURES_LIMIT} failures in a row")
+        return again
+
+    def _log(self, node: Runnable, cause: str, text: str) -> str:
+        """The cause, and where all that is known is written down."""
         try:
-            log = self.store.log(node, f"{self.queue.graph.label(node)}\n{text}")
+            log = self.store.log(node, f"{self.graph.label(node)}\n{text}")
             return f"{cause} (log: {log})"
         except OSError as error:
             return f"{cause} (no log: {error.strerror})"
 
     def _mention_the_silent(self) -> None:
-        for worker, node in self.nodes.items():
-            if time.monotonic() - self.heard[worker] > _SILENT_SECONDS:
-                self.heard[worker] = time.monotonic()
-                label, place = self.queue.graph.label(node), self.crew.place(worker)
+        for task in self.running.values():
+            if time.monotonic() - task.heard > _SILENT_SECONDS:
+                task.heard = time.monotonic()
+                label, place = self.graph.label(task.node), self.workers[task.worker].place
                 self.view.note(f"no sign of {label} for {_SILENT_SECONDS / 60:.0f} minutes ({place}): does it hang?")
 
     def _mention_others(self) -> None:
-        """Says for whom this process waits when there is nothing else for it to do."""
+        """Says which processes this one waits for when it has nothing else to do."""
         now = time.monotonic()
-        busy = [] if self.nodes else [key for key in self.elsewhere if not self.queue.is_settled(key)]
-        if not busy:
+        others = [] if self.running else [n for n in self.schedule.ready() if n.key in self.elsewhere]
+        if not others:
             self.waiting_since = None
         elif self.waiting_since is None:
             self.waiting_since = now
         elif now - self.waiting_since > _WAITING_SECONDS:
             self.waiting_since = now + _SILENT_SECONDS - _WAITING_SECONDS
-            label, holder = self.queue.graph.label(self.queue.graph.by_key[busy[0]]), self.elsewhere[busy[0]]
-            more = f", and {len(busy) - 1} more" if len(busy) > 1 else ""
-            self.view.note(f"waiting for what others compute: {label} ({holder or 'somebody'}){more}")
+            label, holder = self.graph.label(others[0]), self.elsewhere[others[0].key].holder
+            more = f", and {len(others) - 1} more" if len(others) > 1 else ""
+            self.view.note(f"waiting for what others compute: {label} ({holder or 'another process'}){more}")
 
 
-def _guess(reason: str) -> str:
-    return ": out of memory?" if "code -9" in reason or "memory" in reason.lower() else ""
+@dataclass
+class _Elsewhere:
+    """A node that another process computes. Monotonic seconds; holder: None where it is not known."""
+
+    holder: Holder | None
+    since: float
+    look_at: float
 
 
-_DEATHS_LIMIT = 2
-"""A node whose workers died this often, without coming any further, has failed."""
+class Retries:
+    """What failed where in one run, and what follows: nodes by key, devices by name.
 
-_FAILURES_LIMIT = 3
-"""A device on which so many nodes in a row failed gets no more."""
-
-
-class Attempts:
-    """Counts of one execution. Nodes by key, devices by name; devices: those of all workers, "" where not known yet."""
+    A node gets a second attempt, on another device where there is one; one whose worker dies gets more, as long as it
+    comes further each time. Devices on which only failures come get no more nodes, but for the last device.
+    """
 
     def __init__(self) -> None:
-        self._reached: dict[str, int] = {}
-        self._reached_before: dict[str, int] = {}
-        self._deaths: dict[str, int] = {}
         self._failed_on: dict[str, str] = {}
-        self._in_a_row: dict[str, int] = {}
+        self._epoch: dict[str, int] = {}
+        self._in_a_row: Counter[str] = Counter()
+        self._ended: set[str] = set()
 
-    def reached(self, key: str, epoch: int) -> None:
-        self._reached[key] = max(self._reached.get(key, 0), epoch)
+    def got_further(self, key: str, device: str, epoch: int) -> bool:
+        """Whether a node whose worker died had come further than ever before."""
+        further = epoch > self._epoch.get(key, 0)
+        if further:
+            self._epoch[key], self._failed_on[key] = epoch, device
+        return further
 
-    def died(self, key: str) -> bool:
-        """Whether a node whose worker died is tried again. Preempted again and again, a run gets done all the same; one
-        that needs too much memory does not."""
-        reached = self._reached.get(key, 0)
-        further = reached > self._reached_before.get(key, 0)
-        self._reached_before[key] = reached
-        self._deaths[key] = 1 if further else self._deaths.get(key, 0) + 1
-        return self._deaths[key] < _DEATHS_LIMIT
+    def failed(self, key: str, device: str, devices: Collection[str]) -> bool:
+        """Whether the node is tried once more. devices: those of all workers. What fails on two is not their fault."""
+        first = self._failed_on.pop(key, None)
+        if first not in (None, device):
+            self._in_a_row[first] = self._in_a_row[device] = 0
+            return False
+        self._in_a_row[device] += 1
+        if self._in_a_row[device] >= _FAILURES_LIMIT and self._others(device, devices):
+            self._ended.add(device)
+        if first is None:
+            self._failed_on[key] = device
+        return first is None
 
     def succeeded(self, device: str) -> None:
         self._in_a_row[device] = 0
 
-    def failed(self, key: str, device: str, devices: Collection[str]) -> bool:
-        """Whether the node is to be tried on another of the devices. What fails on two is not the devices' fault."""
-        if key in self._failed_on:
-            self._in_a_row[self._failed_on[key]] = self._in_a_row[device] = 0
-            return False
-        self._in_a_row[device] = self._in_a_row.get(device, 0) + 1
-        self._failed_on[key] = device
-        return self._others_work(device, devices)
+    def may_run(self, key: str, device: str, devices: Collection[str]) -> bool:
+        """Whether the node did not fail on the device, or there is no other."""
+        return self._failed_on.get(key) != device or not self._others(device, devices)
 
-    def suits(self, key: str, device: str, devices: Collection[str]) -> bool:
-        """Whether the node may be given to the device: it did not fail there, unless there is no other."""
-        return self._failed_on.get(key) != device or not self._others_work(device, devices)
+    def has_ended(self, device: str, devices: Collection[str]) -> bool:
+        return device in self._ended and self._others(device, devices)
 
-    def is_left_out(self, device: str, devices: Collection[str]) -> bool:
-        return self._in_a_row.get(device, 0) >= _FAILURES_LIMIT and self._others_work(device, devices)
-
-    def _others_work(self, device: str, devices: Collection[str]) -> bool:
-        return any(d not in (device, "") and self._in_a_row.get(d, 0) < _FAILURES_LIMIT for d in devices)
+    def _others(self, device: str, devices: Collection[str]) -> bool:
+        return any(d != device and d not in self._ended for d in devices)

@@ -1,4 +1,4 @@
-"""Workers that compute nodes: this process itself, or processes of this machine. crew_ray.py has those of a cluster."""
+"""Workers of this machine: each computes a node at a time, and gives a future for it. A cluster's: ray_workers.py."""
 
 import contextlib
 import errno
@@ -9,65 +9,124 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastprune.errors import InputError
-from fastprune.specs import Runnable
-from fastprune.study.compute import Report, WorkConfig, Worker
+from fastprune.study.compute import NodeComputer, WorkConfig
 from fastprune.study.graph import Graph
 
-Hear = Callable[[int, str, Any], None]
-"""Called with a worker's number and what it said: ("progress", (epochs done, images since the last time)); or as its
-answer ("done", (result, epochs computed)), ("input", line), ("failed", (cause, traceback)), ("lost", how its process
-ended), ("gone", what became of its machine)."""
-
-REPORT_SECONDS = 0.2
-"""Between two reports of a worker's progress."""
-
-STARTS_LIMIT = 5
-"""So many workers died as they started, and none came up between: something is wrong with all of them."""
+_REPORT_SECONDS = 0.2
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _STORE_IS_UNUSABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
 
-class Crew(Protocol):
-    """Warm workers, numbered from 0. Each computes one node at a time; one that dies is replaced."""
+@dataclass(frozen=True)
+class Done:
+    """A node's result, and the epochs and training images that were computed for it here."""
 
-    def free(self) -> list[int]:
-        """Those that can take a node now."""
-
-    def devices(self) -> list[str]:
-        """By worker what it computes on; "" where that is not known yet."""
-
-    def place(self, worker: int) -> str:
-        """Where it runs, for a person."""
-
-    def give(self, worker: int, node: Runnable) -> None: ...
-
-    def listen(self, hear: Hear) -> None:
-        """Waits a moment for what workers say, and passes it on. InputError where none can be started."""
-
-    def close(self) -> None: ...
+    result: dict[str, Any]
+    epochs: int
+    images: int
 
 
-def compute(worker: Worker, graph: Graph, node: Runnable, report: Report) -> tuple[str, Any]:
-    """A worker's answer on a node whose parents are published."""
+@dataclass(frozen=True)
+class Failed:
+    """Computing a node raised: the cause in one line, and the traceback."""
+
+    cause: str
+    text: str
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """Nothing else can be computed either: the line of an InputError."""
+
+    line: str
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The worker's process died, as `reason` says; with_machine: and the machine that it ran on."""
+
+    reason: str
+    with_machine: bool = False
+
+
+Answer = Done | Failed | BadInput | Lost
+
+
+Report = Callable[[int, int], None]
+"""Called with (epochs of a training's schedule done, training images so far)."""
+
+
+class Worker(Protocol):
+    """A warm process with a share of a device, which computes one node at a time. It is started anew where it dies."""
+
+    @property
+    def device(self) -> str:
+        """What it computes on; "" as long as that is not known, and then it takes no node."""
+
+    @property
+    def place(self) -> str:
+        """Where it runs, for the user."""
+
+    def submit(self, key: str, report: Report) -> "Future[Any]":
+        """Computes a node whose parents are published. Its future gives Done, Failed or BadInput; where it raises,
+        `lost` says why. `report` is called from here or from `poll`."""
+
+    def poll(self) -> None:
+        """Passes on what it has reported. InputError where it cannot work at all."""
+
+    def lost(self, error: BaseException) -> Lost:
+        """What became of the process; the worker is usable again."""
+
+    def renew(self) -> None:
+        """Starts another process: what a failed node broke may stay broken, as a CUDA context does."""
+
+    def close(self) -> None:
+        """Ends it, whatever it computes. May be called again."""
+
+
+def answer(computer: NodeComputer, graph: Graph, key: str, report: Report, *, every: float = 0.0) -> Answer:
+    """Computes a node whose parents are published, perhaps by another machine just now. every: seconds between two
+    reports, at least."""
+    node, images, sent = graph.by_key[key], 0, time.monotonic()
+
+    def count(epoch: int, more: int) -> None:
+        nonlocal images, sent
+        images += more
+        if time.monotonic() - sent >= every:
+            report(epoch, images)
+            sent = time.monotonic()
+
     try:
         for parent in node.parents():
-            worker.store.await_node(parent)
-        return "done", worker.run(node, graph.requested_outputs(node), report)
+            computer.store.await_node(parent)
+        return Done(*computer.compute_node(node, graph.requested_outputs(node), count), images)
     except InputError as error:
-        return "input", str(error)
+        return BadInput(str(error))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _STORE_IS_UNUSABLE:
-            where = error.filename or worker.config.store
-            return "input", f"{where}: cannot be written ({error.strerror}); make room or choose another --store"
-        return "failed", (cause_of(error), traceback.format_exc())
+            return BadInput(cannot_write(error, computer.config.store))
+        return failed(error)
+
+
+def failed(error: Exception) -> Failed:
+    """In the handler of the exception."""
+    return Failed(cause_of(error), traceback.format_exc())
+
+
+def cannot_write(error: OSError, store: Path) -> str:
+    return f"{error.filename or store}: cannot be written ({error.strerror}); make room or choose another --store"
 
 
 def cause_of(error: BaseException) -> str:
@@ -77,130 +136,120 @@ def cause_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
-class Here:
-    """This process as the only worker."""
+@contextlib.contextmanager
+def local_workers(graph: Graph, config: WorkConfig, devices: list[str], count: int) -> Iterator[list[Worker]]:
+    """`count` workers over the devices of this machine, each device as often as the others.
 
-    def __init__(self, graph: Graph, config: WorkConfig, device: str) -> None:
-        self.graph, self.worker = graph, Worker(replace(config, device=device, show=True))
-        self.node: Runnable | None = None
+    One on a CPU is this process. On a GPU it is always a child: what breaks there breaks the process that uses it.
+    """
+    workers: list[Worker] = []
+    try:
+        if count <= 1 and devices[0] == "cpu":
+            workers.append(InPlaceWorker(graph, replace(config, device="cpu", show=True)))
+        else:
+            for i in range(count):
+                workers.append(ProcessWorker(graph, replace(config, device=devices[i % len(devices)])))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.close()
 
-    def free(self) -> list[int]:
-        return [0]
 
-    def devices(self) -> list[str]:
-        return [self.worker.config.device]
+class InPlaceWorker:
+    """This process: a submitted node is computed at once."""
 
-    def place(self, worker: int) -> str:
-        return self.worker.config.device
+    def __init__(self, graph: Graph, config: WorkConfig) -> None:
+        self.graph, self.computer = graph, NodeComputer(config)
+        self.device = self.place = config.device
 
-    def give(self, worker: int, node: Runnable) -> None:
-        self.node = node
+    def submit(self, key: str, report: Report) -> "Future[Any]":
+        future: Future[Any] = Future()
+        future.set_result(answer(self.computer, self.graph, key, report))
+        return future
 
-    def listen(self, hear: Hear) -> None:
-        if self.node is None:
-            time.sleep(0.05)
-            return
-        node, self.node = self.node, None
-        answer = compute(self.worker, self.graph, node, lambda epoch, images: hear(0, "progress", (epoch, images)))
-        hear(0, *answer)
+    def poll(self) -> None: ...
+
+    def lost(self, error: BaseException) -> Lost:
+        raise error
+
+    def renew(self) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Processes:
-    """Worker processes, each with one pipe: a node's key goes in, progress and the answer come out."""
+class ProcessWorker:
+    """A child process, by an executor of one; reports come through a pipe. It dies with this process in any case.
 
-    def __init__(self, graph: Graph, config: WorkConfig, devices: list[str], count: int) -> None:
-        self.graph = graph
-        self.configs = [replace(config, device=devices[i % len(devices)]) for i in range(count)]
-        self.context = mp.get_context("spawn")
-        self.died_at_start = 0
-        self.came_up = [False] * count
-        self.processes: list[Any] = [None] * count
-        self.pipes: list[Connection] = []
-        self.busy = [False] * count
+    OSError where no process can be started.
+    """
+
+    def __init__(self, graph: Graph, config: WorkConfig) -> None:
+        self.graph, self.config, self.device = graph, config, config.device
+        self._report: Report | None = None
+        self._start()
+
+    def _start(self) -> None:
+        context = mp.get_context("spawn")
+        self._reports, theirs = context.Pipe(duplex=False)
+        self._executor = ProcessPoolExecutor(
+            1, mp_context=context, initializer=_initialize, initargs=(self.graph, self.config, theirs)
+        )
+        self._process: BaseProcess | None = None
+        before = set(mp.active_children())
         try:
-            for i in range(count):
-                self._start(i)
+            with _interrupts_wait():
+                self._executor.submit(os.getpid)  # starts the process, which then imports beside others
+                (self._process,) = set(mp.active_children()) - before
         except BaseException:
             self.close()
             raise
+        finally:
+            theirs.close()
 
-    def _start(self, i: int) -> None:
-        mine, theirs = self.context.Pipe()
-        self.processes[i] = self.context.Process(
-            target=_worker_main, args=(theirs, self.configs[i], self.graph), daemon=False
-        )
-        with _interrupts_wait():
-            self.processes[i].start()
-        theirs.close()
-        self.pipes[i : i + 1] = [mine]
-        self.busy[i] = self.came_up[i] = False
+    @property
+    def place(self) -> str:
+        return f"{self.device}, process {self._process.pid if self._process is not None else '-'}"
 
-    def free(self) -> list[int]:
-        return [i for i, busy in enumerate(self.busy) if not busy]
+    def submit(self, key: str, report: Report) -> "Future[Any]":
+        self._report = report
+        try:
+            return self._executor.submit(_answer, key)
+        except BrokenProcessPool:  # it died when it had nothing to do
+            self.renew()
+            return self._executor.submit(_answer, key)
 
-    def devices(self) -> list[str]:
-        return [config.device for config in self.configs]
+    def poll(self) -> None:
+        with contextlib.suppress(EOFError, OSError):  # it died: its future says so
+            while self._reports.poll():
+                said = self._reports.recv()
+                if self._report is not None:
+                    self._report(*said)
 
-    def place(self, worker: int) -> str:
-        return f"{self.configs[worker].device}, process {self.processes[worker].pid}"
+    def lost(self, error: BaseException) -> Lost:
+        if not isinstance(error, BrokenProcessPool):
+            raise error
+        process = self._process
+        self.renew()
+        return Lost(f"exit code {process.exitcode}" if process is not None else str(error))
 
-    def give(self, worker: int, node: Runnable) -> None:
-        self.busy[worker] = True
-        with contextlib.suppress(OSError):  # a dead worker is noticed in listen
-            self.pipes[worker].send(node.key)
-
-    def listen(self, hear: Hear) -> None:
-        ready = wait(self.pipes, timeout=0.2)
-        for i, pipe in enumerate(self.pipes):
-            if pipe not in ready:
-                continue
-            try:
-                kind, value = pipe.recv()
-            except (EOFError, OSError):
-                self._replace(i, hear)
-                continue
-            if kind == "ready":
-                self.came_up[i], self.died_at_start = True, 0
-                continue
-            if kind != "progress":
-                self.busy[i] = False
-            if kind == "failed":  # what broke may stay broken: a CUDA context does
-                self.processes[i].kill()
-                self._renew(i)
-            hear(i, kind, value)
-
-    def _replace(self, i: int, hear: Hear) -> None:
-        self.processes[i].join()
-        code = self.processes[i].exitcode
-        self.died_at_start += not self.came_up[i]
-        if self.died_at_start >= STARTS_LIMIT:
-            raise InputError(f"workers die as they start (exit code {code}): --workers 1 shows why")
-        self._renew(i)
-        hear(i, "lost", f"exit code {code}")
-
-    def _renew(self, i: int) -> None:
-        self.processes[i].join()
-        self.pipes[i].close()
-        self._start(i)
+    def renew(self) -> None:
+        self.close()
+        self._start()
 
     def close(self) -> None:
-        started = [process for process in self.processes if process is not None and process.pid is not None]
-        for process in started:
-            process.terminate()
-        for process in started:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        if self._process is not None:
+            self._process.kill()  # a store and its leases stand that at any moment
+        self._executor.shutdown(cancel_futures=True)
+        if self._process is not None:
+            self._process.join()
+        self._reports.close()
 
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """A child is started whole or not at all, and a terminal's interrupt is not for it: it inherits the mask. What
-    comes meanwhile comes afterwards."""
-    if threading.current_thread() is not threading.main_thread():  # that of interrupts is another
+    """A child is started completely or not at all, and an interrupt from the terminal is not for it: it inherits the
+    mask. A signal that comes meanwhile is raised afterwards."""
+    if threading.current_thread() is not threading.main_thread():  # interrupts are another thread's
         yield
         return
     came: list[int] = []
@@ -218,32 +267,32 @@ def _interrupts_wait() -> Iterator[None]:
             signal.raise_signal(came[0])
 
 
-def _worker_main(pipe: Connection, config: WorkConfig, graph: Graph) -> None:
+_computer: NodeComputer | None = None
+_graph: Graph
+_config: WorkConfig
+_pipe: Connection
+"""What a child process keeps from one node to the next."""
+
+
+def _initialize(graph: Graph, config: WorkConfig, pipe: Connection) -> None:
+    global _graph, _config, _pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    worker = Worker(config)
-    pipe.send(("ready", None))
-    while True:
+    _graph, _config, _pipe = graph, config, pipe
+
+
+def _answer(key: str) -> Answer:
+    global _computer
+    if _computer is None:
         try:
-            key = pipe.recv()
-        except EOFError:
-            return
-        sent, images = time.monotonic(), 0
-
-        def report(epoch: int, more: int) -> None:
-            nonlocal sent, images
-            images += more
-            if time.monotonic() - sent > REPORT_SECONDS:
-                pipe.send(("progress", (epoch, images)))
-                sent, images = time.monotonic(), 0
-
-        answer = compute(worker, graph, graph.by_key[key], report)
-        pipe.send(("progress", (0, images)))
-        pipe.send(answer)
+            _computer = NodeComputer(_config)  # not in _initialize: a device that is broken fails a node
+        except Exception as error:
+            return failed(error)
+    return answer(_computer, _graph, key, lambda *said: _pipe.send(said), every=_REPORT_SECONDS)
 
 
 def _die_with_parent() -> None:
-    """Ends this worker when its parent is gone, however it went: two owners of one run would waste both."""
+    """Two owners of one run would waste both."""
     parent = mp.parent_process()
     if parent is not None:
         wait([parent.sentinel])
