@@ -1,11 +1,14 @@
-"""A run of some ten seconds in a process of its own, to be killed at any moment from outside, or at a chosen point.
+"""A run in a process of its own that is killed at a chosen operation on its store, or at a chosen training step.
 
-Children are forked from a server that has imported everything, so that a kill costs the run and not the imports.
+Children are forked from a server that has imported and compiled everything, so that a kill costs the run only.
 """
 
+import functools
 import multiprocessing
 import os
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -14,42 +17,56 @@ from typing import Any
 
 import torch
 
-from fastprune import files
 from fastprune.figures import load
 from fastprune.loaders.manifest import Manifest
-from fastprune.specs import DataSpec
-from fastprune.store import RunStore, run_store
-from fastprune.study import compute
+from fastprune.specs import ChannelSelection, DataSpec, LprHistory, Rewind
+from fastprune.store.lease import Leases
+from fastprune.study import compute, run
 from fastprune.study.chains import Chains, MaskRecipe
-from fastprune.study.compute import WorkConfig
+from fastprune.study.compute import NodeComputer, WorkConfig
 from fastprune.study.graph import Graph
-from fastprune.study.run import execute
 from fastprune.study.settings import preset
-from fastprune.training.flat import FlatParams
-from tests.fakes import Images, Silent
+from tests.fakes import Images, Silent, run_here
 
-DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
+DATA = DataSpec("fake", "f" * 64, 4, None, None, 8, 8)
+SMALL = {"seeds": 1, "rounds": 2, "fraction": 0.5, "epochs": 3, "batch_size": 8, "width": 4}
+LEASE_SECONDS = 2.0
+KINDS = ("random", "late", "lr", "finetune", "transplant", "structured")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.crash_run"])
 
 
-def graph() -> Graph:
-    """Find and eval chains of two rounds, late rewinding (states and momentum on the way), the random baseline."""
-    settings = {"seeds": 1, "epochs": 5, "batch_size": 8, "rounds": 2, "fraction": 0.5, "width": 8}
-    base = preset(load("A2").protocol, "smoke").override(**settings)
-    late, init = Chains(base.override(rewind="late", rewind_epoch=2), DATA, 0), Chains(base, DATA, 0)
-    return Graph.of(
-        [
-            late.eval_run(MaskRecipe(0.05), 2, 0.1),
-            init.eval_run(MaskRecipe(0.2), 2, 0.2),
-            init.eval_run(MaskRecipe(None), 2, 0.2),
-        ]
-    )
+def graph(kind: str) -> Graph:
+    """Every kind of chain: from stored states with and without momentum, with histories, ratios, smaller networks."""
+
+    def chains(figure: str = "A2", **changes: Any) -> Chains:
+        return Chains(preset(load(figure).protocol, "smoke").override(**SMALL, **changes), DATA, 0)
+
+    if kind == "random":
+        return Graph.of([chains().eval_run(MaskRecipe(None), 2, 0.2), chains().eval_run(MaskRecipe(None), 1, 0.1)])
+    if kind == "transplant":
+        return Graph.of([chains().eval_run(MaskRecipe(0.2, ratios_of=0.05), 1, 0.2)])
+    if kind == "structured":
+        c = Chains(
+            preset(load("structured").protocol, "smoke").override(
+                **{k: v for k, v in SMALL.items() if k not in ("rounds", "fraction")}, model="resnet18"
+            ),
+            DATA,
+            0,
+        )
+        dense = c.dense(0.1)
+        return Graph.of([c.train(0.05, ChannelSelection(dense.final, 0.5), Rewind(dense.final, 0, momentum=False))])
+    c = chains(rewind=kind, **({"rewind_epoch": 2} if kind == "late" else {}))
+    return Graph.of([c.eval_run(MaskRecipe(0.05), 2, 0.1), LprHistory(c.dense(0.05), 0.5)])
+
+
+GRAPHS = {kind: graph(kind) for kind in KINDS}
 
 
 def config(root: Path) -> WorkConfig:
-    manifest = Manifest.__new__(Manifest)  # nothing looks into it
-    images = {DATA.fingerprint: compute.Images(manifest, None, "made up")}
+    manifest = Manifest.__new__(Manifest)
+    object.__setattr__(manifest, "height", 32)  # all that is looked at
+    images = {DATA.fingerprint: compute.Images(manifest, None, "fake")}
     return WorkConfig(root, images, checkpoint_seconds=0.0)  # a checkpoint after each epoch
 
 
@@ -59,8 +76,45 @@ def published(root: Path) -> dict[str, tuple[int, int]]:
     return {key: (at.st_ino, at.st_mtime_ns) for key, at in found.items()}
 
 
-class Counting(Silent):
-    """When it has heard of progress `at` times, it says so in a pipe or, where there is none, kills the process."""
+def start(
+    root: Path, kind: str, *, kill_at: int | None = None, torn: bool = False, step: int = 0, pipe: Any = None
+) -> BaseProcess:
+    """The run, begun or continued.
+
+    kill_at: the number of the operation on the store before which it kills itself; torn: as if in the middle of writing
+    the file that was opened last. step: the number of the training step at which it says "now" in the pipe or, without
+    a pipe, kills itself (-1: never; unless it is 0, epochs are longer). pipe: gets in the end (keys computed, keys that
+    were computed though published, number of operations, number of steps).
+    """
+    process = CONTEXT.Process(target=_run, args=(root, kind, kill_at, torn, step, pipe))
+    process.start()
+    return process
+
+
+def _run(root: Path, kind: str, kill_at: int | None, torn: bool, step: int, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    compute.open_data = lambda *args, **kwargs: Images(batches=1 if step == 0 else 8)
+    run.Leases = functools.partial(Leases, seconds=LEASE_SECONDS)
+    again: list[str] = []
+    original: Callable[..., Any] = NodeComputer.compute_node
+
+    def checked(self: NodeComputer, node: Any, outputs: Any, report: Any) -> Any:
+        if self.store.holds(node, GRAPHS[kind].needed(node)):
+            again.append(node.key)
+        return original(self, node, outputs, report)
+
+    NodeComputer.compute_node = checked  # type: ignore[method-assign]
+    view = _Steps(pipe, step)
+    operations = _Operations(root, kill_at, torn)
+    sys.addaudithook(operations)
+    outcome = run_here(GRAPHS[kind], config(root), view)
+    assert outcome.failed == {}, outcome.failed
+    if pipe is not None:
+        pipe.send((outcome.done, again, operations.count, view.heard))
+
+
+class _Steps(Silent):
+    """Counts reports of progress, which are as many as training steps."""
 
     def __init__(self, pipe: Any, at: int) -> None:
         super().__init__()
@@ -72,25 +126,29 @@ class Counting(Silent):
             _die() if self.pipe is None else self.pipe.send("now")
 
 
-def start(root: Path, *, die_at: str | None = None, pipe: Any = None, report: int = 0) -> BaseProcess:
-    """The run, begun or continued. die_at: one of POINTS, where it kills itself. report: by its number, a report of
-    progress (they are as many as training steps) at which it says "now" in the pipe or, without a pipe, kills itself.
-    pipe: gets (keys computed, number of reports) in the end."""
-    process = CONTEXT.Process(target=_run, args=(root, die_at, pipe, report))
-    process.start()
-    return process
+class _Operations:
+    """An audit hook that counts what changes the store: files opened for writing, renamed, removed; folders made."""
 
+    def __init__(self, root: Path, kill_at: int | None, torn: bool) -> None:
+        self.root, self.kill_at, self.torn = os.fspath(root), kill_at, torn
+        self.count = 0
+        self.written = ""
 
-def _run(root: Path, die_at: str | None, pipe: Any, report: int) -> None:
-    torch.set_num_threads(1)
-    compute.open_data = lambda *args, **kwargs: Images(batches=16)
-    if die_at is not None:
-        POINTS[die_at]()
-    view = Counting(pipe, report)
-    outcome = execute(graph(), config(root), view)
-    assert outcome.failed == {}
-    if pipe is not None:
-        pipe.send((outcome.done, view.heard))
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            return
+        if event == "open" and not (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)):
+            return
+        if not isinstance(args[0], str | os.PathLike) or not os.fspath(args[0]).startswith(self.root):
+            return
+        if self.count == self.kill_at:
+            self.kill_at = None  # what follows is no operation of the run
+            if self.torn and os.path.exists(self.written):
+                os.truncate(self.written, os.path.getsize(self.written) // 2)
+            _die()
+        self.count += 1
+        if event == "open":
+            self.written = os.fspath(args[0])
 
 
 def _die() -> None:
@@ -98,55 +156,16 @@ def _die() -> None:
     time.sleep(60)
 
 
-def _killed_by(module: Any, name: str, when: Callable[..., bool], *, after: bool = False, call: int = 1) -> None:
-    """Makes the `call`-th call of module.name that `when` is about the process's last act."""
-    original = getattr(module, name)
-    left = call
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        nonlocal left
-        hit = when(*args, **kwargs)
-        left -= hit
-        if hit and left == 0 and not after:
-            _die()
-        given = original(*args, **kwargs)
-        if hit and left == 0:
-            _die()
-        return given
-
-    setattr(module, name, wrapped)
+def _warm() -> None:
+    original = compute.open_data
+    compute.open_data = lambda *args, **kwargs: Images(batches=1)
+    try:
+        for kind in ("late", "structured"):
+            with tempfile.TemporaryDirectory() as folder:
+                run_here(GRAPHS[kind], config(Path(folder)), Silent())
+    finally:
+        compute.open_data = original
 
 
-def _always(*args: Any, **kwargs: Any) -> bool:
-    return True
-
-
-def _checkpoint(path: Path, *_: Any) -> bool:
-    return "checkpoint" in path.name
-
-
-def _in_nodes(_: Any, final: Any) -> bool:
-    return Path(final).parent.parent.name == "nodes"
-
-
-POINTS: dict[str, Callable[[], None]] = {
-    # Gradients are there, the weights are the old ones, somewhere in the third run.
-    "inside a step": lambda: _killed_by(FlatParams, "backward", _always, after=True, call=2 * 5 * 16 + 41),
-    "in a checkpoint, half written": lambda: _killed_by(files, "flush", _checkpoint, call=3),
-    "in a checkpoint, not yet renamed": lambda: _killed_by(files, "flush", _checkpoint, after=True, call=3),
-    "after a checkpoint": lambda: _killed_by(
-        compute.RunStore, "save_partial", lambda *a: a[2] == "checkpoint", after=True
-    ),
-    "at a state on the way": lambda: _killed_by(
-        compute.RunStore, "save_partial", lambda *a: a[2].startswith("momentum"), after=True
-    ),
-    "in a publish, some files written": lambda: _killed_by(run_store, "flush", lambda p: p.name == "times.csv", call=2),
-    "in a publish, without checksums": lambda: _killed_by(run_store, "write_sums", _always, call=2),
-    "in a publish, not yet renamed": lambda: _killed_by(os, "rename", _in_nodes, call=3),
-    "in a publish, just renamed": lambda: _killed_by(os, "rename", _in_nodes, after=True, call=3),
-    "published, checkpoint still there": lambda: _killed_by(RunStore, "drop_partial", _always, call=2),
-    "in a prune": lambda: _killed_by(compute, "prune", _always, call=2),
-    "in a prune, mask written": lambda: _killed_by(
-        run_store, "flush", lambda p: p.name == "mask.safetensors", after=True
-    ),
-}
+torch.set_num_threads(1)
+_warm()

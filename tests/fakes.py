@@ -1,15 +1,22 @@
 """A data set of tensors in place of images, and a View that remembers: what tests of the engine share."""
 
+from typing import Any
+
 import torch
 
 from fastprune.specs import Prune, Train
+from fastprune.store import RunStore
 from fastprune.study.chains import Chains, MaskRecipe
+from fastprune.study.compute import WorkConfig
+from fastprune.study.graph import Graph
+from fastprune.study.run import Outcome, run
+from fastprune.study.workers import InPlaceWorker
 
 
 class Images:
     """Gaussian images whose mean tells the class."""
 
-    loader = "made up"
+    loader = "fake"
 
     def __init__(self, batches: int = 3) -> None:
         self.batches = batches
@@ -38,6 +45,11 @@ class Epochs:
             yield torch.randn(self.batch_size, 3, 32, 32, generator=g) + labels.view(-1, 1, 1, 1), labels
 
 
+def run_here(graph: Graph, config: WorkConfig, view: Any) -> Outcome:
+    """Runs the graph in this process."""
+    return run(graph, RunStore(config.store), [InPlaceWorker(graph, config)], view)
+
+
 class Silent:
     """A View that remembers."""
 
@@ -58,7 +70,7 @@ class Silent:
     def finished(self, worker, node, result):
         self.finished_nodes.append(node)
 
-    def failed(self, worker, node, reason, resting):
+    def failed(self, worker, node, reason, blocked):
         self.failures.append((node, reason))
 
 

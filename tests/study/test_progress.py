@@ -28,14 +28,14 @@ def test_all_done_is_all_that_was_announced(graph, capsys):
     assert f"{len(graph.trainings)}/{len(graph.trainings)} trainings: 100%" in capsys.readouterr().err
 
 
-def test_a_failure_takes_along_what_rests_on_it(graph, capsys):
+def test_a_failure_takes_along_what_depends_on_it(graph, capsys):
     dense, *others = graph.trainings
-    resting, rest = others[:2], others[2:]
+    blocked, rest = others[:2], others[2:]
     with Bars(graph, graph.nodes, 1) as bars:
         seen = images(dense) // 2
         bars.started(0, dense, "cpu")
         bars.progress(0, dense, 1, seen)
-        bars.failed(0, dense, "RuntimeError: planted (log: f)", resting)
+        bars.failed(0, dense, "RuntimeError: planted (log: f)", blocked)
         assert bars.total.total == images(*rest) + seen
         for node in rest:
             bars.started(0, node, "cpu")
@@ -44,7 +44,7 @@ def test_a_failure_takes_along_what_rests_on_it(graph, capsys):
         assert bars.total.n == bars.total.total
     said = capsys.readouterr().err
     assert f"failed: {graph.label(dense)}: RuntimeError: planted (log: f)" in said
-    assert f"{len(rest)}/{len(graph.trainings)} trainings, 1 failed, 2 rest on them: 100%" in said
+    assert f"{len(rest)}/{len(graph.trainings)} trainings, 1 failed, 2 blocked: 100%" in said
 
 
 def test_what_diverged_or_was_computed_elsewhere_is_not_waited_for(graph, capsys):

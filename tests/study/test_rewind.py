@@ -13,12 +13,11 @@ from fastprune.specs import DataSpec, Init, Prune, Rewind, StateRef, Train
 from fastprune.store import RequestedOutputs, RunStore
 from fastprune.study import compute
 from fastprune.study.chains import Chains, MaskRecipe
-from fastprune.study.compute import WorkConfig, Worker, read_mask, read_state
+from fastprune.study.compute import NodeComputer, WorkConfig, read_mask, read_state
 from fastprune.study.graph import Graph
-from fastprune.study.run import execute
 from fastprune.study.settings import preset
 from fastprune.training.models import build, initial_model
-from tests.fakes import Epochs, Images, Silent
+from tests.fakes import Epochs, Images, Silent, run_here
 
 LATE = 2
 SETTINGS = preset(A2.protocol, "smoke").override(
@@ -90,8 +89,8 @@ def on(epoch: int) -> Epochs:
 @pytest.mark.parametrize("kind", ["init", "warmup", "late", "lr", "finetune"])
 def test_the_first_step_is_that_of_what_is_restored(config, kind):
     _, short = runs(kind)
-    assert execute(Graph.of([short]), config, Silent()).failed == {}
-    store, worker = RunStore(config.store), Worker(config)
+    assert run_here(Graph.of([short]), config, Silent()).failed == {}
+    store, worker = RunStore(config.store), NodeComputer(config)
     assert isinstance(short.mask, Prune)
     mask = read_mask(store, short.mask).tensors()
     weights, momentum, lr, epoch = expected_start(store, short)
@@ -104,7 +103,7 @@ def test_the_first_step_is_that_of_what_is_restored(config, kind):
     assert short.begin == epoch
     rows = store.metrics(short)
     assert list(rows) == [epoch + 1]
-    worker.run(short, RequestedOutputs(weights=(epoch + 1,)), lambda *_: None)  # it gains what is asked for
+    worker.compute_node(short, RequestedOutputs(weights=(epoch + 1,)), lambda *_: None)  # it gains what is asked for
     after = tensors(read_state(store, StateRef(short, epoch + 1)), "model")
     for name, expected in model.state_dict().items():
         torch.testing.assert_close(after[name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -134,10 +133,10 @@ def test_what_the_first_steps_differ_in():
 def test_late_rewinding_without_a_mask_goes_on_as_the_dense_run_did(config):
     dense = Chains(settings("init"), DATA, 0).dense(0.05)
     again = replace(dense, start=Rewind(StateRef(dense, LATE), LATE, momentum=True))
-    assert execute(Graph.of([again, dense]), config, Silent()).failed == {}
-    worker, store = Worker(config), RunStore(config.store)
+    assert run_here(Graph.of([again, dense]), config, Silent()).failed == {}
+    worker, store = NodeComputer(config), RunStore(config.store)
     for run in (dense, again):
-        worker.run(run, RequestedOutputs(weights=(4,), momentum=(4,)), lambda *_: None)
+        worker.compute_node(run, RequestedOutputs(weights=(4,), momentum=(4,)), lambda *_: None)
     expected, found = (read_state(store, run.final, momentum=True) for run in (dense, again))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[k], found[k]) for k in expected)
