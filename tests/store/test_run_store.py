@@ -1,4 +1,4 @@
-"""The store: whole or not at all, first published wins, bad stores are named."""
+"""The store: complete or not at all, first published wins, bad stores are named."""
 
 import json
 import shutil
@@ -11,9 +11,9 @@ import pytest
 from fastprune.errors import InputError
 from fastprune.figures.paper import A2
 from fastprune.files import read_sums, write_sums
-from fastprune.specs import DataSpec, StateRef
+from fastprune.specs import DataSpec, Init, ModelSpec, Prune, StateRef
 from fastprune.store import RequestedOutputs, RunStore, write_csv
-from fastprune.store.run_store import gain
+from fastprune.store.run_store import gain, in_words
 from fastprune.study.chains import Chains
 from fastprune.study.graph import Graph
 from fastprune.study.settings import preset
@@ -38,7 +38,7 @@ def leftovers(store: RunStore) -> list[Path]:
     return [*(store.root / "tmp").iterdir(), *(store.root / "partial").iterdir()]
 
 
-def test_a_node_is_published_whole_and_never_changed(tmp_path):
+def test_a_node_is_published_complete_and_never_changed(tmp_path):
     store = RunStore(tmp_path)
     assert not store.has(TRAIN)
     publish(store)
@@ -100,7 +100,7 @@ def test_a_folder_without_its_node_json_is_made_again(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff", b""])
-def test_damaged_node_is_named(tmp_path, content):
+def test_corrupt_node_is_named(tmp_path, content):
     store = RunStore(tmp_path)
     publish(store)
     (store.path(TRAIN) / "node.json").write_bytes(content)
@@ -133,7 +133,7 @@ def test_reading_creates_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_whoever_takes_over_removes_what_was_half_written(tmp_path):
+def test_a_takeover_removes_what_was_half_written(tmp_path):
     store = RunStore(tmp_path)
     store.aside(TRAIN.key)
     (tmp_path / "partial" / f".{TRAIN.key}.checkpoint.safetensors.123").write_text("half")
@@ -159,14 +159,16 @@ def test_the_sums_are_those_of_sha256sum(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "longer", "gone", "unlisted", "no list", "bad list", "twice listed"])
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "longer", "removed", "unlisted", "no list", "bad list", "twice listed"]
+)
 def test_a_file_that_is_not_as_it_was_written_is_never_read(tmp_path, damage):
     store = RunStore(tmp_path)
     publish(store, text="epoch,loss\n1,0.5\n")
     assert store.metrics(TRAIN) == {1: {"loss": 0.5}}
     file, sums = store.path(TRAIN) / "metrics.csv", store.path(TRAIN) / "SHA256SUMS"
     content, listed = file.read_text(), sums.read_text()
-    if damage == "gone":
+    if damage == "removed":
         file.unlink()
     elif damage == "no list":
         sums.unlink()
@@ -223,9 +225,19 @@ def test_csv_floats_read_back_exactly(tmp_path):
     assert (tmp_path / "a.csv").read_text() == "epoch,loss\n1,0.30000000000000004\n"
 
 
-def test_store_json_is_plain(tmp_path):
-    RunStore(tmp_path)
-    assert json.loads((tmp_path / "store.json").read_text()) == {"format": 2}
+def test_node_json_says_in_words_what_its_spec_names_by_keys(tmp_path):
+    store = RunStore(tmp_path)
+    for node in (TRAIN, PRUNE):
+        publish(store, node)
+        assert store.node(node)["about"] == {"network": "resnet18", "data": "tiny-imagenet"}
+    small = ModelSpec("resnet50", 200, "small", 16)
+    random = Prune(Init(small, 0), None, 0.2, "random", "global", 0)
+    assert in_words(random) == {"network": f"resnet50 width 16 stem {small.stem}"}
+
+
+def test_store_json_is_plain_and_tells_stores_apart(tmp_path):
+    assert RunStore(tmp_path).id == RunStore(tmp_path).id != RunStore(tmp_path / "other").id
+    assert json.loads((tmp_path / "store.json").read_text())["format"] == 3
 
 
 def test_of_two_that_add_to_a_node_neither_undoes_the_other(tmp_path):

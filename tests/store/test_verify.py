@@ -1,4 +1,4 @@
-"""verify: every damaged file is found, and nothing else."""
+"""verify: every corrupt file is found, and nothing else."""
 
 import json
 import random
@@ -15,19 +15,17 @@ from fastprune.store.lease import Leases
 from fastprune.store.verify import check_store
 from tests.fake_store import FILTERS, PRUNE, TRAIN, put, seeds, tree
 
-KINDS = {"train": 500, "prune": 400, "filters": 100}
 
-
-@pytest.fixture(scope="module")
-def thousand(tmp_path_factory) -> Path:
-    """A store of 1,000 nodes."""
-    root = tmp_path_factory.mktemp("thousand") / "runs"
-    store = RunStore(root)
-    for node in seeds(TRAIN, KINDS["train"]):
+@pytest.fixture(scope="module", params=[10, pytest.param(100, marks=pytest.mark.slow)])
+def many(request, tmp_path_factory) -> Path:
+    """A store of 100 nodes, or 1,000: trainings, prunes and filter selections, as 5 : 4 : 1."""
+    root = tmp_path_factory.mktemp("many") / "runs"
+    store, tenth = RunStore(root), request.param
+    for node in seeds(TRAIN, 5 * tenth):
         put(store, node, (2,))
-    for node in seeds(PRUNE, KINDS["prune"]):
+    for node in seeds(PRUNE, 4 * tenth):
         put(store, node)
-    for i in range(KINDS["filters"]):
+    for i in range(tenth):
         put(store, type(FILTERS)(FILTERS.source, i / 1000))
     return root
 
@@ -63,27 +61,29 @@ DAMAGES = (
 )
 
 
-def test_a_whole_store_is_whole(thousand, capsys):
-    assert verify(thousand) == 0
-    files = 500 * 7 + 400 * 4 + 100 * 4
-    assert capsys.readouterr().out == f"1,000 nodes, {files:,} files, 0 damaged\n"
+def test_a_complete_store_is_complete(many, capsys):
+    assert verify(many) == 0
+    nodes = len(list(many.glob("nodes/*/*")))
+    files = nodes // 10 * (5 * 7 + 4 * 4 + 1 * 4)
+    assert capsys.readouterr().out == f"{nodes:,} nodes, {files:,} files, 0 corrupt\n"
 
 
-def test_every_damaged_file_among_a_thousand_nodes_is_found(thousand, tmp_path, capsys):
+def test_every_corrupt_file_among_many_nodes_is_found(many, tmp_path, capsys):
     root = tmp_path / "runs"
-    shutil.copytree(thousand, root)
+    shutil.copytree(many, root)
     rng, expected = random.Random(7), set()
     folders = sorted(p.parent for p in root.glob("nodes/*/*/node.json"))
+    each = len(folders) // 25
     by_name: dict[str, list[Path]] = {}
     for folder in folders:
         for path in folder.iterdir():
             by_name.setdefault(path.name, []).append(path)
     assert len(by_name) == 10
-    for name, paths in sorted(by_name.items()):
-        # 40 in each kind of product; a damaged list hides what is wrong with the files, so each node is hit once.
+    for _, paths in sorted(by_name.items()):
+        # As many in each kind of product; a corrupt list hides what is wrong with the files, so each node is hit once.
         chosen = [p for p in sorted(paths) if p.parent not in {e.parent for e in expected}]
-        chosen = rng.sample(chosen, 40 if len(chosen) >= 40 else len(chosen))
-        assert len(chosen) == 40 or name == "filters.json"
+        chosen = rng.sample(chosen, min(each, len(chosen)))
+        assert len(chosen) == each
         for i, path in enumerate(chosen[:-2]):
             DAMAGES[i % len(DAMAGES)](path, rng.randrange(path.stat().st_size))
         one, two = chosen[-2:]
@@ -95,21 +95,21 @@ def test_every_damaged_file_among_a_thousand_nodes_is_found(thousand, tmp_path, 
             one.write_bytes(second)
             two.write_bytes(first)
         expected |= set(chosen)
-    assert len(expected) == 400
+    assert len(expected) == 10 * each
     assert verify(root) == 1
     *lines, count = capsys.readouterr().out.splitlines()
     named = {Path(line.split(": ")[0]) for line in lines}
-    whole = {e.parent for e in expected if e.name == "SHA256SUMS"}
-    assert {n for n in named if n.parent not in whole} == {e for e in expected if e.parent not in whole}
+    complete = {e.parent for e in expected if e.name == "SHA256SUMS"}
+    assert {n for n in named if n.parent not in complete} == {e for e in expected if e.parent not in complete}
     # Where the list itself was cut between two lines, or is another node's, it is the files that do not agree with it.
     assert {n.parent for n in named} == {e.parent for e in expected}
     assert all(f"delete the folder {Path(x.split(': ')[0]).parent}" in x or "delete /" in x for x in lines)
-    assert count.startswith("1,000 nodes, ")
-    assert count.endswith(f"{len(named)} damaged")
+    assert count.startswith(f"{len(folders):,} nodes, ")
+    assert count.endswith(f"{len(named)} corrupt")
     assert verify(root, "--delete") == 1
     capsys.readouterr()
     assert verify(root) == 0
-    assert capsys.readouterr().out.startswith("600 nodes, ")
+    assert capsys.readouterr().out.startswith(f"{len(folders) - 10 * each:,} nodes, ")
 
 
 def of_another_node(store: RunStore) -> Path:
@@ -182,7 +182,7 @@ def test_what_has_the_right_checksum_and_is_wrong_all_the_same(store, damage, ca
     assert verify(store.root) == 1
     line, count = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path}: ")
-    assert count.endswith("1 damaged")
+    assert count.endswith("1 corrupt")
 
 
 def test_places(store, capsys):
@@ -232,27 +232,27 @@ def test_every_bit_of_a_tensor_file_counts(tmp_path):
     store.save_partial(TRAIN, "checkpoint", lambda p: write_tensors(p, {"w": torch.arange(3.0)}, {"a": [1.5]}))
     path = store.partial_path(TRAIN, "checkpoint")
     content = path.read_bytes()
-    assert check_store(tmp_path).damaged == {}
+    assert check_store(tmp_path).corrupt == {}
     for at in range(len(content)):
         path.write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 8)]) + content[at + 1 :])
-        assert list(check_store(tmp_path).damaged) == [path], at
+        assert list(check_store(tmp_path).corrupt) == [path], at
         path.write_bytes(content[:at])
-        assert list(check_store(tmp_path).damaged) == [path], at
+        assert list(check_store(tmp_path).corrupt) == [path], at
 
 
-def test_what_somebody_works_on_is_not_deleted(store, capsys):
+def test_what_a_process_computes_is_not_deleted(store, capsys):
     flip(store.path(TRAIN) / "metrics.csv", 3)
     with Leases(store.root / "leases") as leases:
         assert leases.acquire(TRAIN.key)[0]
         assert verify(store.root, "--delete") == 1
-        assert f"left alone: {TRAIN.key}, on which process" in capsys.readouterr().out
+        assert f"left alone: {TRAIN.key}, which process" in capsys.readouterr().out
         assert store.has(TRAIN)
     assert verify(store.root, "--delete") == 1
     assert not store.path(TRAIN).exists()
     assert list((store.root / "tmp").iterdir()) == []
 
 
-def test_a_node_that_gains_files_meanwhile_is_not_called_damaged(tmp_path, capsys):
+def test_a_node_that_gains_files_meanwhile_is_not_called_corrupt(tmp_path, capsys):
     """Its new file is there before it is in the list of checksums, and its temporary one comes and goes."""
     store = RunStore(tmp_path)
     put(store, TRAIN, (3,))
@@ -263,5 +263,5 @@ def test_a_node_that_gains_files_meanwhile_is_not_called_damaged(tmp_path, capsy
         leases.acquire(TRAIN.key)
         assert verify(store.root) == 0
         assert main(["ls", "--store", str(store.root)]) == 0
-    assert verify(store.root) == 1  # nobody works on it
+    assert verify(store.root) == 1  # no process computes it
     assert f"{extra}: not in SHA256SUMS; delete {extra}" in capsys.readouterr().out
