@@ -24,10 +24,18 @@ TRAIN, PRUNE = FIND[0], MASKS[0]
 FILTERS = ChannelSelection(TRAIN.final, 0.5)
 
 
-def put(store: RunStore, node: Runnable, states: tuple[int, ...] = (), *, salt: float = 0.0, by: str = "cpu") -> Path:
-    """Publishes a node, or adds states to it; returns its folder. salt: makes other products."""
+def put(
+    store: RunStore,
+    node: Runnable,
+    states: tuple[int, ...] = (),
+    *,
+    salt: float = 0.0,
+    by: str = "cpu",
+    host: str = "here",
+) -> Path:
+    """Publishes a node, or adds states to it; returns its folder. salt: makes other products. by, host: provenance."""
     provenance = {
-        **{"device": by, "devices": 1, "threads": 1, "loader": "synthetic", "versions": {"torch": "2"}},
+        **{"device": by, "host": host, "devices": 1, "threads": 1, "loader": "synthetic", "versions": {"torch": "2"}},
         **{"wall_seconds": 90.0, "images_per_second": 45_300.0, "at": 1.7e9},
     }
     files: dict[str, Any] = {}

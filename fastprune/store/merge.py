@@ -137,7 +137,8 @@ def opened(source: Path) -> Iterator[Path]:
         try:
             existing_store(Path(folder))
         except InputError as error:
-            raise InputError(f"{source}: {error}".replace(folder, "in it")) from None
+            why = str(error).partition(";")[0].replace(folder, "in it")
+            raise InputError(f"{source}: {why}") from None
         yield Path(folder)
 
 

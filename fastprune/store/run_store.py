@@ -338,7 +338,7 @@ def check_format(root: Path) -> None:
         return
     try:
         found = json.loads(marker.read_text())["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{marker}: not a store of fastprune; choose another --store") from error
     if found != FORMAT:
         raise InputError(

@@ -117,7 +117,7 @@ PRODUCTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "flip"])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_a_damaged_product_is_one_line_and_can_be_made_again(small_figure, copy, capsys, product, how):
+def test_a_corrupt_product_is_one_line_and_can_be_made_again(small_figure, copy, capsys, product, how):
     path = PRODUCTS[product](copy / "store")
     damage(path, how)
     before = published(copy / "store")

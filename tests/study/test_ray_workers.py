@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from fastprune.cli.reproduce import main
-from fastprune.study.workers import STARTS_LIMIT
 from tests.small_figure import NODES, TINY, TRAININGS, command, folders, products, published, results
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -53,7 +52,7 @@ def test_a_cluster_gives_the_same_figure_though_processes_of_it_are_killed(small
     while len(published(tmp_path / "store")) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    while not (busy := [pid for pid, title in actors(process.pid, "_Remote").items() if "compute" in title]):
+    while not (busy := [pid for pid, title in actors(process.pid, "_Actor").items() if "compute" in title]):
         time.sleep(0.01)
     reports = list(actors(process.pid, "_Reports"))
     assert len(reports) == 1
@@ -137,8 +136,6 @@ run = subprocess.Popen(command(root, *flags), stdout=subprocess.PIPE, stderr=sub
 try:
     while len(published(root / "store")) < 3 and run.poll() is None:
         time.sleep(0.05)
-    for token in (root / "store" / "tmp").glob("*.seen"):
-        token.unlink()  # as gc would, where a worker starts much later than the run
     cluster.remove_node(other, allow_graceful=False)
     out, err = run.communicate(timeout=400)
     print(out)
@@ -154,11 +151,11 @@ sys.exit(run.returncode)
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_machine_that_goes_with_many_workers_ends_nothing(small_figure, tmp_path):
-    arguments = [sys.executable, "-c", LOSE, str(tmp_path), str(STARTS_LIMIT)]
+    arguments = [sys.executable, "-c", LOSE, str(tmp_path), "5"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=590, check=False)
     assert done.returncode == 0, done
     assert "of 2 machines, runs at once: up to 6, each on a CPU core" in done.stdout
-    assert "as its worker died" in done.stderr
+    assert "whose worker died" in done.stderr
     assert results(tmp_path) == results(small_figure)
     assert products(tmp_path / "store") == products(small_figure / "store")
 
@@ -173,10 +170,8 @@ def test_a_cluster_that_was_there_once_is_one_line(tmp_path, through):
     else:
         (tmp_path / "ray").mkdir()
         (tmp_path / "ray" / through).write_text("127.0.0.1:1")
-    began = time.monotonic()
     arguments = command(tmp_path, "--executor", "ray")
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=200, check=False, env=environment)
-    assert time.monotonic() - began < 100.0
     assert done.returncode == 2, done
     (said,) = (line for line in done.stderr.splitlines() if line.startswith("reproduce.py:"))
     assert through in said
