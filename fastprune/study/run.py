@@ -211,16 +211,18 @@ class _Loop:
     def _try_again(self, task: _Task, answer: Failed | Lost) -> bool:
         """Whether a node that was not computed is tried once more; if not, it is reported."""
         node, device, label = task.node, task.device, self.graph.label(task.node)
-        if isinstance(answer, Lost):
-            if answer.with_machine or self.retries.got_further(node.key, device, task.epoch):
-                self.view.note(f"retry: {label}, whose worker died ({answer.reason})")
-                return True
-            hint = ": out of memory?" if "code -9" in answer.reason or "memory" in answer.reason.lower() else ""
-            reason = self._log(node, f"worker died ({answer.reason}){hint}", answer.reason)
-        else:
-            reason = self._log(node, answer.cause, answer.text)
+        if isinstance(answer, Lost) and (answer.with_machine or self.retries.got_further(node.key, device, task.epoch)):
+            self.view.note(f"retry: {label}, whose worker died ({answer.reason})")
+            return True
         had_ended = self.retries.has_ended(device, self._devices())
         again = self.retries.failed(node.key, device, self._devices())
+        if isinstance(answer, Failed):
+            reason = self._log(node, answer.cause, answer.text)
+        else:
+            hint = ": out of memory?" if "code -9" in answer.reason or "memory" in answer.reason.lower() else ""
+            reason = f"worker died ({answer.reason}){hint}"
+            if not again:  # else there is no more to say
+                reason = self._log(node, reason, reason)
         if again:
             self.view.note(f"retry: {label}, which failed on {device}: {reason}")
         else:
