@@ -56,7 +56,7 @@ def graph(kind: str) -> Graph:
         )
         dense = c.dense(0.1)
         return Graph.of([c.train(0.05, ChannelSelection(dense.final, 0.5), Rewind(dense.final, 0, momentum=False))])
-    c = chains(rewind=kind, **({"rewind_epoch": 2} if kind == "late" else {}))
+    c = chains(rewind=kind, rewind_epoch=2)
     return Graph.of([c.eval_run(MaskRecipe(0.05), 2, 0.1), LprHistory(c.dense(0.05), 0.5)])
 
 
@@ -94,7 +94,7 @@ def start(
 def _run(root: Path, kind: str, kill_at: int | None, torn: bool, step: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     compute.open_data = lambda *args, **kwargs: Images(batches=1 if step == 0 else 8)
-    run.Leases = functools.partial(Leases, seconds=LEASE_SECONDS)
+    run.Leases = functools.partial(Leases, seconds=LEASE_SECONDS)  # type: ignore[misc, assignment]
     again: list[str] = []
     original: Callable[..., Any] = NodeComputer.compute_node
 

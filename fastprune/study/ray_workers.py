@@ -23,7 +23,7 @@ from fastprune.errors import InputError
 from fastprune.store import RunStore
 from fastprune.study.compute import NodeComputer, WorkConfig
 from fastprune.study.graph import Graph
-from fastprune.study.workers import Answer, BadInput, Lost, Report, Worker, answer, failed
+from fastprune.study.workers import Answer, BadInput, Lost, Report, Worker, answer, refusal
 
 _REPORT_SECONDS = 1.0
 """Between two reports of a worker's progress, and two looks at them."""
@@ -82,7 +82,7 @@ class _Actor:
             if self.computer is None:
                 self.computer = NodeComputer(replace(self.config, device="cuda" if self.gpus else "cpu"))
         except Exception as error:
-            return failed(error)
+            return refusal(error, self.config.store)
         return answer(self.computer, self.graph, key, send, every=_REPORT_SECONDS)
 
 

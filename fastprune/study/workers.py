@@ -112,16 +112,16 @@ def answer(computer: NodeComputer, graph: Graph, key: str, report: Report, *, ev
         for parent in node.parents():
             computer.store.await_node(parent)
         return Done(*computer.compute_node(node, graph.requested_outputs(node), count), images)
-    except InputError as error:
-        return BadInput(str(error))
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _STORE_IS_UNUSABLE:
-            return BadInput(cannot_write(error, computer.config.store))
-        return failed(error)
+        return refusal(error, computer.config.store)
 
 
-def failed(error: Exception) -> Failed:
-    """In the handler of the exception."""
+def refusal(error: Exception, store: Path) -> BadInput | Failed:
+    """The answer in place of a result, in the handler of an exception."""
+    if isinstance(error, InputError):
+        return BadInput(str(error))
+    if isinstance(error, OSError) and error.errno in _STORE_IS_UNUSABLE:
+        return BadInput(cannot_write(error, store))
     return Failed(cause_of(error), traceback.format_exc())
 
 
@@ -287,7 +287,7 @@ def _answer(key: str) -> Answer:
         try:
             _computer = NodeComputer(_config)  # not in _initialize: a device that is broken fails a node
         except Exception as error:
-            return failed(error)
+            return refusal(error, _config.store)
     return answer(_computer, _graph, key, lambda *said: _pipe.send(said), every=_REPORT_SECONDS)
 
 

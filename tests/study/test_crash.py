@@ -78,10 +78,10 @@ CRASHES = given(
     torn=st.booleans(),
     beside=st.booleans(),
 )
-EACH = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(max_examples=12, derandomize=True, **EACH)
+@settings(QUIET, max_examples=12, derandomize=True)
 @CRASHES
 def test_a_crash_at_any_operation_changes_nothing(kind, point, torn, beside):
     check_crash(kind, point, torn, beside)
@@ -89,7 +89,7 @@ def test_a_crash_at_any_operation_changes_nothing(kind, point, torn, beside):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=200, **EACH)
+@settings(QUIET, max_examples=200)
 @CRASHES
 def test_many_crashes_change_nothing(kind, point, torn, beside):
     check_crash(kind, point, torn, beside)

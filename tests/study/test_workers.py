@@ -77,6 +77,8 @@ def test_a_process_is_replaced_where_it_dies_idle_at_work_or_fails(config):
 
 
 def pid(worker: ProcessWorker) -> int:
+    assert worker._process is not None
+    assert worker._process.pid is not None
     return worker._process.pid
 
 
