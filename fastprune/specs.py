@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-SEMANTICS = 2
+SEMANTICS = 3
 """Version of the meaning of the fields, and of what training and pruning compute from them. Part of every key."""
 # Raising it makes every stored result unusable, so it is raised once per change of meaning, never for a refactoring.
 
@@ -48,7 +48,7 @@ def _plain(value: Any) -> Any:
 class ModelSpec(Record):
     """A torchvision ResNet.
 
-    name: "resnet18", "resnet34" or "resnet50". stem: "imagenet" (7x7 conv of stride 2, max-pool) or "small" (3x3 conv,
+    name: "resnet18", "resnet34" or "resnet50". stem: "imagenet" (7x7 conv of stride 2, max-pool) or "cifar" (3x3 conv,
     no pooling). width: channels of the first stage, 64 in the original.
     """
 
@@ -279,7 +279,7 @@ class CriterionRef(Record):
 class Prune(Node):
     """One prune step. Its result is a mask: `prior` (None: dense) without `fraction` of the weights that it keeps.
 
-    Weights with the lowest scores are pruned. source: the state whose weights are scored. score: "magnitude", "random"
+    Weights with the lowest scores are pruned. source: the state whose weights are scored. criterion: "magnitude", "random"
     (drawn anew in each round from `seed`), or a user's criterion. allocation: "global" (over all layers), "local" (the
     same fraction of each layer), or the ratios of another mask.
     """
@@ -287,7 +287,7 @@ class Prune(Node):
     source: StateRef | Init
     prior: "Prune | None"
     fraction: float
-    score: str | CriterionRef
+    criterion: str | CriterionRef
     allocation: str | Ratios
     seed: int
     kind = "prune"
@@ -320,7 +320,7 @@ class ChannelSelection(Node):
 
     source: StateRef
     fraction: float
-    kind = "filters"
+    kind = "channels"
 
     @property
     def model(self) -> ModelSpec:

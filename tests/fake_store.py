@@ -55,7 +55,7 @@ def put(
     else:
         result = {"fraction": node.fraction, "removed_fraction": 0.5, "spared": [], "parameters": 9, "flops": 90}
         provenance |= {"latency_ms": 1.0 + len(by), "latency_whole_ms": 2.0}
-        files["filters.json"] = lambda p: p.write_text(f'{{"kept": {{"conv1": [0, {salt}]}}}}\n')
+        files["channels.json"] = lambda p: p.write_text(f'{{"kept": {{"conv1": [0, {salt}]}}}}\n')
         files["layers.csv"] = lambda p: write_csv(p, [{"layer": "conv1", "filters": 10, "kept": 8}])
     store.publish(node, result, provenance, files)
     return store.path(node)

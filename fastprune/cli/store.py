@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         return c
 
     c = command("ls", "one line a node, totals, and what is going on")
-    c.add_argument("--kind", choices=["train", "prune", "filters"], help="nodes of this kind only")
+    c.add_argument("--kind", choices=["train", "prune", "channels"], help="nodes of this kind only")
     c.add_argument("--json", action="store_true", help="a list of records: seconds, bytes, Unix time")
     c = command("show", "all that is known of one node")
     c.add_argument("key", metavar="KEY", help="its key, or as much of its beginning as no other has")

@@ -132,7 +132,7 @@ class Listing:
         if isinstance(node, Corrupt):
             return {"key": node.key, "corrupt": node.why}
         try:
-            what = {"train": self._train, "prune": self._prune, "filters": self._filters}[node.kind](node)
+            what = {"train": self._train, "prune": self._prune, "channels": self._channels}[node.kind](node)
             made = node.provenance
             how = {name: _number(made.get(name)) for name in ("wall_seconds", "images_per_second", "at")}
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
@@ -175,7 +175,7 @@ class Listing:
             return 0, 1.0, None
         try:
             mask = self.by_key[key]
-            if mask.kind == "filters":
+            if mask.kind == "channels":
                 return None, None, float(mask.spec["fraction"])
             return int(mask.result["round"]), float(mask.result["density"]), None
         except (KeyError, TypeError, ValueError, OverflowError):
@@ -186,8 +186,8 @@ class Listing:
         if key is None or (prune := self.by_key.get(key)) is None or prune.kind != "prune":
             return None
         spec = prune.spec
-        if spec["score"] != "magnitude" or not isinstance(spec["source"], dict):
-            return str(spec["score"])
+        if spec["criterion"] != "magnitude" or not isinstance(spec["source"], dict):
+            return str(spec["criterion"])
         run = self.by_key.get(spec["source"]["node"])
         if run is None:
             return None
@@ -200,7 +200,7 @@ class Listing:
         allocation = spec["allocation"]
         return {
             "round": result["round"],
-            "score": spec["score"],
+            "criterion": spec["criterion"],
             "allocation": allocation if isinstance(allocation, str) else f"as {allocation['mask'][:8]}",
             "fraction": float(spec["fraction"]),
             "seed": spec["seed"],
@@ -208,7 +208,7 @@ class Listing:
             "density": float(result["density"]),
         }
 
-    def _filters(self, node: Found) -> dict[str, Any]:
+    def _channels(self, node: Found) -> dict[str, Any]:
         return {"fraction": float(node.spec["fraction"]), "removed": _number(node.result.get("removed_fraction"))}
 
 
@@ -240,10 +240,8 @@ def _row(r: dict[str, Any]) -> tuple[str, ...]:
         if r["density"] is not None:
             result += f", density {r['density']:.3g}"
     elif r["kind"] == "prune":
-        found = "" if r["mask_of"] in (None, r["score"]) else f" of {r['mask_of']}"
-        what = (
-            f"round {r['round']}, {r['score']}{found}, {r['allocation']}, fraction {r['fraction']:g}, seed {r['seed']}"
-        )
+        found = "" if r["mask_of"] in (None, r["criterion"]) else f" of {r['mask_of']}"
+        what = f"round {r['round']}, {r['criterion']}{found}, {r['allocation']}, fraction {r['fraction']:g}, seed {r['seed']}"
         result = f"density {r['density']:.3g}"
     else:
         what = f"{r['fraction']:.0%} of filters"
@@ -256,11 +254,11 @@ def _row(r: dict[str, Any]) -> tuple[str, ...]:
 def totals(records: list[dict[str, Any]], disk: int) -> str:
     """disk: bytes of all that is in the store."""
     complete = [r for r in records if "corrupt" not in r]
-    counts = {kind: sum(r["kind"] == kind for r in complete) for kind in ("train", "prune", "filters")}
+    counts = {kind: sum(r["kind"] == kind for r in complete) for kind in ("train", "prune", "channels")}
     seconds = sum(r["seconds"] or 0.0 for r in complete)
     said = f"{counts['train']:,} trainings, {counts['prune']:,} prunes"
-    if counts["filters"]:
-        said += f", {counts['filters']:,} filter selections"
+    if counts["channels"]:
+        said += f", {counts['channels']:,} channel selections"
     if len(complete) < len(records):
         said += f", {len(records) - len(complete):,} corrupt"
     return f"{said}; {size(disk)} on disk; {duration(seconds)} of computing"

@@ -23,7 +23,7 @@ _NUMBER = (int, float)
 _RESULTS: dict[str, dict[str, tuple[type, ...]]] = {
     "train": {"epochs": (int,), "diverged": (bool,), "accuracy": (*_NUMBER, type(None))},
     "prune": {"round": (int,), "total": (int,), "kept": (int,), "density": _NUMBER, "layerwise_ratios": (dict,)},
-    "filters": {
+    "channels": {
         "removed_fraction": _NUMBER,
         "parameters": _NUMBER,
         "flops": _NUMBER,
@@ -210,8 +210,8 @@ class RunStore:
         """The mask of a published prune step, checked."""
         return self.file(node, "mask.safetensors")
 
-    def filters(self, node: ChannelSelection) -> Path:
-        return self.file(node, "filters.json")
+    def channels(self, node: ChannelSelection) -> Path:
+        return self.file(node, "channels.json")
 
     def partial_path(self, node: Train, name: str) -> Path:
         """What a run in progress keeps: its "checkpoint", and what it passed ("state-<epoch>", "momentum-<epoch>")."""

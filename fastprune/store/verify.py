@@ -23,7 +23,7 @@ from fastprune.store.run_store import check_about
 _NUMBER = "[0-9]{1,9}"
 
 FILE_NAME = re.compile(
-    "node[.]json|SHA256SUMS|(metrics|times|layers|ratios-[0-9][0-9.e-]{0,31})[.]csv|filters[.]json|"
+    "node[.]json|SHA256SUMS|(metrics|times|layers|ratios-[0-9][0-9.e-]{0,31})[.]csv|channels[.]json|"
     f"(mask|(state|momentum)-{_NUMBER})[.]safetensors"
 )
 """What a node's file may be called."""
@@ -36,7 +36,7 @@ UNLISTED = f"not in {SUMS}"
 
 _WRONG = f"its checksum is not that in {SUMS}"
 
-_NEEDED = {"train": {"metrics.csv"}, "prune": {"mask.safetensors", "layers.csv"}, "filters": {"filters.json"}}
+_NEEDED = {"train": {"metrics.csv"}, "prune": {"mask.safetensors", "layers.csv"}, "channels": {"channels.json"}}
 
 
 @dataclass

@@ -71,10 +71,10 @@ class Chains:
             for round in range(s.rounds):
                 # The random baseline reads no trained weights, so its masks need no find runs.
                 pruned = self.init if recipe.lr is None else self.find_state(recipe, round)
-                score = "random" if recipe.lr is None else self.criterion
+                criterion = "random" if recipe.lr is None else self.criterion
                 allocation = s.allocation if donors is None else Ratios(donors[round])
                 prior = masks[-1] if masks else None
-                masks.append(Prune(pruned, prior, s.fraction, score, allocation, self.seed))
+                masks.append(Prune(pruned, prior, s.fraction, criterion, allocation, self.seed))
         return self._masks[recipe]
 
     def find_state(self, recipe: MaskRecipe, round: int) -> StateRef:

@@ -387,7 +387,7 @@ def choose_weights(
         with torch.device("meta"):
             model = build(node.model)
         mask = Mask.dense(layout(prunable(model)))
-    if node.score != "random":  # that one keeps its float64 bits, which are selected on a CPU
+    if node.criterion != "random":  # that one keeps its float64 bits, which are selected on a CPU
         mask = Mask(mask.keep.to(device), mask.segments)
     scores = _scores(store, node, mask, state)
     if isinstance(node.allocation, Ratios):
@@ -410,20 +410,20 @@ def choose_weights(
 
 def _scores(store: RunStore, node: Prune, mask: Mask, state: dict[str, Tensor]) -> Tensor:
     """In the mask's storage order, where the mask is."""
-    if node.score == "random":
+    if node.criterion == "random":
         return random_scores(mask, node.seed, node.round)
     weights = _model_state(state)
     for s in mask.segments:
         if s.name not in weights or tuple(weights[s.name].shape) != s.shape:
             raise _foreign(store, node.source, f"no {s.name} of shape {s.shape} in it")
-    if node.score == "magnitude":
+    if node.criterion == "magnitude":
         return magnitude_scores(weights, mask)
-    if isinstance(node.score, str):
-        raise ValueError(f"cannot prune by score {node.score!r}")
-    used = criterion(node.score.name)
-    if used.version != node.score.version:
+    if isinstance(node.criterion, str):
+        raise ValueError(f"cannot prune by criterion {node.criterion!r}")
+    used = criterion(node.criterion.name)
+    if used.version != node.criterion.version:
         raise InputError(
-            f"criterion {used.name} is of version {used.version}, the mask asks for {node.score.version}: "
+            f"criterion {used.name} is of version {used.version}, the mask asks for {node.criterion.version}: "
             "all processes of a run must import the same --figure-module"
         )
     return user_scores(used, weights, mask)
@@ -469,12 +469,12 @@ def choose_channels(
         write_csv(path, [{"layer": name, "filters": n, "kept": kept[name]} for name, n in filters.items()])
 
     described = json.dumps(selection.as_dict(), indent=1, sort_keys=True) + "\n"
-    return result, {"filters.json": lambda p: p.write_text(described), "layers.csv": layers}, measured
+    return result, {"channels.json": lambda p: p.write_text(described), "layers.csv": layers}, measured
 
 
 def smaller(store: RunStore, node: ChannelSelection, state: dict[str, Tensor], image_size: int) -> nn.Module:
     """The network of `state` without the filters that a published selection removes. InputError if it is corrupt."""
-    path = store.filters(node)
+    path = store.channels(node)
     try:
         selection = structured.Selection.from_dict(json.loads(path.read_text()))
         return structured.remove(_with_weights(node, state), selection, image_size)

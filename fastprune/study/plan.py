@@ -279,7 +279,7 @@ class NetworkSize:
     def of(cls, model: ModelSpec) -> "NetworkSize":
         """The size of a torchvision ResNet with the given stem and width, counted without building it."""
         bottleneck = model.name == "resnet50"
-        side = 3 if model.stem == "small" else 7
+        side = 3 if model.stem == "cifar" else 7
         convs = [(3, model.width, side)]
         inputs = model.width
         for stage, blocks in enumerate(_BLOCKS[model.name]):

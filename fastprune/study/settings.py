@@ -87,7 +87,7 @@ class Settings:
         str,
         Flag(
             "first layers: 7x7 conv of stride 2 and max-pool (imagenet), or 3x3 conv (small)",
-            choices=("imagenet", "small"),
+            choices=("imagenet", "cifar"),
         ),
     ]
     # Below 4, CPU convolutions of some PyTorch versions crash in channels-last.

@@ -33,7 +33,7 @@ def build(spec: ModelSpec) -> nn.Module:
     # torchvision's ResNet has no argument for the width of its first stage, so all layers are made again. `inplanes` is
     # where _make_layer reads and writes the channels that the next block gets.
     model.inplanes = width = spec.width
-    if spec.stem == "small":
+    if spec.stem == "cifar":
         model.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
         model.maxpool = nn.Identity()
     else:

@@ -71,7 +71,7 @@ def test_ls_as_records(store, capsys):
     first = next(r for r in records if r["key"] == PRUNE.key)
     assert first.pop("bytes") == sum(p.stat().st_size for p in store.path(PRUNE).iterdir())
     assert first == {
-        **{"key": PRUNE.key, "kind": "prune", "round": 1, "score": "magnitude", "allocation": "global"},
+        **{"key": PRUNE.key, "kind": "prune", "round": 1, "criterion": "magnitude", "allocation": "global"},
         **{"fraction": 0.2, "seed": 0, "density": 0.8, "mask_of": "lr 0.2"},
         **{"seconds": 90.0, "images_per_second": 45300.0, "device": "cpu", "at": 1.7e9},
     }
@@ -90,11 +90,11 @@ def test_ls_says_which_network_it_is(tmp_path, capsys):
     "content",
     [
         *("", "{", "[]", "{}", "\0", "[" * 100_000, '{"a":' * 900 + "1" + "}" * 900),
-        '{"kind": "train", "semantics": 2, "key": "KEY", "spec": {}, "result": {}, "provenance": {}}',
-        '{"kind": "mystery", "semantics": 2, "key": "KEY", "spec": {}, "result": {}, "provenance": {}}',
-        '{"kind": "prune", "semantics": 2, "key": "KEY", "spec": {"score": 1, "allocation": {"mask": []}}, "result": '
+        '{"kind": "train", "semantics": 3, "key": "KEY", "spec": {}, "result": {}, "provenance": {}}',
+        '{"kind": "mystery", "semantics": 3, "key": "KEY", "spec": {}, "result": {}, "provenance": {}}',
+        '{"kind": "prune", "semantics": 3, "key": "KEY", "spec": {"criterion": 1, "allocation": {"mask": []}}, "result": '
         '{"round": {}, "density": "x"}, "provenance": {}}',
-        '{"kind": "prune", "semantics": 2, "key": "KEY", "spec": {"score": "a", "allocation": "b", "fraction": 0.2, '
+        '{"kind": "prune", "semantics": 3, "key": "KEY", "spec": {"criterion": "a", "allocation": "b", "fraction": 0.2, '
         '"seed": 0}, "result": {"round": 1, "density": 0.5}, "provenance": {"at": 1' + "0" * 400 + "}}",
         None,
     ],

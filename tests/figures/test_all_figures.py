@@ -150,12 +150,12 @@ def test_a_damaged_selection_says_what_to_delete(finished, tmp_path, capsys, mon
     shutil.copytree(finished / "store", store)
     tuned = next(r for r in rows_of(finished, "structured") if r.round == 1)
     chosen = node(finished, tuned.node)["spec"]["mask"]
-    (store / "nodes" / chosen[:2] / chosen / "filters.json").write_text("{}")
+    (store / "nodes" / chosen[:2] / chosen / "channels.json").write_text("{}")
     shutil.rmtree(store / "nodes" / tuned.node[:2] / tuned.node)
     command = ["--fig", "structured", *TINY_OF["structured"], "--out", str(tmp_path / "out"), "--store", str(store)]
     assert main(command) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "filters.json" in said
+    assert "channels.json" in said
     assert "delete the folder" in said
 
 

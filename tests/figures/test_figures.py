@@ -138,7 +138,7 @@ def test_a_chain_by_ratios_needs_its_donor_first():
 
 @pytest.mark.parametrize(
     "model",
-    [ModelSpec("resnet18", 200), ModelSpec("resnet34", 7, "small", 16), ModelSpec("resnet50", 100, "imagenet", 8)],
+    [ModelSpec("resnet18", 200), ModelSpec("resnet34", 7, "cifar", 16), ModelSpec("resnet50", 100, "imagenet", 8)],
     ids=lambda m: m.name,
 )
 def test_sizes_are_those_of_the_networks(model):

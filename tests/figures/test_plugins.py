@@ -80,7 +80,7 @@ def test_a_users_figure_and_criterion_run_in_each_worker(workers, clean, tmp_pat
     assert "Figure mine, preset smoke: ResNet-18" in capsys.readouterr().out
     nodes = [json.loads(p.read_text()) for p in tmp_path.glob("store/nodes/*/*/node.json")]
     (prune,) = [n for n in nodes if n["kind"] == "prune"]
-    assert prune["spec"]["score"] == {"name": "inverse", "version": 3}
+    assert prune["spec"]["criterion"] == {"name": "inverse", "version": 3}
     assert prune["result"]["kept"] == prune["result"]["total"] - round(0.8 * prune["result"]["total"])
     # The inverse magnitude prunes the largest weights.
     store = RunStore(tmp_path / "store", read_only=True)

@@ -112,7 +112,7 @@ RESNET50 = {
 BY_HAND = {"resnet18": RESNET18, "resnet50": RESNET50}
 
 
-def network(name="resnet18", stem="small", width=8):
+def network(name="resnet18", stem="cifar", width=8):
     """With batch norms as after some training: random gamma (of either sign), beta and statistics."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -137,7 +137,7 @@ def tiny() -> nn.Sequential:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "small"])
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("name", BY_HAND)
 def test_groups_are_those_listed_by_hand(name, stem):
     groups = channel_groups(network(name, stem), SIDE)
@@ -298,7 +298,7 @@ def test_the_next_in_rank_goes_instead_of_a_last_channel():
 
 def test_equal_gammas_go_by_position():
     # As at initialisation, where every gamma is 1: the streams' sums are higher, and the inner convs go from the front.
-    model = build(ModelSpec(name="resnet18", classes=5, stem="small", width=8))
+    model = build(ModelSpec(name="resnet18", classes=5, stem="cifar", width=8))
     _, selection = ranked(model, 20 / 360)  # 240 inner channels: 8, 8, 16, ... of which each group keeps its first
     gone = {name: selection.removed(name) for name in selection.kept if selection.removed(name)}
     assert gone == {
@@ -467,7 +467,7 @@ def silenced(model, groups, selection):
     return model
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "small"])
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("name", BY_HAND)
 def test_it_computes_what_the_whole_network_does_with_those_channels_silenced(name, fraction, stem):

@@ -230,7 +230,7 @@ def test_node_json_says_in_words_what_its_spec_names_by_keys(tmp_path):
     for node in (TRAIN, PRUNE):
         publish(store, node)
         assert store.node(node)["about"] == {"network": "resnet18", "data": "tiny-imagenet"}
-    small = ModelSpec("resnet50", 200, "small", 16)
+    small = ModelSpec("resnet50", 200, "cifar", 16)
     random = Prune(Init(small, 0), None, 0.2, "random", "global", 0)
     assert in_words(random) == {"network": f"resnet50 width 16 stem {small.stem}"}
 

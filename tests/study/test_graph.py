@@ -60,7 +60,7 @@ def other_values():
     yield "train.data.train_per_class", train, replace(train, data=replace(DATA, train_per_class=3))
     yield "train.data.val_per_class", train, replace(train, data=replace(DATA, val_per_class=3))
     for f in fields(ModelSpec):
-        value = {"name": "resnet50", "classes": 3, "stem": "small", "width": 8}[f.name]
+        value = {"name": "resnet50", "classes": 3, "stem": "cifar", "width": 8}[f.name]
         changed = replace(train.model, **{f.name: value})
         yield f"train.model.{f.name}", train, replace(train, start=Init(changed, 0))
     yield "train.start.seed", train, replace(train, start=Init(train.model, 1))
@@ -82,7 +82,7 @@ def other_values():
     yield "prune.source", prune, replace(prune, source=Init(train.model, 0))
     yield "prune.prior", prune, replace(prune, prior=None)
     yield "prune.fraction", prune, replace(prune, fraction=0.5)
-    yield "prune.score", prune, replace(prune, score="random")
+    yield "prune.criterion", prune, replace(prune, criterion="random")
     yield "prune.allocation", prune, replace(prune, allocation="local")
     yield "prune.seed", prune, replace(prune, seed=1)
 

@@ -80,10 +80,10 @@ def test_nodes_are_of_all_kinds(tmp_path):
     assert {n.kind for n in masks[:40]} == {"train", "prune"}
     starts = {(n.start.momentum if hasattr(n.start, "momentum") else None) for n in masks[:40] if n.kind == "train"}
     assert starts == {None, True}
-    assert {n.score for n in masks[:40] if n.kind == "prune"} == {"magnitude", "random"}
+    assert {n.criterion for n in masks[:40] if n.kind == "prune"} == {"magnitude", "random"}
     assert len({n.seed for n in masks}) > 3
     filters = memory.graph_of(data, 60, structured=True).nodes
-    assert sum(n.kind == "filters" for n in filters) > 20
+    assert sum(n.kind == "channels" for n in filters) > 20
 
 
 @pytest.fixture
