@@ -19,7 +19,7 @@ import torch
 from torchvision import datasets, transforms
 
 from bench.training import DENSE, MASKED, SPARSITY, Size, Turns, Way, group_name, medians, ways
-from fastprune.loaders import locate, open_data
+from fastprune.loaders import find_or_prepare, open_data
 
 TURNS = 7
 REAL = "FASTPRUNE_TINY_IMAGENET"
@@ -132,7 +132,7 @@ def test_loaders(real: Path, tmp_path: Path, device: torch.device, benchmark: An
     usual = torch.utils.data.DataLoader(
         datasets.ImageFolder(str(real / "train"), theirs), 500, shuffle=True, drop_last=True, num_workers=0
     )
-    manifest, prepared = locate(real, tmp_path, show=False)
+    manifest, prepared = find_or_prepare(real, tmp_path, show=False)
     ours = {
         name: open_data(manifest, prepared, loader=name).train(seed=0, batch_size=500) for name in ("ffcv", "resident")
     }

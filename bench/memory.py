@@ -36,7 +36,7 @@ if not __package__:  # run as a file: `bench` then is importable from the folder
 from fastprune.errors import InputError
 from fastprune.figures.paper import A2
 from fastprune.figures.reproduce import data_spec
-from fastprune.loaders import SyntheticData, locate
+from fastprune.loaders import SyntheticData, find_or_prepare
 from fastprune.specs import ChannelSelection, DataSpec, Rewind, Runnable
 from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.compute import Images, NodeComputer, WorkConfig
@@ -180,7 +180,7 @@ def row(loader: str, r: Result) -> str:
 
 def measure(loader: str, data: str, store: Path, runs: Path, count: int, structured: bool) -> list[Sample]:
     """store: keeps prepared data; runs: an empty folder for what the nodes leave."""
-    manifest, folder = locate(GENERATED if "synthetic" in (loader, data) else data, store, loader=loader)
+    manifest, folder = find_or_prepare(GENERATED if "synthetic" in (loader, data) else data, store, loader=loader)
     images = {manifest.fingerprint: Images(manifest, folder, loader)}
     graph = graph_of(data_spec(manifest, SETTINGS), count, structured=structured)
     return in_fresh_process(WorkConfig(runs, images, checkpoint_epochs=1), graph)

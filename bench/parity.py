@@ -22,7 +22,7 @@ from torch.utils.data import Subset as Part
 from torchvision import datasets, transforms
 
 from fastprune.errors import InputError
-from fastprune.loaders import Subset, locate, open_data
+from fastprune.loaders import Subset, find_or_prepare, open_data
 from fastprune.loaders.manifest import Manifest
 from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
 from fastprune.training.models import initial_model
@@ -103,7 +103,7 @@ def main() -> int:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args()
     try:
-        manifest, folder = locate(args.data, args.store)
+        manifest, folder = find_or_prepare(args.data, args.store)
         spec = ModelSpec("resnet18", args.classes, width=args.width)
         print(f"{manifest.name}, {args.classes} classes, {args.epochs} epochs, {args.precision}, {args.device}")
         for route in args.routes:

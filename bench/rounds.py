@@ -36,11 +36,11 @@ from bench import plain
 from bench.rows import environment
 from fastprune.errors import InputError
 from fastprune.files import write_tensors
-from fastprune.loaders import SyntheticData, locate, open_data
+from fastprune.loaders import SyntheticData, find_or_prepare, open_data
+from fastprune.loaders.batches import select
+from fastprune.loaders.catalog import Data
 from fastprune.loaders.manifest import Manifest, Subset
-from fastprune.loaders.places import Data
 from fastprune.loaders.samples import ArraySamples, Samples, folder_samples
-from fastprune.loaders.source import select
 from fastprune.pruning.masks import Mask
 from fastprune.specs import DataSpec, Init, ModelSpec, OptimizerSpec, Prune, ScheduleSpec, Train
 from fastprune.store import RunStore, write_csv
@@ -330,7 +330,7 @@ def open_both(args: argparse.Namespace, store: Path) -> tuple[DataSpec, Loaders,
     """The data, and where each loop gets its batches. InputError where there is no such data."""
     each, val_each = (max(1, n // args.classes) for n in (args.train, args.val))
     data: Data = SyntheticData(args.classes, each, val_each, args.size) if args.data == "synthetic" else args.data
-    manifest, folder = locate(data, store)
+    manifest, folder = find_or_prepare(data, store)
     classes = min(args.classes, len(manifest.classes))
     subset = Subset(classes, each, val_each)
     source = open_data(manifest, folder, loader=args.loader, device=args.device, show=True)

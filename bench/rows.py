@@ -36,7 +36,7 @@ from fastprune.kernels import (
     segment_counts,
     unpack_bits,
 )
-from fastprune.loaders.augment import boxes, epoch_order
+from fastprune.loaders.augment import crop_boxes, epoch_order
 from fastprune.pruning.masks import Mask, layout, prunable
 from fastprune.specs import ModelSpec
 from fastprune.training.models import build
@@ -368,7 +368,7 @@ class Crops:
         self.whole = written + self.out.numel()
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        box, flip = boxes(0, self.epoch, self.index_on_host, self.side, self.side)
+        box, flip = crop_boxes(0, self.epoch, self.index_on_host, self.side, self.side)
         return torch.from_numpy(box).to(self.device), torch.from_numpy(flip).to(self.device)
 
     def crop(self, box: Tensor, flip: Tensor, **block: int) -> Tensor:
@@ -455,7 +455,7 @@ TABLE = Group(
     (
         Row(
             "order, boxes and flips of 100,000 images",
-            lambda number: boxes(0, 0, epoch_order(0, 0, number), 64, 64),
+            lambda number: crop_boxes(0, 0, epoch_order(0, 0, number), 64, 64),
             ours=True,
             images=lambda number: number,
             cpu_only=True,

@@ -10,7 +10,7 @@ import torch
 
 from fastprune.figures import load
 from fastprune.figures.reproduce import data_spec
-from fastprune.loaders import locate
+from fastprune.loaders import find_or_prepare
 from fastprune.loaders.synthetic import SyntheticData
 from fastprune.specs import Runnable
 from fastprune.store import RunStore
@@ -77,7 +77,7 @@ def time_shared(settings: Settings, workers: int, device: torch.device, window: 
     """A row: images/s of so many runs together; ms: a batch at that rate. RuntimeError if one of them fails."""
     data = SyntheticData(10, settings.train_per_class or 500, 10, size=settings.image_size)
     with tempfile.TemporaryDirectory() as folder:
-        manifest, found = locate(data, Path(folder), loader="auto")
+        manifest, found = find_or_prepare(data, Path(folder), loader="auto")
         spec = data_spec(manifest, settings)
         graph = Graph.of([Chains(settings, spec, seed).dense(0.1) for seed in range(workers)])
         images = Images(manifest, found, "resident" if device.type == "cuda" else "synthetic")

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.plain import LOW, DeviceBatches, Plain
 from fastprune.loaders import DataSource, SyntheticData
-from fastprune.loaders.memory_reader import MemoryReader
+from fastprune.loaders.readers.memory import MemoryReader
 from fastprune.pruning.allocation import prune
 from fastprune.pruning.criteria import random_scores
 from fastprune.pruning.masks import Mask

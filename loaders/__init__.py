@@ -1,6 +1,6 @@
 """Where batches come from: prepared data sets (FFCV), image folders (torchvision), generated images.
 
-    manifest, folder = locate("path/to/tiny-imagenet-200", "runs")
+    manifest, folder = find_or_prepare("path/to/tiny-imagenet-200", "runs")
     source = open_data(manifest, folder)
     batches = source.train(seed=0, batch_size=512)
     batches.set_epoch(3)
@@ -19,20 +19,19 @@ _HOME = {
     "load_manifest": "manifest",
     "save_manifest": "manifest",
     "SyntheticData": "synthetic",
-    "known": "places",
-    "locate": "places",
-    "prepare": "publish",
+    "peek": "catalog",
+    "find_or_prepare": "catalog",
+    "prepare": "preparation",
     "check_beton": "beton",
     "philox4x32": "augment",
     "epoch_order": "augment",
-    "boxes": "augment",
-    "Batches": "source",
-    "DataSource": "source",
+    "crop_boxes": "augment",
+    "Batches": "batches",
+    "DataSource": "batches",
+    "open_data": "batches",
+    "Crop": "readers",
     "LoaderChoice": "choice",
     "choose_loader": "choice",
-    "open_data": "source",
-    "VaryingSource": "varying",
-    "open_varying": "varying",
 }
 __all__ = list(_HOME)
 

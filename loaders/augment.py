@@ -13,6 +13,7 @@ RATIO = (3 / 4, 4 / 3)  # width / height
 ATTEMPTS = 10
 
 _ORDER, _FLIP, _BOX = 0, 1, 2  # what a counter is for; attempt k of a box is _BOX + k
+_SEED = _BOX + ATTEMPTS
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
@@ -50,7 +51,7 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.argsort((high.astype(np.uint64) << _HALF) | low, kind="stable")
 
 
-def boxes(
+def crop_boxes(
     seed: int, epoch: int, sample: np.ndarray, height: np.ndarray | int, width: np.ndarray | int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random resized crops: boxes int32 [n, 4] = top, left, height, width in pixels, and flip bool [n] (p = 0.5).
@@ -59,18 +60,29 @@ def boxes(
     Drawn in float64 exactly as torchvision's `RandomResizedCrop.get_params` draws, ten attempts and fallback included.
     """
     sample = np.asarray(sample, dtype=np.int64)
-    tall = np.broadcast_to(np.asarray(height, dtype=np.int64), sample.shape)
-    wide = np.broadcast_to(np.asarray(width, dtype=np.int64), sample.shape)
-    result = _fallback(tall, wide)
+    height = np.broadcast_to(np.asarray(height, dtype=np.int64), sample.shape)
+    width = np.broadcast_to(np.asarray(width, dtype=np.int64), sample.shape)
+    result = _fallback(height, width)
     rest = np.arange(len(sample))
     for attempt in range(ATTEMPTS):
-        box, fits = _attempt(_words(seed, epoch, sample[rest], _BOX + attempt), tall[rest], wide[rest])
+        box, fits = _attempt(_words(seed, epoch, sample[rest], _BOX + attempt), height[rest], width[rest])
         result[rest[fits]] = box[fits]
         rest = rest[~fits]
         if not len(rest):
             break
+    return result, flips(seed, epoch, sample)
+
+
+def flips(seed: int, epoch: int, sample: np.ndarray) -> np.ndarray:
+    """Which samples (int64 [n]) are mirrored, bool [n] (p = 0.5)."""
     coin, _, _, _ = _words(seed, epoch, sample, _FLIP)
-    return result, coin < np.uint32(1 << 31)
+    return coin < np.uint32(1 << 31)
+
+
+def sample_seeds(seed: int, epoch: int, sample: np.ndarray) -> np.ndarray:
+    """A seed for each sample (int64 [n]), uint64 [n]: for transforms that draw for themselves."""
+    high, low, _, _ = _words(seed, epoch, sample, _SEED)
+    return (high.astype(np.uint64) << _HALF) | low
 
 
 def _words(seed: int, epoch: int, sample: np.ndarray, purpose: int) -> Words:
@@ -80,24 +92,24 @@ def _words(seed: int, epoch: int, sample: np.ndarray, purpose: int) -> Words:
     return philox4x32(position & _LOW, position >> _HALF, epoch, purpose, seed & 0xFFFFFFFF, seed >> 32)
 
 
-def _attempt(words: Words, tall: np.ndarray, wide: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One draw: boxes int32 [n, 4], and bool [n], whether they fit into the image."""
+def _attempt(words: Words, height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One draw in images of `height` and `width`: boxes int32 [n, 4], and bool [n], whether they fit."""
     area, ratio, down, right = words
-    target = tall * wide * _between(area, *SCALE)
+    target = height * width * _between(area, *SCALE)
     aspect = np.exp(_between(ratio, *np.log(RATIO)))
-    width = np.rint(np.sqrt(target * aspect)).astype(np.int64)
-    height = np.rint(np.sqrt(target / aspect)).astype(np.int64)
-    fits = (width > 0) & (width <= wide) & (height > 0) & (height <= tall)
-    top, left = _below(down, tall - height + 1), _below(right, wide - width + 1)
-    return np.stack([top, left, height, width], axis=1).astype(np.int32), fits
+    box_w = np.rint(np.sqrt(target * aspect)).astype(np.int64)
+    box_h = np.rint(np.sqrt(target / aspect)).astype(np.int64)
+    fits = (box_w > 0) & (box_w <= width) & (box_h > 0) & (box_h <= height)
+    top, left = _below(down, height - box_h + 1), _below(right, width - box_w + 1)
+    return np.stack([top, left, box_h, box_w], axis=1).astype(np.int32), fits
 
 
-def _fallback(tall: np.ndarray, wide: np.ndarray) -> np.ndarray:
+def _fallback(height: np.ndarray, width: np.ndarray) -> np.ndarray:
     """The largest central box of an allowed ratio, int32 [n, 4]: what no attempt fits gets."""
-    ratio = wide / tall
-    height = np.where(ratio < RATIO[0], np.rint(wide / RATIO[0]), tall).astype(np.int64)
-    width = np.where(ratio > RATIO[1], np.rint(tall * RATIO[1]), wide).astype(np.int64)
-    return np.stack([(tall - height) // 2, (wide - width) // 2, height, width], axis=1).astype(np.int32)
+    ratio = width / height
+    box_h = np.where(ratio < RATIO[0], np.rint(width / RATIO[0]), height).astype(np.int64)
+    box_w = np.where(ratio > RATIO[1], np.rint(height * RATIO[1]), width).astype(np.int64)
+    return np.stack([(height - box_h) // 2, (width - box_w) // 2, box_h, box_w], axis=1).astype(np.int32)
 
 
 def _between(word: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -1,133 +1,224 @@
-"""Look into a .beton file without FFCV: is it one of ours, and whole?
+"""FFCV's .beton files without FFCV: written in stored order, and looked into before anything trusts them.
 
-FFCV itself fails on a truncated file with "negative dimensions" or reads past its end, and trusts every pointer in it.
+FFCV itself fails on a truncated file with "negative dimensions" or reads past its end, and trusts every pointer in it;
+its writer waits for ever when one of its processes dies. The layout of the file is that of ffcv/types.py and
+ffcv/fields: header, fields, a table of samples, pages of content, and a table of what lies where.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Self
 
 import numpy as np
 
 from fastprune.errors import InputError
 from fastprune.loaders.manifest import Manifest
-from fastprune.loaders.samples import digest
+from fastprune.loaders.samples import RAW, Stored, digest
 
 FFCV_FORMAT = 2
-MIN_PAGE = 1 << 21  # bytes; FFCV's smallest, and each of its workers leaves one partly empty
-FIELDS = (("image", 2), ("label", 1), ("index", 1))  # names and FFCV's type numbers: RGBImageField, IntField, IntField
+PAGE = 1 << 21  # bytes, the smallest that FFCV takes. An image lies within one page, or begins one
 
-# The layout of the file, from ffcv/types.py and ffcv/fields/rgb_image.py.
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("allocations", "<u8")], align=True
 )
 FIELD = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
-SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8"), ("index", "<i8")], align=True)
+_BYTES = np.dtype([("pointer", "<u8"), ("size", "<u8")])
 ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
-RAW = 1
+# What a sample's row holds of each kind of field, by FFCV's type number: float, int, image, bytes, array, JSON, tensor.
+KINDS = (np.dtype("<f8"), np.dtype("<i8"), IMAGE, _BYTES, np.dtype("<u8"), _BYTES, np.dtype("<u8"))
+INT, RGB_IMAGE = 1, 2
+FIELDS = {"image": RGB_IMAGE, "label": INT, "index": INT}
+"""Of the files that are written here."""
 
 
 @dataclass(frozen=True)
 class Beton:
-    """The tables of a whole file. labels: int64 [n]; pointers: uint64 [n], where each image's pixels begin."""
+    """The tables of a file that is complete. images: IMAGE [n].  labels: int64 [n].  sizes: stored bytes, int64 [n].
+    fields: their names.
+    """
 
     path: Path
-    height: int
-    width: int
+    images: np.ndarray
     labels: np.ndarray
-    pointers: np.ndarray
+    sizes: np.ndarray
+    fields: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def raw_size(self) -> tuple[int, int] | None:
+        """Height and width of all images if they are raw and of one size, else None."""
+        first = self.images[0]
+        alike = (self.images["height"] == first["height"]) & (self.images["width"] == first["width"])
+        raw = alike & (self.images["mode"] == RAW)
+        return (int(first["height"]), int(first["width"])) if raw.all() else None
 
-def check_beton(path: str | os.PathLike[str], manifest: Manifest | None = None, split: str = "train") -> Beton:
-    """Read the tables of a .beton file. InputError where it is foreign, truncated, or not the manifest's `split`."""
+
+class BetonWriter:
+    """Writes images, one after another, to a new file with the fields image, label and index; a context manager.
+
+    Within `with`, `add` takes the images in the order of `labels`. `finish` writes the tables, waits until the disk has
+    the file, and compares what it reads back with what was written. OSError where the disk does not take it.
+    """
+
+    def __init__(self, path: Path, labels: Sequence[int]) -> None:
+        self._path = path
+        self._samples = np.zeros(len(labels), sample_type(FIELDS.values()))
+        self._samples["f1"], self._samples["f2"] = labels, np.arange(len(labels))
+        self._sizes = np.zeros(len(labels), np.int64)
+        self._digests: list[bytes] = []
+        self._end = _aligned(HEADER.itemsize + len(FIELDS) * FIELD.itemsize + self._samples.nbytes)
+        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115, closed by __exit__
+
+    def add(self, image: Stored) -> None:
+        if self._end % PAGE + image.content.size > PAGE:
+            self._end = _aligned(self._end)
+        i = len(self._digests)
+        self._samples["f0"][i] = (image.mode, image.width, image.height, self._end)
+        self._sizes[i] = image.content.size
+        self._digests.append(digest(image.content))
+        self._file.seek(self._end)
+        self._file.write(image.content.data)
+        self._end += image.content.size
+
+    def finish(self) -> None:
+        assert len(self._digests) == len(self._samples), "an image is missing"
+        header, end = np.zeros((), HEADER), _aligned(self._end)
+        header["version"], header["fields"], header["page"] = FFCV_FORMAT, len(FIELDS), PAGE
+        header["samples"], header["allocations"] = len(self._samples), end
+        allocations = np.zeros(len(self._samples), ALLOCATION)
+        allocations["sample"] = self._samples["f2"]
+        allocations["pointer"], allocations["size"] = self._samples["f0"]["pointer"], self._sizes
+        self._file.seek(end)
+        self._file.write(allocations.tobytes())
+        self._file.seek(0)
+        self._file.write(header.tobytes() + _field_table().tobytes() + self._samples.tobytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._verify()
+
+    def _verify(self) -> None:
+        beton = read_beton(self._path)
+        content = np.memmap(self._path, np.uint8, mode="r")
+        if not np.array_equal(beton.labels, self._samples["f1"]):
+            raise OSError(f"{self._path} holds other labels than were written: is the disk full or failing?")
+        for i, (pointer, size) in enumerate(zip(beton.images["pointer"].tolist(), beton.sizes.tolist(), strict=True)):
+            if digest(content[pointer : pointer + size]) != self._digests[i]:
+                raise OSError(f"image {i} in {self._path} is not what was written: is the disk full or failing?")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def read_beton(path: str | os.PathLike[str]) -> Beton:
+    """The tables of any .beton file with an image and an integer label. InputError where it is none, or truncated."""
     path = Path(path)
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            beton = _read(file.read(_table_end(file.read(HEADER.itemsize), size, path)), size, path)
+            return _read(file, size, path)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; prepare the data again") from None
-    if manifest is not None:
-        _compare(beton, size, manifest, split)
+
+
+def check_beton(path: str | os.PathLike[str], manifest: Manifest, split: str) -> Beton:
+    """The tables of the manifest's file of `split`. InputError where it is another one, foreign or truncated."""
+    beton = read_beton(path)
+    _, expected_bytes = manifest.file(split)
+    counts = manifest.train_per_class if split == "train" else manifest.val_per_class
+    known = beton.labels.min() >= 0 and beton.labels.max() < len(counts)
+    if (
+        (expected_bytes is not None and expected_bytes != beton.path.stat().st_size)
+        or (manifest.one_size and beton.raw_size != (manifest.height, manifest.width))
+        or not known
+        or tuple(np.bincount(beton.labels, minlength=len(counts)).tolist()) != counts
+    ):
+        raise _bad(beton.path, "is not the file that its manifest describes")
     return beton
 
 
-def estimated_bytes(count: int, height: int, width: int, workers: int) -> int:
-    """How large a file gets, from above."""
-    page = page_bytes(height, width)
-    pages = -(-count // (page // (height * width * 3))) + workers
-    return (pages + 1) * page + HEADER.itemsize + count * (SAMPLE.itemsize + ALLOCATION.itemsize)
+def manifest_files(manifest: Manifest, folder: Path) -> dict[str, Beton]:
+    """The tables of both files of a prepared folder. InputError where one is not what the manifest describes."""
+    files = {}
+    for split in ("train", "val"):
+        name, _ = manifest.file(split)
+        if name is None:
+            raise InputError(f"the manifest in {folder} names no {split} file: prepare the data again")
+        files[split] = check_beton(folder / name, manifest, split)
+    return files
 
 
-def page_bytes(height: int, width: int) -> int:
-    """FFCV's page for images of this size, a power of two."""
-    return max(MIN_PAGE, 1 << (height * width * 3 - 1).bit_length())
-
-
-def verify_pixels(beton: Beton, labels: Sequence[int], digests: Sequence[bytes]) -> None:
-    """Compare every label and pixel with what was meant to be written. OSError where they differ."""
-    if list(labels) != beton.labels.tolist():
-        raise OSError(f"{beton.path} holds other labels than were written: is the disk full or failing?")
-    content = np.memmap(beton.path, np.uint8, mode="r")
-    length = beton.height * beton.width * 3
-    for i, (pointer, expected) in enumerate(zip(beton.pointers.tolist(), digests, strict=True)):
-        if digest(content[pointer : pointer + length]) != expected:
-            raise OSError(f"image {i} in {beton.path} is not what was written: is the disk full or failing?")
+def sample_type(kinds: Iterable[int]) -> np.dtype:
+    """The row of a sample with fields of these kinds, f0, f1 and so on, as FFCV lays it out."""
+    return np.dtype([(f"f{i}", KINDS[kind]) for i, kind in enumerate(kinds)], align=True)
 
 
 def _bad(path: Path, what: str) -> InputError:
     return InputError(f"{path} {what}: remove it and prepare the data again")
 
 
-def _table_end(start: bytes, size: int, path: Path) -> int:
-    """Check the header; how many bytes after it the fields and the table of samples take."""
+def _read(file: IO[bytes], size: int, path: Path) -> Beton:
+    start = file.read(HEADER.itemsize)
     if len(start) < HEADER.itemsize:
         raise _bad(path, "is truncated or no .beton file")
     header = np.frombuffer(start, HEADER)[0]
     if header["version"] != FFCV_FORMAT or not 0 < header["fields"] < 100:
         raise _bad(path, "is no .beton file of FFCV's format 2")
-    if header["fields"] != len(FIELDS):
-        raise _bad(path, f"is not a .beton file of fastprune ({header['fields']} fields, expected {len(FIELDS)})")
-    samples, allocations = int(header["samples"]), int(header["allocations"])
-    tables = len(FIELDS) * FIELD.itemsize + samples * SAMPLE.itemsize
-    whole = samples > 0 and HEADER.itemsize + tables <= allocations
-    if not whole or allocations + samples * ALLOCATION.itemsize != size:
+    fields = np.frombuffer(_exactly(file, int(header["fields"]) * FIELD.itemsize, path), FIELD)
+    names = tuple(bytes(field["name"]).rstrip(b"\0").decode("ascii", "replace") for field in fields)
+    kinds = dict(zip(names, fields["type"].tolist(), strict=True))
+    if (kinds.get("image"), kinds.get("label")) != (RGB_IMAGE, INT) or max(kinds.values()) >= len(KINDS):
+        raise _bad(path, f"has the fields {', '.join(names)}, not an RGB image and an integer label so named")
+    row, count, end = sample_type(list(kinds.values())), int(header["samples"]), int(header["allocations"])
+    if not 0 < count <= size or file.tell() + count * row.itemsize > end or end > size:
         raise _bad(path, f"is truncated or damaged ({size} bytes)")
-    return tables
+    samples = np.frombuffer(_exactly(file, count * row.itemsize, path), row)
+    content = file.tell()
+    file.seek(end)
+    allocations = np.frombuffer(file.read(), np.uint8)
+    # Other fields may have content of their own, so there are at least as many allocations as images.
+    if len(allocations) % ALLOCATION.itemsize or len(allocations) < count * ALLOCATION.itemsize:
+        raise _bad(path, f"is truncated or damaged ({size} bytes)")
+    images = samples[f"f{names.index('image')}"].copy()
+    labels = samples[f"f{names.index('label')}"].astype(np.int64)
+    sizes = _stored_bytes(images, allocations.view(ALLOCATION))
+    pixels = images["height"].astype(np.int64) * images["width"] * 3
+    sound = (pixels > 0) & (images["mode"] <= RAW) & (sizes > 0) & ((images["mode"] != RAW) | (sizes == pixels))
+    inside = (images["pointer"] >= content) & (images["pointer"] <= end - np.minimum(sizes, end))
+    if not (sound & inside).all():
+        raise _bad(path, "is damaged")
+    return Beton(path, images, labels, sizes, names)
 
 
-def _read(tables: bytes, size: int, path: Path) -> Beton:
-    split = len(FIELDS) * FIELD.itemsize
-    fields = np.frombuffer(tables[:split], FIELD)
-    found = tuple((bytes(f["name"]).rstrip(b"\0").decode("ascii", "replace"), int(f["type"])) for f in fields)
-    if found != FIELDS:
-        names = ", ".join(name for name, _ in FIELDS)
-        raise _bad(path, f"is not a .beton file of fastprune (its fields are not {names})")
-    samples = np.frombuffer(tables[split:], SAMPLE)
-    images = samples["image"]
-    height, width = int(images["height"][0]), int(images["width"][0])
-    alike = (images["height"] == height) & (images["width"] == width) & (images["mode"] == RAW)
-    last = size - len(samples) * ALLOCATION.itemsize - height * width * 3
-    inside = (images["pointer"] >= HEADER.itemsize + len(tables)) & (images["pointer"] <= max(last, 0))
-    ordered = samples["index"] == np.arange(len(samples))
-    if height * width == 0 or not (alike & inside & ordered).all():
-        raise _bad(path, "is damaged, or not raw images of one size in stored order")
-    return Beton(path, height, width, samples["label"].astype(np.int64), images["pointer"].astype(np.uint64))
+def _stored_bytes(images: np.ndarray, allocations: np.ndarray) -> np.ndarray:
+    """Bytes that each image takes, int64 [n]; 0 where nothing is allocated at its pointer."""
+    order = np.argsort(allocations["pointer"], kind="stable")
+    pointers = allocations["pointer"][order]
+    found = np.minimum(np.searchsorted(pointers, images["pointer"]), len(pointers) - 1)
+    return np.where(pointers[found] == images["pointer"], allocations["size"][order][found], 0).astype(np.int64)
 
 
-def _compare(beton: Beton, size: int, manifest: Manifest, split: str) -> None:
-    _, expected_size = manifest.file(split)
-    counts = manifest.train_per_class if split == "train" else manifest.val_per_class
-    fits = beton.labels.min() >= 0 and beton.labels.max() < len(counts)
-    if (
-        (expected_size is not None and expected_size != size)
-        or (beton.height, beton.width) != (manifest.height, manifest.width)
-        or not fits
-        or tuple(np.bincount(beton.labels, minlength=len(counts)).tolist()) != counts
-    ):
-        raise _bad(beton.path, "is not the file that its manifest describes")
+def _exactly(file: IO[bytes], count: int, path: Path) -> bytes:
+    content = file.read(count)
+    if len(content) < count:
+        raise _bad(path, "is truncated or no .beton file")
+    return content
+
+
+def _field_table() -> np.ndarray:
+    table = np.zeros(len(FIELDS), FIELD)
+    for field, (name, kind) in zip(table, FIELDS.items(), strict=True):
+        field["type"] = kind
+        field["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
+    return table
+
+
+def _aligned(position: int) -> int:
+    return -(-position // PAGE) * PAGE

@@ -61,8 +61,7 @@ def need_ffcv() -> None:
     """InputError where FFCV is not installed."""
     if not ffcv_is_there():
         raise InputError(
-            ".beton files need ffcv, which is not installed here: install it (README.md says how), or give the image "
-            "folder itself to reproduce.py, which then reads it with torchvision"
+            "loader ffcv needs ffcv, which is not installed here: scripts/setup.sh does it, or use --loader torchvision"
         )
 
 
@@ -74,11 +73,11 @@ def source_folder(manifest: Manifest, folder: Path | None) -> Path | None:
 
 
 def unchanged_source(manifest: Manifest, folder: Path | None) -> Layout:
-    """That folder, scanned. InputError where its files are not what was prepared."""
+    """That folder, scanned. InputError where its files are not what was prepared, if anything was."""
     source = source_folder(manifest, folder)
     assert source is not None
     layout = scan(source)
-    if layout.listing() != manifest.listing:
+    if manifest.fingerprint and layout.listing() != manifest.listing:
         raise InputError(f"the files in {source} have changed since they were prepared: prepare the data again")
     return layout
 
@@ -102,6 +101,8 @@ def _room(manifest: Manifest, device: str, copies: int) -> tuple[bool, str]:
 def _resident_obstacle(manifest: Manifest, folder: Path | None) -> str | None:
     if folder is None:
         return _synthetic_obstacle(manifest, folder)
+    if not manifest.one_size:
+        return "its images differ in size"
     return None if manifest.train_file is not None else _torchvision_obstacle(manifest, folder)
 
 

@@ -1,26 +1,30 @@
 """Folders of images: which there are, in which order, with which label.
 
     Tiny ImageNet:  train/<wnid>/images/*.JPEG     val/images/*.JPEG     val/val_annotations.txt     [wnids.txt]
-    MiniPlaces:     [images/]train/, [images/]val/     train.txt, val.txt     [categories.txt]     (see miniplaces.py)
-    any other:      train/<class>/**/*.jpg         val/<class>/**/*.jpg                        (see varying_folder.py)
+    MiniPlaces:     images/train/**/*.jpg          images/val/*.jpg      train.txt, val.txt, categories.txt
+    any other:      train/<class>/**/*.jpg         val/<class>/**/*.jpg
 
-No image is opened here. Standard library only.
+Each as it is distributed. A line of MiniPlaces' lists is "train/a/abbey/00000001.jpg 0", of categories.txt
+"/a/abbey 0". No image is opened here. Standard library only.
 """
 
 import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from fastprune.errors import InputError
-from fastprune.loaders import miniplaces
-from fastprune.loaders.varying_folder import EXTENSIONS, scan_images
 
-FOLDER_NAME = "tiny-imagenet-200"
+TINY_IMAGENET, MINIPLACES = "tiny-imagenet-200", "miniplaces"
 ANNOTATIONS = "val/val_annotations.txt"
+CATEGORIES = "categories.txt"
+SPLITS = ("train", "val")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's ImageFolder's
 
 
 class Distributed(NamedTuple):
@@ -33,8 +37,8 @@ class Distributed(NamedTuple):
 
 
 DISTRIBUTED = {
-    FOLDER_NAME: Distributed("Tiny ImageNet", 200, 500, 50),
-    miniplaces.NAME: Distributed("MiniPlaces", 100, 1000, 100),
+    TINY_IMAGENET: Distributed("Tiny ImageNet", 200, 500, 50),
+    MINIPLACES: Distributed("MiniPlaces", 100, 1000, 100),
 }
 
 
@@ -43,8 +47,8 @@ class Layout:
     """A scanned folder. name: of the data set, a key of DISTRIBUTED or the folder's own; classes: of MiniPlaces as
     numbered, else sorted; files of a split: paths below `root`, ordered; labels: indices into classes.
 
-    Train is ordered as torchvision's ImageFolder orders it, by class and then by name; so is val of other folders, that
-    of Tiny ImageNet and MiniPlaces by name.
+    Train is ordered by class and then by path, as torchvision's ImageFolder orders it; so is val of other folders, that
+    of Tiny ImageNet and MiniPlaces by path. Hidden files and folders are left out.
     """
 
     name: str
@@ -84,72 +88,127 @@ class Layout:
 
 
 def recognised(folder: str | os.PathLike[str]) -> str | None:
-    """Which data set as distributed the folder, or `tiny-imagenet-200` or `data` inside it, holds: a key of
-    DISTRIBUTED. None for anything else, an ordinary image folder among them. InputError where it cannot be listed.
+    """Which data set as distributed the folder, or `tiny-imagenet-200` inside it, holds: a key of DISTRIBUTED. None for
+    anything else, an ordinary image folder among them. InputError where it cannot be listed.
     """
-    return _find(Path(folder))[0]
+    with _readable(Path(folder)):
+        return _find(Path(folder))[0]
 
 
 def scan(folder: str | os.PathLike[str]) -> Layout:
-    """Read the folder, or the `tiny-imagenet-200` or the `data` (of MiniPlaces) inside it. InputError names the first
-    thing that is wrong there.
-    """
+    """Read the folder, or the `tiny-imagenet-200` inside it. InputError names the first thing that is wrong there."""
     folder = Path(folder)
-    _check_folder(folder)
-    name, root = _find(folder)
-    if name == FOLDER_NAME:
-        return _scan_tiny(root)
-    if name == miniplaces.NAME:
-        listed = miniplaces.read_lists(root)
-        return Layout(name, root, listed.classes, listed.files, listed.labels)
-    if not (root / "train").is_dir():
-        raise InputError(
-            f"{folder} holds neither Tiny ImageNet (train/<wnid>/images and val/val_annotations.txt), nor MiniPlaces "
-            "(images/train, images/val, train.txt and val.txt), nor train/<class>/ and val/<class>/ with images"
-        )
-    found = scan_images(root)
-    return Layout(root.name or "images", found.root, found.classes, found.files, found.labels)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder" if folder.exists() else f"no such data folder: {folder}")
+    with _readable(folder):
+        if not any(folder.iterdir()):
+            raise InputError(f"the data folder {folder} is empty")
+        name, root = _find(folder)
+        if name == TINY_IMAGENET:
+            return _scan_tiny_imagenet(root)
+        if name == MINIPLACES:
+            return _scan_miniplaces(root)
+        if (root / "train").is_dir():
+            return _scan_classes(root)
+    raise InputError(
+        f"{folder} holds neither Tiny ImageNet (train/<wnid>/images and val/val_annotations.txt), nor MiniPlaces "
+        "(images/train, images/val, train.txt and val.txt), nor train/<class>/ and val/<class>/ with images"
+    )
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """InputError where a folder cannot be listed."""
+    try:
+        yield
+    except OSError as error:
+        what = error.filename or folder
+        raise InputError(f"cannot read the data folder {folder}: {what}: {error.strerror}") from None
 
 
 def _find(folder: Path) -> tuple[str | None, Path]:
     """The data set's name as `recognised` has it, and its resolved root; for an ordinary image folder None and that."""
-    try:
-        for root in (folder, folder / FOLDER_NAME):
-            if (root / "train").is_dir() and (root / "val").is_dir():
-                if _is_tiny(root):
-                    return FOLDER_NAME, root.resolve()
-                return (miniplaces.NAME if miniplaces.has_lists(root) else None), root.resolve()
-        if found := miniplaces.find_root(folder):
-            return miniplaces.NAME, found
-    except OSError as error:
-        raise InputError(f"cannot read the data folder {folder}: {error.filename}: {error.strerror}") from None
-    return None, folder.resolve()
+    for root in (folder, folder / TINY_IMAGENET):
+        if (root / "train").is_dir() and (root / "val").is_dir():
+            return (TINY_IMAGENET if _is_tiny_imagenet(root) else None), root.resolve()
+    return (MINIPLACES if (folder / "images" / "train").is_dir() else None), folder.resolve()
 
 
-def _is_tiny(root: Path) -> bool:
+def _is_tiny_imagenet(root: Path) -> bool:
     """Whether val is as Tiny ImageNet's: all images in one folder, labels in a file (or lost). Once it is sorted into
     classes, as many tools want it, the whole is an ordinary image folder.
     """
-    held = [entry.name for entry in os.scandir(root / "val") if _visible_folder(entry)]
+    held = _folders(root / "val")
     if (root / ANNOTATIONS).exists():
         return "images" in held or not held
-    return held == ["images"] and not (root / "train" / "images").is_dir()
+    return held == ("images",) and not (root / "train" / "images").is_dir()
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.exists():
-        raise InputError(f"no such data folder: {folder}")
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder")
-    try:
-        if not any(folder.iterdir()):
-            raise InputError(f"the data folder {folder} is empty")
-    except OSError as error:
-        raise InputError(f"cannot read the data folder {folder}: {error.strerror}") from None
+def _folders(folder: Path) -> tuple[str, ...]:
+    with os.scandir(folder) as entries:
+        return tuple(sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")))
 
 
-def _scan_tiny(root: Path) -> Layout:
-    classes = _classes(root)
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+
+
+def _span(counts: tuple[int, ...]) -> str:
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+# Any folder
+
+
+def _scan_classes(root: Path) -> Layout:
+    classes = {split: _classes(root, split) for split in SPLITS}
+    if odd := sorted(set(classes["train"]) ^ set(classes["val"])):
+        where, other = SPLITS if odd[0] in classes["train"] else SPLITS[::-1]
+        raise InputError(
+            f"{root / where} and {root / other} disagree on {len(odd)} classes, first {odd[0]} (in {where} only)"
+        )
+    files: dict[str, tuple[str, ...]] = {}
+    labels: dict[str, tuple[int, ...]] = {}
+    for split in SPLITS:
+        names = [list(_images_below(root / split / name)) for name in classes[split]]
+        if empty := [name for name, held in zip(classes[split], names, strict=True) if not held]:
+            raise InputError(f"no images in {root / split / empty[0]}: remove the class or unpack the data set again")
+        files[split] = tuple(os.path.relpath(path, root) for held in names for path in held)
+        labels[split] = tuple(label for label, held in enumerate(names) for _ in held)
+    return Layout(root.name or "images", root, classes["train"], files, labels)
+
+
+def _classes(root: Path, split: str) -> tuple[str, ...]:
+    if not (root / split).is_dir():
+        raise InputError(f"{root} has no folder {split}: expected train/<class>/ and val/<class>/ with images")
+    if not (classes := _folders(root / split)):
+        raise InputError(f"no class folders in {root / split}: expected {split}/<class>/ with images")
+    return classes
+
+
+def _images_below(folder: Path) -> Iterator[str]:
+    """Image files below a class folder, in torchvision's order: folders sorted by path, then files by name."""
+    found = []
+    for path, folders, names in os.walk(folder, followlinks=True, onerror=_fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found.append((path, names))
+    for path, names in sorted(found):
+        yield from (os.path.join(path, name) for name in sorted(names) if _is_image(name))
+
+
+def _fail(error: OSError) -> None:
+    raise error
+
+
+# Tiny ImageNet
+
+
+def _scan_tiny_imagenet(root: Path) -> Layout:
+    classes = _folders(root / "train")
+    if not classes:
+        raise InputError(f"no class folders in {root / 'train'}: expected train/<wnid>/images")
+    _compare_wnids(root, classes)
     files: list[str] = []
     labels: list[int] = []
     for label, wnid in enumerate(classes):
@@ -159,9 +218,9 @@ def _scan_tiny(root: Path) -> Layout:
             raise InputError(f"no images in {root / below}: remove the class or unpack the data set again")
         files += [f"{below}/{name}" for name in names]
         labels += [label] * len(names)
-    val = _val_labels(root, classes)
+    val = _annotated(root, classes)
     return Layout(
-        name=FOLDER_NAME,
+        name=TINY_IMAGENET,
         root=root,
         classes=classes,
         files={"train": tuple(files), "val": tuple(f"val/images/{name}" for name in val)},
@@ -169,37 +228,36 @@ def _scan_tiny(root: Path) -> Layout:
     )
 
 
-def _classes(root: Path) -> tuple[str, ...]:
-    classes = tuple(sorted(entry.name for entry in os.scandir(root / "train") if _visible_folder(entry)))
-    if not classes:
-        raise InputError(f"no class folders in {root / 'train'}: expected train/<wnid>/images")
+def _compare_wnids(root: Path, classes: tuple[str, ...]) -> None:
     wnids = root / "wnids.txt"
     if wnids.is_file():
         named = set(wnids.read_text(encoding="utf-8").split())
         if odd := sorted(named ^ set(classes)):
             where = "wnids.txt only" if odd[0] in named else "train only"
             raise InputError(f"{wnids} and {root / 'train'} disagree on {len(odd)} classes, first {odd[0]} ({where})")
-    return classes
-
-
-def _visible_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
 
 
 def _images(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise InputError(f"missing folder {folder}: is the data set unpacked completely?")
-    names = (entry.name for entry in os.scandir(folder))
-    return sorted(name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith("."))
+    return sorted(filter(_is_image, os.listdir(folder)))
 
 
-def _val_labels(root: Path, classes: tuple[str, ...]) -> dict[str, int]:
-    """Label of every image in val/images, in the order of their names."""
+def _annotated(root: Path, classes: tuple[str, ...]) -> dict[str, int]:
+    """Label of every image in val/images, in the order of their names. What follows the class in a line (a bounding
+    box) is not used.
+    """
     path = root / ANNOTATIONS
+    if not path.exists():
+        raise InputError(f"missing {path}: without it the images of val have no labels")
     present = _images(root / "val" / "images")
     index = {wnid: label for label, wnid in enumerate(classes)}
     labels: dict[str, int] = {}
-    for number, name, wnid in _annotations(path):
+    for number, line in _lines(path):
+        name, tab, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]
+        if not tab:
+            raise InputError(f"{path}, line {number}: expected a file name, a tab and a class")
         if wnid not in index:
             raise InputError(f"{path}, line {number}: class {wnid} has no folder in {root / 'train'}")
         if name in labels:
@@ -216,22 +274,101 @@ def _val_labels(root: Path, classes: tuple[str, ...]) -> dict[str, int]:
     return {name: labels[name] for name in present}
 
 
-def _annotations(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, file name and class of every line; what follows (a bounding box) is not used."""
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number and content of every line that is not empty."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise InputError(f"missing {path}: without it the images of val have no labels") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, start=1):
-        columns = line.split("\t")
-        if len(columns) >= 2:
-            yield number, columns[0], columns[1]
-        elif line.strip():
-            raise InputError(f"{path}, line {number}: expected a file name, a tab and a class")
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    yield from ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
-def _span(counts: tuple[int, ...]) -> str:
-    low, high = min(counts), max(counts)
-    return str(low) if low == high else f"{low}-{high}"
+# MiniPlaces
+
+
+def _scan_miniplaces(root: Path) -> Layout:
+    """Labels are those of the lists; what they do not name (images/test, objects/) is not read. The order does not
+    depend on that of the lines (the distributed lists have this very order).
+    """
+    for name in (*(f"{split}.txt" for split in SPLITS), CATEGORIES):
+        if not (root / name).exists():
+            raise InputError(
+                f"missing {root / name}: put train.txt, val.txt and {CATEGORIES} of MiniPlaces' development kit "
+                f"(out of its data/) beside {root / 'images'}"
+            )
+    classes = _categories(root / CATEGORIES)
+    labels = {split: _listed(root, split, len(classes)) for split in SPLITS}
+    if missing := sorted(set(range(len(classes))) - set(labels["train"].values())):
+        raise InputError(
+            f"{root / 'train.txt'} has no image of {len(missing)} of the {len(classes)} classes in {CATEGORIES}, first "
+            f"class {missing[0]}"
+        )
+    train = sorted(labels["train"], key=lambda name: (labels["train"][name], name))
+    names = {"train": train, "val": sorted(labels["val"])}
+    return Layout(
+        name=MINIPLACES,
+        root=root,
+        classes=classes,
+        files={split: tuple(f"images/{name}" for name in names[split]) for split in SPLITS},
+        labels={split: tuple(labels[split][name] for name in names[split]) for split in SPLITS},
+    )
+
+
+def _categories(path: Path) -> tuple[str, ...]:
+    """Names of the classes by label, without the slash they begin with."""
+    names: dict[int, str] = {}
+    for line, word, label in _entries(path, "/a/abbey"):
+        name = word.strip("/")
+        if label in names or name in names.values() or not name:
+            raise InputError(f"{path}, line {line}: class {label} or its name {word!r} is there twice, or is empty")
+        names[label] = name
+    if not names:
+        raise InputError(f"{path} names no classes: unpack the development kit again")
+    if missing := sorted(set(range(len(names))) - names.keys()):
+        raise InputError(f"{path} names {len(names)} classes, but not class {missing[0]}: expected 0, 1, 2 and so on")
+    return tuple(names[label] for label in range(len(names)))
+
+
+def _listed(root: Path, split: str, classes: int) -> dict[str, int]:
+    """Label of every image that a list names, by its path below images/."""
+    path, images = root / f"{split}.txt", root / "images"
+    labels: dict[str, int] = {}
+    for line, name, label in _entries(path, f"{split}/.../00000001.jpg"):
+        parts = name.split("/")
+        if parts[0] != split or len(parts) < 2 or not {"", ".", ".."}.isdisjoint(parts) or "\0" in name:
+            raise InputError(f"{path}, line {line}: {name!r} is no path below {split}/")
+        if name in labels:
+            raise InputError(f"{path}, line {line}: {name} is listed twice")
+        if label >= classes:
+            raise InputError(
+                f"{path}, line {line}: {name} is of class {label}, but the classes in {CATEGORIES} are 0 to "
+                f"{classes - 1}"
+            )
+        labels[name] = label
+    if not labels:
+        raise InputError(f"{path} names no images")
+    if missing := _missing(images, labels):
+        raise InputError(f"{path} names {len(missing)} images that are not in {images}, first {min(missing)}")
+    return labels
+
+
+def _entries(path: Path, example: str) -> Iterator[tuple[int, str, int]]:
+    """Line number, name and class of every line that is not empty."""
+    for number, line in _lines(path):
+        columns = line.split()
+        if len(columns) != 2:
+            raise InputError(f"{path}, line {number}: expected a name and a class, as in {example + ' 0'!r}")
+        if not re.fullmatch("[0-9]{1,6}", columns[1]):
+            raise InputError(f"{path}, line {number}: class {columns[1]!r} is no whole number (0, 1, 2 and so on)")
+        yield number, columns[0], int(columns[1])
+
+
+def _missing(images: Path, names: Iterable[str]) -> list[str]:
+    """Which of `names` are no files below `images`; lists each folder once."""
+    held: dict[str, set[str]] = {}
+    for name in names:
+        folder = name.rpartition("/")[0]
+        if folder not in held:
+            path = images / folder
+            held[folder] = {e.name for e in os.scandir(path) if e.is_file()} if path.is_dir() else set()
+    return [name for name in names if name.rpartition("/")[2] not in held[name.rpartition("/")[0]]]

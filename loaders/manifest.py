@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fastprune.errors import InputError
+from fastprune.files import write_atomically
 
 VERSION = 1
 FILE_NAME = "manifest.json"
@@ -17,12 +17,13 @@ FILE_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set of equally sized RGB images in two splits.
+    """A data set of RGB images in two splits.
 
     fingerprint: SHA-256 (hex) over the ordered labels and decoded pixels, train before val; it is the data's identity
-    in every key. Generated data: over the generator's version and parameters.
-    train_per_class, val_per_class: images of each class.  height, width: pixels.  mean, std: per channel, as fractions
-    of full scale, over the pixels of the train split.
+    in every key. Generated data: over the generator's version and parameters. Empty where no image has been read.
+    train_per_class, val_per_class: images of each class.  height, width: pixels, of every image; 0 where images may
+    differ in size.  mean, std: per channel, as fractions of full scale, over the pixels of the train split; 0 and 1
+    where no image has been read.
     train_file, val_file, train_bytes, val_bytes: the .beton files beside the manifest and their sizes, or None.
     source: the image folder they were made from, or None; relative paths are relative to the manifest.
     listing: SHA-256 (hex) over names, sizes and times of that folder's files when it was read.
@@ -45,6 +46,11 @@ class Manifest:
     source: str | None = None
     listing: str | None = None
     synthetic: Mapping[str, int] | None = None
+
+    @property
+    def one_size(self) -> bool:
+        """Whether all images have one size. Others are cropped as they are read."""
+        return self.height > 0
 
     @property
     def train_count(self) -> int:
@@ -90,15 +96,9 @@ class Subset:
 
 
 def save_manifest(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
-    """Write manifest.json into `folder`, all or nothing: whoever finds it finds a finished data set."""
-    path = Path(folder, FILE_NAME)
-    part = path.with_name(f".{FILE_NAME}.{secrets.token_hex(4)}")
-    with open(part, "w", encoding="utf-8") as file:
-        json.dump({"version": VERSION, **asdict(manifest)}, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    """Write manifest.json into `folder`, all or nothing: a folder that has one is a finished data set."""
+    content = json.dumps({"version": VERSION, **asdict(manifest)}, indent=1) + "\n"
+    write_atomically(Path(folder, FILE_NAME), lambda path: path.write_text(content, encoding="utf-8"))
 
 
 def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -137,7 +137,7 @@ def _checked(content: dict[str, Any]) -> Manifest:
         and all(isinstance(c, str) for c in manifest.classes),
         "train_per_class": _counts(manifest.train_per_class, number),
         "val_per_class": _counts(manifest.val_per_class, number),
-        "height": _counts((manifest.height, manifest.width), 2) and manifest.height * manifest.width > 0,
+        "height": _counts((manifest.height, manifest.width), 2) and (manifest.height > 0) == (manifest.width > 0),
         "mean": len(manifest.mean) == 3 and all(math.isfinite(x) for x in manifest.mean),
         "std": len(manifest.std) == 3 and all(math.isfinite(x) and x > 0 for x in manifest.std),
         "train_file": _file(manifest.train_file, manifest.train_bytes),

@@ -6,31 +6,21 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from fastprune.errors import InputError
-from fastprune.loaders.child import ChildError, Send
 from fastprune.loaders.choice import source_folder
-from fastprune.loaders.inspection import from_children, progress_bar, unreadable_line
 from fastprune.loaders.layout import Layout, scan
 from fastprune.loaders.manifest import FILE_NAME, load_manifest
-from fastprune.loaders.publish import writing
+from fastprune.loaders.preparation import writing
+from fastprune.loaders.samples import images_bar, in_processes, reason, unreadable_line
 
 MARKER = "resized.json"
 """In the finished folder: which images it was made of, and their size."""
 VERSION = 1  # of what `resized` does
 _CHUNK = 50
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Image files and where their copies go."""
-
-    pairs: Sequence[tuple[str, str]]
-    size: int
 
 
 def resize_images(
@@ -78,20 +68,20 @@ def resized(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
-def resize_share(job: _Job, rank: int, workers: int, send: Send) -> None:
-    """What a child does: every workers-th chunk, beginning with `rank`. Sends the number of images tried, and of those
-    that cannot be read name and reason."""
-    for start in range(rank * _CHUNK, len(job.pairs), workers * _CHUNK):
-        chunk, unreadable = job.pairs[start : start + _CHUNK], []
-        for path, copy in chunk:
-            try:
-                with Image.open(path) as image:
-                    small = resized(image.convert("RGB"), job.size)
-            except Exception as error:  # decoders of broken files raise nearly anything
-                unreadable.append((path, " ".join(str(error).split()) or type(error).__name__))
-                continue
-            small.save(copy, compress_level=1)
-        send((len(chunk), unreadable))
+def resize_chunk(pairs: Sequence[tuple[str, str]], size: int) -> list[tuple[str, str]]:
+    """What a process does: of each pair, an image file and where its copy goes. Returns name and reason of those that
+    cannot be read.
+    """
+    unreadable = []
+    for path, copy in pairs:
+        try:
+            with Image.open(path) as image:
+                small = resized(image.convert("RGB"), size)
+        except Exception as error:  # decoders of broken files raise nearly anything
+            unreadable.append((path, reason(error)))
+            continue
+        small.save(copy, compress_level=1)
+    return unreadable
 
 
 def _check_free(out: Path, target: Path) -> None:
@@ -117,18 +107,15 @@ def _write(layout: Layout, part: Path, size: int, workers: int, show: bool) -> N
             copy = part / split / names[label] / f"{number:08d}.png"  # in the order of the original
             pairs.append((str(layout.root / name), str(copy)))
     unreadable: list[tuple[str, str]] = []
+    chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
+    jobs = ((chunk, size) for chunk in chunks)
     with (
-        progress_bar(len(pairs), "resizing", show) as bar,
-        closing(from_children(resize_share, workers, _Job(pairs, size))) as reports,
+        images_bar("resizing", len(pairs), show) as bar,
+        closing(in_processes(resize_chunk, jobs, workers)) as reports,
     ):
-        try:
-            for tried, failed in reports:
-                unreadable += failed
-                bar.update(tried)
-        except ChildError as error:
-            if error.errno is None:
-                raise
-            raise OSError(error.errno, os.strerror(error.errno)) from None
+        for chunk, failed in zip(chunks, reports, strict=True):
+            unreadable += failed
+            bar.update(len(chunk))
     if unreadable:
         raise InputError(unreadable_line(unreadable, len(pairs), part.parent))
 

@@ -1,15 +1,34 @@
-"""Decoded images with labels, one by one: what a data set is read from and written with. All of it can be pickled."""
+"""Images with labels, decoded one by one or by all processors: what a data set is read from and written with.
+
+Processes decode, for threads gain nothing here (the interpreter's lock decides). They are spawned: after a fork, the
+threads that numba starts for FFCV may keep the parent from ending.
+"""
 
 import hashlib
-from collections.abc import Sequence
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 from PIL import Image
 
+from fastprune.console import progress_bar
+from fastprune.errors import InputError
 from fastprune.loaders.layout import Layout
+
+CHUNK = 200  # images that a process decodes before it reports
+LIST_NAME = "unreadable.txt"
+JPEG, RAW = 0, 1  # FFCV's numbers
+MOST_PIXELS = (1 << 16) - 1  # a side, that FFCV's format can tell
 
 
 class Samples(Protocol):
@@ -26,6 +45,12 @@ class Samples(Protocol):
 
     def image(self, i: int) -> np.ndarray:
         """Image `i`, uint8 [H, W, 3]. Any exception means that it cannot be read."""
+
+    def jpeg(self, i: int) -> np.ndarray | None:
+        """The bytes of image `i` where it is a JPEG file that FFCV's decoder can read, uint8 [n]; else None."""
+
+    def part(self, start: int, stop: int) -> Self:
+        """Some of them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +70,15 @@ class FolderSamples:
     def image(self, i: int) -> np.ndarray:
         return read_image(self.root / self.files[i])
 
+    def jpeg(self, i: int) -> np.ndarray | None:
+        with Image.open(self.root / self.files[i]) as image:
+            # libjpeg-turbo converts no CMYK.
+            readable = image.format == "JPEG" and image.mode in ("RGB", "L")
+        return np.fromfile(self.root / self.files[i], np.uint8) if readable else None
+
+    def part(self, start: int, stop: int) -> "FolderSamples":
+        return FolderSamples(self.root, self.files[start:stop], self.labels[start:stop])
+
 
 @dataclass(frozen=True)
 class ArraySamples:
@@ -62,6 +96,12 @@ class ArraySamples:
     def image(self, i: int) -> np.ndarray:
         return self.images[i]
 
+    def jpeg(self, i: int) -> np.ndarray | None:
+        return None
+
+    def part(self, start: int, stop: int) -> "ArraySamples":
+        return ArraySamples(self.images[start:stop], self.labels[start:stop])
+
 
 def folder_samples(layout: Layout) -> dict[str, FolderSamples]:
     return {split: FolderSamples(layout.root, files, layout.labels[split]) for split, files in layout.files.items()}
@@ -74,5 +114,136 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def digest(pixels: np.ndarray) -> bytes:
-    """SHA-256 of an image's bytes."""
+    """SHA-256 of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(pixels).data).digest()
+
+
+class Stored(NamedTuple):
+    """An image as a .beton file holds it: mode JPEG with a file's bytes, or RAW with pixels; content: uint8 [n]."""
+
+    mode: int
+    height: int
+    width: int
+    content: np.ndarray
+
+
+@dataclass
+class Chunk:
+    """What decoding some images of one split told. sizes: height and width, digests: of the pixels, stored: if they
+    were to be kept, all three of those that can be read.  unreadable: names and reasons.  sums, squares: int64 [3],
+    over the bytes of each channel.
+    """
+
+    sizes: list[tuple[int, int]]
+    digests: list[bytes]
+    stored: list[Stored]
+    unreadable: list[tuple[str, str]]
+    sums: np.ndarray
+    squares: np.ndarray
+
+
+def read_chunk(samples: Samples, keep: str) -> Chunk:
+    """Decode `samples`. keep: "pixels", "files" (JPEG files as they are, pixels of others) or "nothing"."""
+    chunk = Chunk([], [], [], [], np.zeros(3, np.int64), np.zeros(3, np.int64))
+    for i in range(len(samples)):
+        try:
+            pixels = samples.image(i)
+            jpeg = samples.jpeg(i) if keep == "files" else None
+            if max(pixels.shape) > MOST_PIXELS:
+                raise ValueError(f"more than {MOST_PIXELS} pixels a side")
+        except Exception as error:  # decoders of broken files raise nearly anything
+            chunk.unreadable.append((samples.name(i), reason(error)))
+            continue
+        height, width, _ = pixels.shape
+        chunk.sizes.append((height, width))
+        chunk.digests.append(digest(pixels))
+        if keep != "nothing":
+            mode, content = (RAW, pixels.reshape(-1)) if jpeg is None else (JPEG, jpeg)
+            chunk.stored.append(Stored(mode, height, width, content))
+        # Exact in float64, where the sums stay far below 2**53, and three times as fast as in integers.
+        channels = np.ascontiguousarray(pixels.reshape(-1, 3).T, dtype=np.float64)
+        chunk.sums += channels.sum(axis=1).astype(np.int64)
+        chunk.squares += np.einsum("ij,ij->i", channels, channels).astype(np.int64)
+    return chunk
+
+
+def read_chunks(data: Mapping[str, Samples], keep: str, workers: int) -> Generator[tuple[str, int, Chunk], None, None]:
+    """Split, position of the first image, and what `workers` processes tell of CHUNK images each, in stored order."""
+    places = [(split, start) for split, samples in data.items() for start in range(0, len(samples), CHUNK)]
+    jobs = ((data[split].part(start, start + CHUNK), keep) for split, start in places)
+    with closing(in_processes(read_chunk, jobs, workers)) as results:
+        for (split, start), chunk in zip(places, results, strict=True):
+            yield split, start, chunk
+
+
+def in_processes(
+    function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int
+) -> Generator[Any, None, None]:
+    """`function(*job)` of each job, in order, from `workers` processes. A few results at a time wait to be taken.
+
+    InputError where a process dies: the system ends those that take too much memory. All of them end with this
+    generator, and with this process, however it ends.
+    """
+    waiting: deque[Future[Any]] = deque()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
+    try:
+        for job in jobs:
+            # An interrupt reaches the whole group, but is ours to handle: the others are born with it blocked.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                waiting.append(pool.submit(function, *job))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise InputError(
+            "a process that reads images was killed: try again with fewer workers if memory is short; a script of your "
+            "own must call this under `if __name__ == '__main__':`"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """What a process does first: it is not to outlive its parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def images_bar(what: str, total: int, show: bool) -> Any:
+    """A progress bar over images, or where none is wanted something that takes its calls."""
+    return progress_bar(what, total, " images") if show else nullcontext(_Silent())
+
+
+class _Silent:
+    def update(self, count: int) -> None: ...
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def unreadable_line(unreadable: Sequence[tuple[str, str]], total: int, folder: Path) -> str:
+    """What to say of images that cannot be read, each a name and a reason; several are listed in a file in `folder`."""
+    unreadable = sorted(unreadable)
+    name, why = unreadable[0]
+    if len(unreadable) == 1:
+        return f"cannot read 1 of {total} images: {name} ({why}); replace it or unpack the data set again"
+    path = folder / LIST_NAME
+    try:
+        os.makedirs(folder, exist_ok=True)
+        path.write_text("".join(f"{n}\t{r}\n" for n, r in unreadable), encoding="utf-8")
+        where = f"all are in {path}"
+    except OSError as error:
+        where = f"the list could not be written to {path}: {error.strerror}"
+    return f"cannot read {len(unreadable)} of {total} images, first {name} ({why}); {where}"

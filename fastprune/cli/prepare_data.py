@@ -6,12 +6,10 @@ from pathlib import Path
 
 from fastprune.cli.command import DONE, Parser, run_command
 from fastprune.errors import InputError
-from fastprune.loaders import miniplaces
-from fastprune.loaders.choice import ffcv_is_there
-from fastprune.loaders.layout import FOLDER_NAME, recognised
+from fastprune.loaders.layout import MINIPLACES, TINY_IMAGENET, recognised
 from fastprune.loaders.manifest import FILE_NAME, Manifest
 
-DATASETS = {"tiny-imagenet": FOLDER_NAME, "miniplaces": miniplaces.NAME}
+DATASETS = {"tiny-imagenet": TINY_IMAGENET, "miniplaces": MINIPLACES}
 
 # MiniPlaces comes in two parts, an archive of images and lists in a repository, so --download does not fetch it.
 _BY_HAND = (
@@ -45,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="make all images N x N first: resize the shorter side to N (antialiased), crop the centre. Figures "
-        "require it if images differ in size. The PNG files stay in OUT; without ffcv, torchvision reads them",
+        "require it if images differ in size. The PNG files stay in OUT",
     )
     p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     return p
@@ -74,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> Manifest:
     # Here, so that --help and usage errors need neither numpy nor torch.
     from fastprune.loaders.download import fetch_tiny_imagenet
-    from fastprune.loaders.publish import prepare
+    from fastprune.loaders.preparation import prepare
     from fastprune.loaders.resize import resize_images
 
     source = args.source or args.out / "raw"
@@ -85,11 +83,9 @@ def _run(args: argparse.Namespace) -> Manifest:
     found = recognised(source)
     if args.dataset and found and found != DATASETS[args.dataset]:
         raise InputError(f"--dataset is {args.dataset}, but {source} holds {found}: omit --dataset")
-    if args.resize is None:
-        return prepare(source, args.out, workers=args.workers)
-    # Without FFCV the PNG files themselves are the prepared data set, which torchvision reads.
-    source = resize_images(source, args.out, args.resize, workers=args.workers)
-    return prepare(source, args.out, workers=args.workers, beton=ffcv_is_there())
+    if args.resize is not None:
+        source = resize_images(source, args.out, args.resize, workers=args.workers)
+    return prepare(source, args.out, workers=args.workers)
 
 
 def _summary(manifest: Manifest, out: Path) -> str:

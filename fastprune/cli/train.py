@@ -62,8 +62,9 @@ def parser() -> argparse.ArgumentParser:
         "--data-path",
         required=True,
         metavar="DIR",
-        help="folder with train/<class>/ and val/<class>/, images of any size; Tiny ImageNet, raw or prepared, "
-        "used at its own image size; or 'synthetic': generated images",
+        help="folder with train/<class>/ and val/<class>/, images of any size; the folder or a file of FFCV's "
+        ".beton files; Tiny ImageNet, MiniPlaces or a prepared folder, used at its own image size; or 'synthetic': "
+        "generated images",
     )
     p.add_argument("--model", default="resnet18", metavar="NAME", help="name in torchvision.models (default resnet18)")
     p.add_argument("--weights", metavar="NAME", help="pretrained weights to start from, by torchvision's name")

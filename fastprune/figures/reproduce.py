@@ -20,9 +20,9 @@ from fastprune.figures.points import AnyPoint, build_graph
 from fastprune.figures.report import redraw as draw_again
 from fastprune.figures.report import summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
+from fastprune.loaders.catalog import peek
 from fastprune.loaders.layout import DISTRIBUTED, scan
 from fastprune.loaders.manifest import Manifest, Subset
-from fastprune.loaders.places import known
 from fastprune.loaders.synthetic import SyntheticData
 from fastprune.specs import DataSpec, n_to_prune
 from fastprune.store import RunStore
@@ -115,7 +115,7 @@ def planned_data(figure: FigureRequest, store: Path) -> DataSpec:
     distributed. The fingerprint is unknown unless there is a manifest.
     """
     s = figure.settings
-    manifest = None if figure.data is None else known(asked_for(figure), store)
+    manifest = None if figure.data is None else peek(asked_for(figure), store)
     if manifest is not None:
         return data_spec(manifest, s)
     limits = {"train": s.train_per_class, "val": s.val_per_class}
@@ -143,9 +143,9 @@ def find_data(
 
     copies: how many workers share a device, each with images of its own.
     """
-    from fastprune.loaders import choose_loader, locate
+    from fastprune.loaders import choose_loader, find_or_prepare
 
-    manifest, folder = locate(asked_for(figure), request.store, loader=request.loader)
+    manifest, folder = find_or_prepare(asked_for(figure), request.store, loader=request.loader)
     return manifest, folder, choose_loader(manifest, folder, request.loader, device=device, copies=copies)
 
 

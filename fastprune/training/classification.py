@@ -16,9 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.loaders import DataSource, SyntheticData, VaryingSource, locate, open_data, open_varying
-from fastprune.loaders.layout import recognised
-from fastprune.loaders.manifest import FILE_NAME
+from fastprune.loaders import Crop, DataSource, Manifest, find_or_prepare, open_data
 from fastprune.pruning.masks import Mask
 from fastprune.specs import ScheduleSpec
 from fastprune.training.checkpoint import fitting_mask, load_checkpoint, replace_file, save_checkpoint, trainer_mask
@@ -55,25 +53,20 @@ class Epochs:
 class Images:
     """Opened data. size: height and width of training images.  about: one line.  resized: whether by the crop flags."""
 
-    source: DataSource | VaryingSource
+    source: DataSource
     classes: int
     size: tuple[int, int]
     about: str
     resized: bool
 
-    def train(self, seed: int, batch_size: int, shard: tuple[int, int], dtype: torch.dtype) -> Epochs:
-        """Training batches of one rank. dtype: wanted; images that are resized come as float32."""
-        if isinstance(self.source, VaryingSource):
-            batches: Any = self.source.train(seed=seed, batch_size=batch_size, shard=shard)
-        else:
-            batches = self.source.train(seed=seed, batch_size=batch_size, shard=shard, dtype=dtype)
-        return Epochs(batches, seed, shard[0])
+    def train(self, seed: int, batch_size: int, rank: int, world_size: int, dtype: torch.dtype) -> Epochs:
+        """Training batches of one rank."""
+        batches = self.source.train(seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, dtype=dtype)
+        return Epochs(batches, seed, rank)
 
-    def val(self, batch_size: int, shard: tuple[int, int], dtype: torch.dtype) -> Any:
+    def val(self, batch_size: int, rank: int, world_size: int, dtype: torch.dtype) -> Any:
         """Validation batches of one rank."""
-        if isinstance(self.source, VaryingSource):
-            return self.source.val(batch_size=batch_size, shard=shard)
-        return self.source.val(batch_size=batch_size, shard=shard, dtype=dtype)
+        return self.source.val(batch_size=batch_size, rank=rank, world_size=world_size, dtype=dtype)
 
 
 def open_images(request: TrainRequest, device: torch.device, *, show: bool, sharing: int = 1) -> Images:
@@ -86,69 +79,43 @@ def open_images(request: TrainRequest, device: torch.device, *, show: bool, shar
     workers = request.workers
     if workers is None:
         workers = min(16, max(1, len(os.sched_getaffinity(0)) // sharing))
-    if request.data == "synthetic":
-        return _fixed(request, SyntheticData(), device, workers, show)
-    folder = _prepared_folder(Path(request.data))
-    if (folder / FILE_NAME).exists() or recognised(folder) is not None:
-        return _fixed(request, str(folder), device, workers, show)
-    return _varying(request, folder, workers)
+    manifest, folder = find_or_prepare(
+        request.data, request.store or _STORE, loader=request.loader, any_size=True, show=show
+    )
+    size = (manifest.height, manifest.width)
+    crop = None
+    if manifest.one_size:
+        _check_flags(request, manifest)
+        shown, mean, std = f"{size[0]} x {size[1]}, normalised by their own", manifest.mean, manifest.std
+    else:
+        crop = Crop(request.train_crop or 224, request.val_resize or 256, request.val_crop or 224, MEAN, STD)
+        size, mean, std = (crop.train_crop, crop.train_crop), MEAN, STD
+        shown = (
+            f"cropped to {size[0]} x {size[1]} (validation: resized to {crop.val_resize}, cropped to {crop.val_crop}), "
+            "normalised by ImageNet's"
+        )
+    source = open_data(manifest, folder, loader=request.loader, crop=crop, device=device, workers=workers, show=show)
+    about = (
+        f"{manifest.name}: {manifest.train_count} training and {manifest.val_count} validation images in "
+        f"{len(manifest.classes)} classes, {shown} mean {_three(mean)} and std {_three(std)}, loader {source.loader} "
+        f"({source.why})"
+    )
+    if not source.resumes:
+        about += "\nNote: FFCV's crops are not seeded, a resumed run differs; --loader torchvision resumes to the bit"
+    return Images(source, len(manifest.classes), size, about, resized=crop is not None)
 
 
-def _prepared_folder(path: Path) -> Path:
-    """The folder that a .beton file stands for, with its manifest; any other path is its own."""
-    if path.suffix != ".beton":
-        return path
-    if not path.exists():
-        raise InputError(f"no such file: {path}")
-    if not (path.parent / FILE_NAME).exists():
-        raise InputError(f"{path} has no {FILE_NAME} beside it: give a folder that scripts/prepare_data.py made")
-    return path.parent
-
-
-def _fixed(request: TrainRequest, data: str | SyntheticData, device: torch.device, workers: int, show: bool) -> Images:
-    manifest, folder = locate(data, request.store or _STORE, loader=request.loader, show=show)
-    height, width = manifest.height, manifest.width
+def _check_flags(request: TrainRequest, manifest: Manifest) -> None:
     for flag, asked in (
         ("--train-crop-size", request.train_crop),
         ("--val-resize-size", request.val_resize),
         ("--val-crop-size", request.val_crop),
     ):
-        if asked is not None and (asked, asked) != (height, width):
+        if asked is not None and (asked, asked) != (manifest.height, manifest.width):
             raise InputError(
-                f"{flag} {asked} does not fit {manifest.name}, whose images are used at their own {height} x {width} "
-                "pixels: leave the flag out, or give a folder with train/<class>/ and val/<class>/"
+                f"{flag} {asked} does not fit {manifest.name}, whose images are used at their own {manifest.height} x "
+                f"{manifest.width} pixels: leave the flag out, or give a folder with train/<class>/ and val/<class>/"
             )
-    source = open_data(manifest, folder, loader=request.loader, device=device, workers=workers, show=show)
-    about = (
-        f"{manifest.name}: {manifest.train_count} training and {manifest.val_count} validation images in "
-        f"{len(manifest.classes)} classes, {height} x {width}, normalised by their own mean {_three(manifest.mean)} "
-        f"and std {_three(manifest.std)}, loader {source.loader}"
-    )
-    return Images(source, len(manifest.classes), (height, width), about, resized=False)
-
-
-def _varying(request: TrainRequest, folder: Path, workers: int) -> Images:
-    crop, resize, val_crop = request.train_crop or 224, request.val_resize or 256, request.val_crop or 224
-    if val_crop > resize:
-        raise InputError(f"--val-crop-size {val_crop} is larger than --val-resize-size {resize}")
-    source = open_varying(
-        folder,
-        train_crop=crop,
-        val_resize=resize,
-        val_crop=val_crop,
-        mean=MEAN,
-        std=STD,
-        loader=request.loader,
-        workers=workers,
-        threads=max(1, workers),
-        cache=None if request.store is None else request.store / "data",
-    )
-    about = (
-        f"{folder}: {source.count('train')} training and {source.count('val')} validation images in "
-        f"{len(source.classes)} classes, cropped to {crop} x {crop} (validation: resized to {resize}, cropped to "
-        f"{val_crop}), normalised by ImageNet's mean {_three(MEAN)} and std {_three(STD)}, loader {source.loader}"
-    )
-    return Images(source, len(source.classes), (crop, crop), about, resized=True)
 
 
 def _three(values: tuple[float, float, float]) -> str:
@@ -286,8 +253,8 @@ def _run(request: TrainRequest, images: Images, device: torch.device, ranks: Ran
 
 def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ranks) -> bool:
     start, origin = prepare(trainer, request)
-    batch_size, shard = request.optimizer.batch_size, (ranks.rank, ranks.ranks)
-    val = images.val(batch_size, shard, trainer.images)
+    batch_size = request.optimizer.batch_size
+    val = images.val(batch_size, ranks.rank, ranks.ranks, trainer.images)
     first = ranks.rank == 0
     if first:
         say(f"Data {images.about}")
@@ -301,7 +268,8 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
         if first:
             say_test(loss, accuracy)
         return True
-    return _fit(trainer, images.train(request.seed, batch_size, shard, trainer.images), val, request, start, ranks)
+    train = images.train(request.seed, batch_size, ranks.rank, ranks.ranks, trainer.images)
+    return _fit(trainer, train, val, request, start, ranks)
 
 
 def _fit(trainer: Trainer, train: Epochs, val: Batches, request: TrainRequest, start: int, ranks: Ranks) -> bool:

@@ -18,8 +18,8 @@ from torch import nn
 
 from fastprune.cli.train import UNSUPPORTED, main, parser, request_of
 from fastprune.errors import InputError
-from fastprune.loaders import open_varying
-from fastprune.loaders.publish import prepare
+from fastprune.loaders import Crop, find_or_prepare, open_data
+from fastprune.loaders.preparation import prepare
 from fastprune.loaders.synthetic import SyntheticData
 from fastprune.pruning.masks import Mask, layout, prunable
 from fastprune.specs import ScheduleSpec
@@ -206,12 +206,13 @@ def test_lines_and_a_checkpoint_that_plain_torchvision_reads(folder, tmp_path, c
     sgd.load_state_dict(content["optimizer"])
     assert sgd.param_groups[0]["momentum"] == 0.9
     assert sgd.param_groups[0]["nesterov"]
-    source = open_varying(folder, train_crop=32, val_resize=36, val_crop=32, mean=MEAN, std=STD, loader="torchvision")
+    place = find_or_prepare(folder, tmp_path, loader="torchvision", any_size=True)
+    source = open_data(*place, crop=Crop(32, 36, 32, MEAN, STD))
     hits = 0
     with torch.no_grad():
         for images, labels in source.val(batch_size=4):
             hits += int((model(images).argmax(1) == labels).sum())
-    assert lines[-2].startswith(f"Test:  Acc@1 {100 * hits / source.count('val'):.3f} ")
+    assert lines[-2].startswith(f"Test:  Acc@1 {100 * hits / source.manifest.val_count:.3f} ")
 
     assert main([*given, "--test-only", "--resume", str(tmp_path / "checkpoint.pth")]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == lines[-2]
@@ -447,12 +448,12 @@ def test_bad_data(folder, tmp_path, capsys):
     for data, expected in (
         (tmp_path / "none", f"no such data folder: {tmp_path}/none"),
         (tmp_path / "none.beton", f"no such file: {tmp_path}/none.beton"),
-        (tmp_path, f"{tmp_path} has no folder train"),
+        (tmp_path, f"the data folder {tmp_path} is empty"),
         ("", "--data-path is empty"),
     ):
         assert refused(capsys, [*flags(folder, tmp_path), "--data-path", str(data)]).startswith(expected)
     (tmp_path / "x.beton").touch()
-    assert "has no manifest.json beside it" in refused(
+    assert "needs one train*.beton beside x.beton, it holds none" in refused(
         capsys, [*flags(folder, tmp_path), "--data-path", str(tmp_path / "x.beton")]
     )
     assert "larger than the 36 training images" in refused(capsys, flags(folder, tmp_path, "-b", "37"))
@@ -606,6 +607,7 @@ def test_a_raw_miniplaces_folder_is_used_at_its_own_size(tmp_path, capsys):
         lines[name.split("/")[0]].append(f"{name} {i // 4 % 3}\n")
     for split, text in lines.items():
         (tmp_path / "places" / f"{split}.txt").write_text("".join(text))
+    (tmp_path / "places" / "categories.txt").write_text("/a 0\n/b 1\n/c 2\n")
     command = ["--data-path", str(tmp_path / "places"), "--store", str(tmp_path / "store"), "--model", MODEL, "-b", "6"]
     command += ["--epochs", "1", "--lr", "0.05", "-j", "0", "--loader", "torchvision", "--device", "cpu"]
     assert main([*command, "--output-dir", str(tmp_path / "out")]) == 0
@@ -616,13 +618,19 @@ def test_a_raw_miniplaces_folder_is_used_at_its_own_size(tmp_path, capsys):
     equal(*(load(tmp_path / name / "checkpoint.pth") for name in ("out", "again")))
 
 
-def test_an_image_folder_is_cropped_even_where_all_images_have_one_size(tmp_path, capsys):
+@pytest.mark.parametrize("loader", ["torchvision", "ffcv"])
+def test_an_image_folder_is_cropped_even_where_all_images_have_one_size(loader, tmp_path, capsys):
+    if loader == "ffcv":
+        pytest.importorskip("ffcv")
     g = np.random.default_rng(0)
     for name in ("train/a/0.png", "train/b/0.png", "val/a/0.png", "val/b/0.png"):
         (tmp_path / "images" / name).parent.mkdir(parents=True)
         Image.fromarray(g.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(tmp_path / "images" / name)
     given = ["--train-crop-size", "32", "--val-resize-size", "36", "--val-crop-size", "32", "-b", "2", "--epochs", "1"]
-    given += ["--model", MODEL, "-j", "0", "--loader", "torchvision", "--device", "cpu", "--output-dir", str(tmp_path)]
-    given += ["--lr", "0.001"]
+    given += ["--model", MODEL, "-j", "0", "--loader", loader, "--device", "cpu", "--output-dir", str(tmp_path)]
+    given += ["--lr", "0.001", "--store", str(tmp_path / "store")]
     assert main(["--data-path", str(tmp_path / "images"), *given]) == 0
-    assert "cropped to 32 x 32 (validation: resized to 36, cropped to 32)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cropped to 32 x 32 (validation: resized to 36, cropped to 32)" in said
+    assert f"loader {loader} (asked for)" in said
+    assert ("\nNote: FFCV's crops are not seeded, a resumed run differs; --loader" in said) == (loader == "ffcv")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import chi2, ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
-from fastprune.loaders.augment import RATIO, SCALE, boxes, epoch_order, philox4x32
+from fastprune.loaders.augment import RATIO, SCALE, crop_boxes, epoch_order, flips, philox4x32, sample_seeds
 
 ALL = 0xFFFFFFFF
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0)
@@ -42,9 +42,16 @@ def test_pinned():
     """Whoever changes these changes every run in every store."""
     assert epoch_order(0, 0, 8).tolist() == ORDER_0_0
     assert epoch_order(1, 2, 8).tolist() == ORDER_1_2
-    box, flip = boxes(3, 4, np.arange(5), 64, 64)
+    box, flip = crop_boxes(3, 4, np.arange(5), 64, 64)
     assert box.tolist() == BOXES_3_4
-    assert flip.tolist() == FLIPS_3_4
+    assert flip.tolist() == flips(3, 4, np.arange(5)).tolist() == FLIPS_3_4
+
+
+def test_seeds_of_samples_are_their_own():
+    seeds = sample_seeds(3, 4, np.arange(1000))
+    assert seeds.dtype == np.uint64
+    assert len({*seeds.tolist(), *sample_seeds(4, 3, np.arange(1000)).tolist()}) == 2000
+    assert sample_seeds(3, 4, np.array([999, 3])).tolist() == seeds[[999, 3]].tolist()
 
 
 def test_order_is_a_permutation_that_mixes_seed_and_epoch():
@@ -68,14 +75,14 @@ def test_order_is_uniform():
 
 
 def test_a_box_depends_on_its_sample_alone():
-    box, flip = boxes(5, 6, np.arange(1000), 64, 64)
+    box, flip = crop_boxes(5, 6, np.arange(1000), 64, 64)
     some = np.array([999, 3, 500, 3])
-    again, flip_again = boxes(5, 6, some, 64, 64)
+    again, flip_again = crop_boxes(5, 6, some, 64, 64)
     assert np.array_equal(again, box[some])
     assert np.array_equal(flip_again, flip[some])
-    other, _ = boxes(6, 5, np.arange(1000), 64, 64)
+    other, _ = crop_boxes(6, 5, np.arange(1000), 64, 64)
     assert (other != box).any(axis=1).mean() > 0.99
-    mixed, _ = boxes(5, 6, np.arange(1000), np.where(np.arange(1000) % 2, 64, 48), np.full(1000, 64))
+    mixed, _ = crop_boxes(5, 6, np.arange(1000), np.where(np.arange(1000) % 2, 64, 48), np.full(1000, 64))
     assert np.array_equal(mixed[1::2], box[1::2])
 
 
@@ -85,7 +92,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width):
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)) for _ in range(4000)])
-    ours, flip = boxes(0, 0, np.arange(20000), height, width)
+    ours, flip = crop_boxes(0, 0, np.arange(20000), height, width)
     for column in range(4):
         assert ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-6
     assert ks_2samp(ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]).pvalue > 1e-6
@@ -97,7 +104,7 @@ def test_extreme_shapes_fall_back_as_torchvision_does(height, width):
     """Where no attempt can fit, get_params is certain: compare those boxes literally."""
     torch.manual_seed(0)
     theirs = {tuple(RandomResizedCrop.get_params(torch.empty(3, height, width), SCALE, RATIO)) for _ in range(200)}
-    ours = {tuple(box) for box in boxes(0, 0, np.arange(2000), height, width)[0].tolist()}
+    ours = {tuple(box) for box in crop_boxes(0, 0, np.arange(2000), height, width)[0].tolist()}
     if max(height, width) > 10:
         assert len(theirs) == 1
         assert ours == theirs
@@ -106,23 +113,23 @@ def test_extreme_shapes_fall_back_as_torchvision_does(height, width):
 
 
 def test_fallback_by_hand():
-    assert boxes(0, 0, np.arange(1), 1, 100)[0].tolist() == [[0, 49, 1, 1]]
-    assert boxes(0, 0, np.arange(1), 200, 3)[0].tolist() == [[98, 0, 4, 3]]
+    assert crop_boxes(0, 0, np.arange(1), 1, 100)[0].tolist() == [[0, 49, 1, 1]]
+    assert crop_boxes(0, 0, np.arange(1), 200, 3)[0].tolist() == [[98, 0, 4, 3]]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(1, 300), st.integers(1, 300))
 def test_boxes_lie_inside(seed, epoch, height, width):
-    box, flip = boxes(seed, epoch, np.arange(20) * 12345678901, height, width)
-    top, left, tall, wide = box.T
+    box, flip = crop_boxes(seed, epoch, np.arange(20) * 12345678901, height, width)
+    top, left, box_h, box_w = box.T
     assert box.dtype == np.int32
     assert flip.dtype == bool
     assert (top >= 0).all()
     assert (left >= 0).all()
-    assert (tall > 0).all()
-    assert (wide > 0).all()
-    assert (top + tall <= height).all()
-    assert (left + wide <= width).all()
+    assert (box_h > 0).all()
+    assert (box_w > 0).all()
+    assert (top + box_h <= height).all()
+    assert (left + box_w <= width).all()
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(-1, 0), (1 << 64, 0), (0, -1), (0, 1 << 32)])
@@ -130,10 +137,10 @@ def test_seeds_that_would_wrap_are_refused(seed, epoch):
     with pytest.raises(ValueError, match="not in"):
         epoch_order(seed, epoch, 3)
     with pytest.raises(ValueError, match="not in"):
-        boxes(seed, epoch, np.arange(3), 8, 8)
+        crop_boxes(seed, epoch, np.arange(3), 8, 8)
 
 
 def test_no_samples():
-    box, flip = boxes(0, 0, np.arange(0), 8, 8)
+    box, flip = crop_boxes(0, 0, np.arange(0), 8, 8)
     assert box.shape == (0, 4)
     assert flip.shape == (0,)

@@ -28,7 +28,9 @@ MANIFEST = Manifest(
 
 
 @pytest.mark.parametrize(
-    "manifest", [MANIFEST, replace(MANIFEST, synthetic={"classes": 3}, source=None)], ids=["files", "synthetic"]
+    "manifest",
+    [MANIFEST, replace(MANIFEST, synthetic={"classes": 3}, source=None), replace(MANIFEST, height=0, width=0)],
+    ids=["files", "synthetic", "several sizes"],
 )
 def test_round_trip(manifest, tmp_path):
     save_manifest(manifest, tmp_path)
@@ -71,7 +73,7 @@ BAD = {
     "negative count": (spoil(val_per_class=[1, 2, -3]), "val_per_class"),
     "no deviation": (spoil(std=[0, 1, 1]), "std"),
     "not a number": (spoil(mean=[None, 1, 1]), "damaged"),
-    "no size": (spoil(height=0), "height"),
+    "half a size": (spoil(height=0), "height"),
     "file elsewhere": (spoil(train_file="../train.beton"), "train_file"),
     "file without size": (spoil(val_bytes=None), "val_file"),
     "classes twice": (spoil(classes=["a", "a", "b"]), "classes"),

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastprune.errors import InputError
+from fastprune.loaders.batches import open_data
+from fastprune.loaders.catalog import find_or_prepare
 from fastprune.loaders.layout import scan
-from fastprune.loaders.places import locate
 from fastprune.loaders.samples import read_image
-from fastprune.loaders.source import open_data
 from fastprune.loaders.synthetic import VERSION, SyntheticData
 
 DATA = SyntheticData(classes=4, train_per_class=6, val_per_class=3, size=20, seed=5)
@@ -46,7 +46,7 @@ def test_shapes_labels_and_manifest():
 def test_sizes_of_the_data_sets(size, tmp_path):
     """Those that smoke figures may take: in memory, and the same from files."""
     data = SyntheticData(classes=2, train_per_class=4, val_per_class=2, size=size)
-    source = open_data(*locate(data, tmp_path))
+    source = open_data(*find_or_prepare(data, tmp_path))
     batches = source.train(seed=0, batch_size=4), source.val(batch_size=4)
     assert [len(part) for part in batches] == [2, 1]
     for part in batches:
@@ -56,7 +56,7 @@ def test_sizes_of_the_data_sets(size, tmp_path):
             assert set(labels.tolist()) <= {0, 1}
     images, _ = data.arrays("train")
     assert len({image.tobytes() for image in images}) == 8
-    files = open_data(*locate(data, tmp_path, loader="torchvision", workers=1, show=False))
+    files = open_data(*find_or_prepare(data, tmp_path, loader="torchvision", workers=1, show=False))
     both = [one.val(batch_size=3) for one in (files, source)]
     for (images, labels), (expected, their_labels) in zip(*both, strict=True):
         assert torch.equal(images, expected)

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastprune.loaders import choose_loader, locate, open_data, prepare
-from fastprune.loaders.layout import DISTRIBUTED, FOLDER_NAME, scan
+from fastprune.loaders import choose_loader, find_or_prepare, open_data, prepare
+from fastprune.loaders.layout import DISTRIBUTED, TINY_IMAGENET, scan
 from fastprune.loaders.samples import read_image
 from tests.conftest import CLASSES, unpack
 
 
 @pytest.mark.usefixtures("ffcv")
 def test_real_images_come_alike_through_ffcv_and_torchvision(few_classes, tmp_path):
-    manifest, folder = locate(few_classes, tmp_path, workers=2, show=False)
+    manifest, folder = find_or_prepare(few_classes, tmp_path, workers=2, show=False)
     assert (manifest.height, manifest.width, len(manifest.classes)) == (64, 64, CLASSES)
     assert manifest.train_per_class == (500,) * CLASSES
     assert manifest.val_per_class == (50,) * CLASSES
@@ -40,9 +40,9 @@ def test_real_images_come_alike_through_ffcv_and_torchvision(few_classes, tmp_pa
 @pytest.mark.usefixtures("ffcv")
 def test_real_images_are_resident_as_ffcv_reads_them(few_classes, tmp_path):
     """To the bit, filled from .beton files and from the image files."""
-    by_ffcv = open_data(*locate(few_classes, tmp_path, workers=2, show=False), loader="ffcv")
+    by_ffcv = open_data(*find_or_prepare(few_classes, tmp_path, workers=2, show=False), loader="ffcv")
     for loader in ("ffcv", "torchvision"):
-        place = locate(few_classes, tmp_path, loader=loader, workers=2, show=False)
+        place = find_or_prepare(few_classes, tmp_path, loader=loader, workers=2, show=False)
         resident = open_data(*place, loader="resident", workers=2)
         for mine, theirs in (
             (resident.train(seed=0, batch_size=500), by_ffcv.train(seed=0, batch_size=500)),
@@ -64,7 +64,7 @@ def test_some_real_images_are_grey(few_classes):
 def test_the_whole_data_set(given, tmp_path, capsys):
     root = unpack(given, tmp_path / "parts", "*.tar.gz")
     layout = scan(root)
-    _, number, train, val = DISTRIBUTED[FOLDER_NAME]
+    _, number, train, val = DISTRIBUTED[TINY_IMAGENET]
     assert layout.remark() is None
     began = time.perf_counter()
     manifest = prepare(root, tmp_path / "out", workers=2, show=False)

@@ -1,0 +1,245 @@
+"""An opened data set, and the batches of an epoch: one order, one set of boxes and flips, whichever loader reads.
+
+The straight line: `catalog` finds or prepares a folder, `open_data` gives a DataSource, that gives Batches, and these
+draw the table of an epoch, which a reader (`readers/`) turns into images. What is random is decided here.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastprune.errors import InputError
+from fastprune.kernels.crop import FLOAT_TYPES
+from fastprune.loaders.augment import crop_boxes, epoch_order, flips, sample_seeds
+from fastprune.loaders.choice import LoaderChoice, choose_loader
+from fastprune.loaders.manifest import Manifest, Subset
+from fastprune.loaders.readers import Crop, Reader, Table
+from fastprune.loaders.readers.memory import on_device, open_generated, open_resident
+
+ALL = Subset()
+
+
+class Batches:
+    """The batches of one epoch after another. Iterating yields images [B, 3, H, W] (float32 or the `dtype` asked for,
+    channels-last, normalised, new memory) and labels int64 [B], both on `device`: where the resident loader holds its
+    images, the CPU for every other loader. On a GPU nothing in an epoch waits for the device.
+
+    For training, `set_epoch` chooses the epoch, 0 at first; an epoch can be read any number of times and is always the
+    same. The last partial batch is dropped. For validation the order is the stored one and nothing is dropped.
+
+    One of several ranks reads its share only: of each global training batch (`batch_size` on each rank) the rows from
+    rank * batch_size on, so that all ranks together see what one process with the global batch sees; of the validation
+    samples every world_size-th, from `rank` on.
+
+    Where images differ in size, the reader crops them as `crop` says, and only order and flips are drawn here.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        manifest: Manifest,
+        split: str,
+        samples: np.ndarray,
+        batch_size: int,
+        seed: int | None,
+        *,
+        crop: Crop | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """samples: stored positions of all ranks, int64 [n].  seed: of order and augmentation; None keeps both off."""
+        self._reader, self._split, self._seed, self._dtype, self._crop = reader, split, seed, dtype, crop
+        self._rank, self._world_size = rank, world_size
+        self._samples = samples if seed is not None else samples[rank::world_size]
+        self._size = (manifest.height, manifest.width) if crop is None else (crop.size(split),) * 2
+        self._drawn: tuple[int, Table] | None = None
+        self.batch_size = batch_size
+        self.epoch = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self._reader.device
+
+    def __len__(self) -> int:
+        """Number of batches in an epoch, on this rank."""
+        if self._seed is None:
+            return -(-len(self._samples) // self.batch_size)
+        return len(self._samples) // (self.batch_size * self._world_size)
+
+    @property
+    def images(self) -> int:
+        """Number of images in an epoch on this rank, those in a dropped batch not counted."""
+        return len(self._samples) if self._seed is None else len(self) * self.batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        epoch, table = self.epoch, self.table()
+        labels = on_device(self._reader.labels[self._split][table.samples], self.device)
+        with closing(self._reader.images(self._split, table, self.batch_size, self._dtype)) as batches:
+            for start, images in zip(range(0, len(labels), self.batch_size), batches, strict=True):
+                yield images, labels[start : start + self.batch_size]
+        if self.device.type != "cpu" and self._seed is not None:
+            # The device is still busy with this epoch: what the next one reads costs nothing now.
+            self._drawn = epoch + 1, self._draw(epoch + 1)
+
+    def table(self) -> Table:
+        """What this epoch reads; not to be written to."""
+        if self._drawn is None or self._drawn[0] != self.epoch:
+            self._drawn = self.epoch, self._draw(self.epoch)
+        return self._drawn[1]
+
+    def _draw(self, epoch: int) -> Table:
+        if self._seed is None:
+            return Table(self._samples, self._uncropped(), np.zeros(self.images, bool))
+        order = epoch_order(self._seed, epoch, len(self._samples))[: self.images * self._world_size]
+        mine = order.reshape(-1, self._world_size, self.batch_size)[:, self._rank].reshape(-1)
+        samples = self._samples[mine]
+        if self._crop is None:
+            return Table(samples, *crop_boxes(self._seed, epoch, samples, *self._size))
+        drawn = flips(self._seed, epoch, samples), sample_seeds(self._seed, epoch, samples)
+        return Table(samples, self._uncropped(), *drawn)
+
+    def _uncropped(self) -> np.ndarray:
+        return np.repeat(np.array([[0, 0, *self._size]], np.int32), self.images, axis=0)
+
+
+class DataSource:
+    """An opened data set. Meant to be kept: a process opens it once and takes the batches of all its runs from it.
+
+    loader: its name, why: the reason it was chosen.  device: where batches come to lie.
+    """
+
+    def __init__(self, manifest: Manifest, choice: LoaderChoice, reader: Reader, crop: Crop | None = None) -> None:
+        self.manifest, (self.loader, self.why) = manifest, choice
+        self.device = reader.device
+        self._reader, self._crop = reader, crop
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a batch depends on seed and epoch alone. FFCV's own crops do not."""
+        return self._crop is None or self.loader != "ffcv"
+
+    def train(
+        self,
+        *,
+        seed: int,
+        batch_size: int,
+        subset: Subset = ALL,
+        rank: int = 0,
+        world_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> Batches:
+        """Batches in random order with random crops and flips, all functions of (seed, epoch, stored position).
+
+        batch_size: of each rank.  rank, world_size: see Batches.  dtype: of the images, float32, bfloat16 or float16.
+        """
+        return self._batches("train", batch_size, subset, seed, rank, world_size, dtype)
+
+    def val(
+        self,
+        *,
+        batch_size: int,
+        subset: Subset = ALL,
+        rank: int = 0,
+        world_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> Batches:
+        """Batches in stored order, only normalised, or cropped at the centre. Arguments as for `train`."""
+        return self._batches("val", batch_size, subset, None, rank, world_size, dtype)
+
+    def _batches(
+        self,
+        split: str,
+        batch_size: int,
+        subset: Subset,
+        seed: int | None,
+        rank: int,
+        world_size: int,
+        dtype: torch.dtype,
+    ) -> Batches:
+        count = subset.count(self.manifest, split)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} ranks: ranks count from 0")
+        if dtype not in FLOAT_TYPES:
+            raise ValueError(f"images as {dtype}, expected one of {FLOAT_TYPES}")
+        if batch_size < 1:
+            raise InputError(f"batch size is {batch_size}, expected at least 1")
+        if seed is not None and batch_size * world_size > count:
+            each = f" on each of {world_size} ranks" if world_size > 1 else ""
+            raise InputError(f"batch size {batch_size}{each} is larger than the {count} training images: no full batch")
+        samples = select(self._reader.labels[split], subset.classes, subset.per_class(split))
+        return Batches(
+            self._reader,
+            self.manifest,
+            split,
+            samples,
+            batch_size,
+            seed,
+            crop=self._crop,
+            rank=rank,
+            world_size=world_size,
+            dtype=dtype,
+        )
+
+
+def open_data(
+    manifest: Manifest,
+    folder: Path | None,
+    *,
+    loader: str = "auto",
+    crop: Crop | None = None,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    show: bool = False,
+) -> DataSource:
+    """Open what `find_or_prepare` found. InputError where the loader cannot read it, or a file is truncated or foreign.
+
+    crop: what becomes of images that differ in size; needed for those.  device: where the images are wanted; the
+    resident loader holds them there, "auto" chooses by it.  workers: processes of the torchvision loader, 0 for none;
+    of the resident one while it fills its memory, 0 for as many as are useful; threads of FFCV's decoders. They change
+    no batch.  show: progress on stderr.
+    """
+    choice = choose_loader(manifest, folder, loader, device=str(device))
+    if manifest.one_size != (crop is None):
+        raise ValueError("crop goes with images that differ in size, and only with those")
+    reader = _open_reader(choice, manifest, folder, crop, torch.device(device), workers, show)
+    return DataSource(manifest, choice, reader, crop)
+
+
+def _open_reader(
+    choice: LoaderChoice,
+    manifest: Manifest,
+    folder: Path | None,
+    crop: Crop | None,
+    device: torch.device,
+    workers: int,
+    show: bool,
+) -> Reader:
+    # FFCV and torchvision are imported where they are used: neither is needed for the other.
+    if choice.name == "ffcv":
+        from fastprune.loaders.readers.ffcv import open_ffcv
+
+        return open_ffcv(manifest, folder, crop, workers)
+    if choice.name == "torchvision":
+        from fastprune.loaders.readers.torchvision import open_torchvision
+
+        return open_torchvision(manifest, folder, crop, workers)
+    if choice.name == "resident":
+        return open_resident(manifest, folder, device, workers, show)
+    return open_generated(manifest, torch.device("cpu"))
+
+
+def select(labels: np.ndarray, classes: int | None, per_class: int | None) -> np.ndarray:
+    """Stored positions, int64 [n], of the first `per_class` samples of each of the first `classes` classes."""
+    kept = np.arange(len(labels)) if classes is None else np.flatnonzero(labels < classes)
+    if per_class is None:
+        return kept
+    by_class = kept[np.argsort(labels[kept], kind="stable")]
+    begins = np.searchsorted(labels[by_class], labels[by_class], side="left")
+    return np.sort(by_class[np.arange(len(by_class)) - begins < per_class])

@@ -1,0 +1,116 @@
+"""The portable reader: image files, decoded each time by torch's DataLoader, cropped by torchvision's own functions."""
+
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
+
+from fastprune.errors import InputError
+from fastprune.loaders.choice import unchanged_source
+from fastprune.loaders.manifest import Manifest
+from fastprune.loaders.readers import Crop, Table
+from fastprune.loaders.readers.memory import normalised, on_device
+from fastprune.loaders.samples import FolderSamples, folder_samples, reason
+
+Item = tuple[int, tuple[int, int, int, int], bool, int]
+"""Stored position, box, flip and seed: what is random travels with the request, so a worker process decides nothing."""
+
+
+class OneSizeImages(Dataset[torch.Tensor]):
+    """One split of a folder of images of one size, indexed by Items; float32 [3, H, W]."""
+
+    def __init__(self, samples: FolderSamples, manifest: Manifest) -> None:
+        self._samples, self._manifest = samples, manifest
+
+    def __getitem__(self, item: Item) -> torch.Tensor:
+        position, (top, left, box_h, box_w), flip, _ = item
+        size = [self._manifest.height, self._manifest.width]
+        try:
+            pixels = self._samples.image(position)
+        except Exception as error:  # decoders of broken files raise nearly anything
+            raise InputError(f"cannot read {self._samples.name(position)} ({error}): prepare the data again") from None
+        if list(pixels.shape[:2]) != size:
+            raise InputError(f"{self._samples.name(position)} has another size than before: prepare the data again")
+        image = F.convert_image_dtype(torch.from_numpy(pixels).permute(2, 0, 1), torch.float32)
+        # A box is never larger than the image, so there is nothing to smooth.
+        image = F.resized_crop(image, top, left, box_h, box_w, size, antialias=False)
+        image = F.hflip(image) if flip else image
+        return F.normalize(image, list(self._manifest.mean), list(self._manifest.std))
+
+
+class AnySizeImages(Dataset[torch.Tensor]):
+    """One split of any image folder, indexed by Items, cropped as torchvision's reference script does; uint8
+    [S, S, 3].
+    """
+
+    def __init__(self, samples: FolderSamples, split: str, crop: Crop) -> None:
+        self._samples, self._crop, self._train = samples, crop, split == "train"
+        self._random = RandomResizedCrop(crop.train_crop)
+        self._resize, self._centre = Resize(crop.val_resize), CenterCrop(crop.val_crop)
+
+    def __getitem__(self, item: Item) -> torch.Tensor:
+        position, _, _, seed = item
+        name = self._samples.name(position)
+        try:
+            with Image.open(name) as opened:
+                image = opened.convert("RGB")
+        except Exception as error:  # decoders of broken files raise nearly anything
+            raise InputError(f"cannot read {name} ({reason(error)}): replace it or remove it") from None
+        if self._train:
+            # torchvision draws from torch's global generator, which is left as it was.
+            state = torch.get_rng_state()
+            torch.default_generator.manual_seed(seed)
+            image = self._random(image)
+            torch.set_rng_state(state)
+        else:
+            image = self._centre(self._resize(image))
+        return torch.from_numpy(np.array(image))
+
+
+class FolderReader:
+    """Reader of an image folder through torch's DataLoader with `workers` processes. crop: of images that differ in
+    size.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, manifest: Manifest, samples: dict[str, FolderSamples], crop: Crop | None, workers: int) -> None:
+        self._images: dict[str, Dataset[torch.Tensor]] = {
+            split: OneSizeImages(part, manifest) if crop is None else AnySizeImages(part, split, crop)
+            for split, part in samples.items()
+        }
+        self._crop, self._workers = crop, workers
+        self.labels: dict[str, np.ndarray] = {split: np.array(part.labels, np.int64) for split, part in samples.items()}
+
+    def images(
+        self, split: str, table: Table, batch_size: int, dtype: torch.dtype
+    ) -> Generator[torch.Tensor, None, None]:
+        seeds = np.zeros(len(table.samples), np.uint64) if table.seeds is None else table.seeds
+        items = list(zip(*(column.tolist() for column in (*table[:3], seeds)), strict=True))
+        batches = DataLoader(
+            self._images[split],
+            batch_size=batch_size,
+            sampler=items,
+            num_workers=self._workers,
+            generator=torch.Generator(),  # otherwise each epoch draws from torch's global one
+        )
+        try:
+            for start, batch in zip(range(0, len(items), batch_size), batches, strict=True):
+                if self._crop is None:
+                    yield batch.to(dtype, memory_format=torch.channels_last)
+                    continue
+                every, size = torch.arange(len(batch)), self._crop.size(split)
+                boxes, flips = (on_device(c[start : start + batch_size], self.device) for c in table[1:3])
+                yield normalised(batch, every, boxes, flips, (size, size), self._crop, dtype)
+        except InputError as error:  # from a worker process it comes with a traceback in its message
+            raise InputError(str(error).splitlines()[-1].removeprefix("fastprune.errors.InputError: ")) from None
+
+
+def open_torchvision(manifest: Manifest, folder: Path | None, crop: Crop | None, workers: int) -> FolderReader:
+    """Scan the image folder. InputError where it is not what was prepared."""
+    return FolderReader(manifest, folder_samples(unchanged_source(manifest, folder)), crop, workers)
