@@ -37,7 +37,7 @@ class Holder:
     @property
     def has_died(self) -> bool:
         """Whether it ran on this machine, and does no more. A process of another machine cannot be asked."""
-        if self.machine != this_machine():
+        if not self.machine or self.machine != this_machine():
             return False
         try:
             os.kill(self.pid, 0)

@@ -1,4 +1,4 @@
-"""Workers on a Ray cluster: one actor a run, warm over many, with a share of a GPU or a CPU core."""
+"""Workers on a Ray cluster: one actor each, warm over many nodes, with a share of a GPU or a CPU core."""
 
 import contextlib
 import logging
@@ -8,14 +8,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import fastprune
@@ -32,6 +33,9 @@ _SEEN_SECONDS = 60.0
 """How long a worker's machine may take to see a file that the driver's has just written."""
 
 _ANSWER_SECONDS = 10.0
+
+_DEATHS_LIMIT = 5
+"""So many deaths of a worker's processes as they start, and none that came up between, end the run."""
 
 _PASSED_ON = ("OMP_", "MKL_", "NUMBA_", "TRITON_", "TORCHINDUCTOR_", "MPLCONFIGDIR")
 """What of the driver's environment its workers get."""
@@ -54,19 +58,22 @@ class _Reports:
 class _Actor:
     """One worker, in a process of its own on some machine of the cluster. Ray starts it again where it dies."""
 
-    def __init__(self, number: int, graph: Graph, config: WorkConfig, reports: Any) -> None:
-        self.number, self.graph, self.config, self.reports = number, graph, config, reports
-        self.gpus = ray.get_gpu_ids()
+    def __init__(self, number: int) -> None:
+        self.number, self.gpus = number, ray.get_gpu_ids()
         self.computer: NodeComputer | None = None
 
-    def open(self, store_id: str, version: str) -> BadInput | tuple[str, str, str]:
-        """(device, place, Ray's name of the machine), or what keeps it from working here."""
+    def open(
+        self, graph: Graph, config: WorkConfig, reports: Any, store_id: str, version: str
+    ) -> BadInput | tuple[str, str, str]:
+        """(device, place, Ray's name of the machine), or what keeps it from working here. Comes first: what an actor is
+        created with, Ray may lack when it starts it again."""
+        self.graph, self.config, self.reports = graph, config, reports
         host = socket.gethostname()
         if fastprune.__version__ != version:
             return BadInput(f"{host} has fastprune {fastprune.__version__}, here it is {version}: install the same")
         folders = [images.folder for images in self.config.images.values() if images.folder is not None]
+        shared = "--store and --data must be on a disk that all machines see at the same path"
         for path in (self.config.store / "store.json", *folders):
-            shared = "--store and --data must be on a disk that all machines see at the same path"
             if not _appears(path):
                 return BadInput(f"{host} does not see {path}: {shared}")
         if RunStore(self.config.store).id != store_id:
@@ -127,11 +134,9 @@ def ray_workers(
         path = [str(Path(fastprune.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         variables["PYTHONPATH"] = os.pathsep.join(path)
         actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, runtime_env={"env_vars": variables})(_Actor)
-        shared, inbox = (ray.put(graph), ray.put(config)), _Inbox()
-        store_id = RunStore(config.store).id
-        workers: list[Worker] = [
-            RayWorker(i, actor.remote(i, *shared, inbox.reports), store_id, inbox) for i in range(count)
-        ]
+        inbox, store_id = _Inbox(), RunStore(config.store).id
+        opened_with = ray.put(graph), ray.put(config), inbox.reports, store_id, fastprune.__version__
+        workers: list[Worker] = [RayWorker(i, partial(actor.remote, i), opened_with, inbox) for i in range(count)]
         yield RayWorkers(workers, f"{which}, runs at once: up to {count}, {each}{fewer}")
     finally:
         ray.shutdown()
@@ -167,16 +172,18 @@ class _Inbox:
 class RayWorker:
     """An actor. Ray places it, and places it again where its process or its machine is lost."""
 
-    def __init__(self, number: int, actor: Any, store_id: str, inbox: _Inbox) -> None:
-        self._number, self._actor, self._store_id, self._inbox = number, actor, store_id, inbox
-        self._machine = ""
+    def __init__(self, number: int, make: Callable[[], Any], opened_with: tuple[Any, ...], inbox: _Inbox) -> None:
+        """make: creates its actor, whose method `open` takes `opened_with`."""
+        self._number, self._make, self._opened_with, self._inbox = number, make, opened_with, inbox
+        self._actor, self._machine = make(), ""
         self._key: str | None = None
         self._report: Report | None = None
+        self._deaths = 0
         self._open()
 
     def _open(self) -> None:
         self.device, self.place = "", "starting"
-        self._opening: Future[Any] | None = self._actor.open.remote(self._store_id, fastprune.__version__).future()
+        self._opening: Future[Any] | None = self._actor.open.remote(*self._opened_with).future()
 
     def submit(self, key: str, report: Report) -> "Future[Any]":
         self._key, self._report = key, report
@@ -188,9 +195,13 @@ class RayWorker:
             opening, self._opening = self._opening, None
             try:
                 found = opening.result()
-            except RayError:  # it died as it started: Ray starts it again
+            except RayError as error:  # it died as it started: Ray starts it again
+                self._deaths += not isinstance(error, ActorUnavailableError)
+                if self._deaths >= _DEATHS_LIMIT:
+                    raise InputError(f"Ray's workers die as they start ({_first_line(error)})") from error
                 self._open()
                 return
+            self._deaths = 0
             if isinstance(found, BadInput):
                 raise InputError(found.line)
             self.device, self.place, self._machine = found
@@ -206,7 +217,8 @@ class RayWorker:
         return Lost(_first_line(error), with_machine=machine not in _alive())
 
     def renew(self) -> None:
-        ray.kill(self._actor, no_restart=False)
+        ray.kill(self._actor)
+        self._actor = self._make()
         self._open()
 
     def close(self) -> None:
