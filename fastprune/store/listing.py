@@ -187,7 +187,7 @@ class Listing:
             return None
         spec = prune.spec
         if spec["criterion"] != "magnitude" or not isinstance(spec["source"], dict):
-            return str(spec["criterion"])
+            return _criterion(spec["criterion"])
         run = self.by_key.get(spec["source"]["node"])
         if run is None:
             return None
@@ -200,7 +200,7 @@ class Listing:
         allocation = spec["allocation"]
         return {
             "round": result["round"],
-            "criterion": spec["criterion"],
+            "criterion": _criterion(spec["criterion"]),
             "allocation": allocation if isinstance(allocation, str) else f"as {allocation['mask'][:8]}",
             "fraction": float(spec["fraction"]),
             "seed": spec["seed"],
@@ -210,6 +210,11 @@ class Listing:
 
     def _channels(self, node: Found) -> dict[str, Any]:
         return {"fraction": float(node.spec["fraction"]), "removed": _number(node.result.get("removed_fraction"))}
+
+
+def _criterion(spec: Any) -> str:
+    """A built-in criterion is its name; a user's has a version."""
+    return spec if isinstance(spec, str) else f"{spec['name']} v{spec['version']}"
 
 
 def _number(value: Any) -> float | None:
@@ -241,7 +246,8 @@ def _row(r: dict[str, Any]) -> tuple[str, ...]:
             result += f", density {r['density']:.3g}"
     elif r["kind"] == "prune":
         found = "" if r["mask_of"] in (None, r["criterion"]) else f" of {r['mask_of']}"
-        what = f"round {r['round']}, {r['criterion']}{found}, {r['allocation']}, fraction {r['fraction']:g}, seed {r['seed']}"
+        what = f"round {r['round']}, {r['criterion']}{found}, {r['allocation']}, "
+        what += f"fraction {r['fraction']:g}, seed {r['seed']}"
         result = f"density {r['density']:.3g}"
     else:
         what = f"{r['fraction']:.0%} of filters"

@@ -92,10 +92,12 @@ def test_ls_says_which_network_it_is(tmp_path, capsys):
         *("", "{", "[]", "{}", "\0", "[" * 100_000, '{"a":' * 900 + "1" + "}" * 900),
         '{"kind": "train", "semantics": 3, "key": "KEY", "spec": {}, "result": {}, "provenance": {}}',
         '{"kind": "mystery", "semantics": 3, "key": "KEY", "spec": {}, "result": {}, "provenance": {}}',
-        '{"kind": "prune", "semantics": 3, "key": "KEY", "spec": {"criterion": 1, "allocation": {"mask": []}}, "result": '
-        '{"round": {}, "density": "x"}, "provenance": {}}',
-        '{"kind": "prune", "semantics": 3, "key": "KEY", "spec": {"criterion": "a", "allocation": "b", "fraction": 0.2, '
-        '"seed": 0}, "result": {"round": 1, "density": 0.5}, "provenance": {"at": 1' + "0" * 400 + "}}",
+        '{"kind": "prune", "semantics": 3, "key": "KEY", "spec": {"criterion": 1, "allocation": {"mask": []}}, '
+        '"result": {"round": {}, "density": "x"}, "provenance": {}}',
+        '{"kind": "prune", "semantics": 3, "key": "KEY", "spec": {"criterion": "a", "allocation": "b", '
+        '"fraction": 0.2, "seed": 0}, "result": {"round": 1, "density": 0.5}, "provenance": {"at": 1'
+        + "0" * 400
+        + "}}",
         None,
     ],
     ids=range(12),
