@@ -35,11 +35,11 @@ if not __package__:  # run as a file: `bench` then is importable from the folder
 
 from fastprune.errors import InputError
 from fastprune.figures.paper import A2
-from fastprune.figures.reproduce import data_spec
 from fastprune.loaders import SyntheticData, find_or_prepare
 from fastprune.specs import ChannelSelection, DataSpec, Rewind, Runnable
 from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.compute import Images, NodeComputer, WorkConfig
+from fastprune.study.data import data_spec
 from fastprune.study.graph import Graph
 from fastprune.study.settings import Settings, preset
 

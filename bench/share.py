@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from fastprune.figures import load
-from fastprune.figures.reproduce import data_spec
 from fastprune.loaders import find_or_prepare
 from fastprune.loaders.synthetic import SyntheticData
 from fastprune.specs import Runnable
 from fastprune.store import RunStore
 from fastprune.study.chains import Chains
 from fastprune.study.compute import Images, WorkConfig
+from fastprune.study.data import data_spec
 from fastprune.study.graph import Graph
 from fastprune.study.run import run
 from fastprune.study.settings import Settings, preset

@@ -280,8 +280,8 @@ class Prune(Node):
     """One prune step. Its result is a mask: `prior` (None: dense) without `fraction` of the weights that it keeps.
 
     Weights with the lowest scores are pruned. source: the state whose weights are scored. criterion: "magnitude",
-    "random" (drawn anew in each round from `seed`), or a user's own. allocation: "global" (over all layers), "local" (the same
-    fraction of each layer), or the ratios of another mask.
+    "random" (drawn anew in each round from `seed`), or a user's own. allocation: "global" (over all layers), "local"
+    (the same fraction of each layer), or the ratios of another mask.
     """
 
     source: StateRef | Init

@@ -8,13 +8,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from fastprune.console import printable
 from fastprune.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 

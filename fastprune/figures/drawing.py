@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastprune.figures.axes import X_AXES, Y_AXES, Drawing, DrawnPanel, check_rows, shown_x
-from fastprune.figures.results import CurvePoint, Row, curve, depth_key, series_of, write_atomic
+from fastprune.figures.results import CurvePoint, Row, curve, depth_key, series_of, write_output
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,9 +51,9 @@ def draw(rows: Sequence[Row], drawing: Drawing, folder: Path) -> tuple[Path, Pat
     # "default" first: a user's matplotlibrc must not change the picture.
     with style.context(["default", RC]):
         figure = _figure(rows, drawing)
-        write_atomic(png, _render(figure, "png", dpi=220, metadata={"Software": None}))
+        write_output(png, _render(figure, "png", dpi=220, metadata={"Software": None}))
         # None omits the field: a date would make two drawings of the same rows differ.
-        write_atomic(pdf, _render(figure, "pdf", metadata={"CreationDate": None, "Title": drawing.title}))
+        write_output(pdf, _render(figure, "pdf", metadata={"CreationDate": None, "Title": drawing.title}))
     return png, pdf
 
 

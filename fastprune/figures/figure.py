@@ -63,6 +63,11 @@ class Panel:
     marks_label: str = ""
 
 
+def middle_of(rates: Sequence[float]) -> float:
+    """The rate in the middle, of an even number the lower one."""
+    return sorted(rates)[(len(rates) - 1) // 2]
+
+
 class Rates(NamedTuple):
     """Learning rates by role, written as the names of their series.
 
@@ -78,7 +83,7 @@ class Rates(NamedTuple):
         rising = [f"{rate:g}" for rate in sorted(rates)]
         # No series is called "middle": a claim about a missing role finds no results and is judged undecided.
         # Of an even number of rates, the lower of the two in the middle.
-        middle = rising[(len(rising) - 1) // 2] if len(rising) > 2 else "middle"
+        middle = f"{middle_of(rates):g}" if len(rising) > 2 else "middle"
         return cls(rising[0], middle, rising[-1]) if len(rising) > 1 else cls("lowest", middle, "highest")
 
 

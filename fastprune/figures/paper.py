@@ -17,6 +17,7 @@ from fastprune.figures.figure import (
     Series,
     evaluated,
     find_rates,
+    middle_of,
     register,
     with_random,
 )
@@ -48,7 +49,7 @@ def _a1_panels(settings: Settings) -> tuple[Panel, ...]:
     """One panel per LR_eval with all LR_find; then one panel for the middle LR_find with all LR_eval."""
     by_eval = evaluated(find_rates)(settings)
     # The caption says "LR_eval = 0.1 is the best" of panels that hold LR_eval constant: read as LR_find = 0.1.
-    middle = sorted(settings.lr_find)[(len(settings.lr_find) - 1) // 2]
+    middle = middle_of(settings.lr_find)
     series = tuple(Series(f"LR_eval {lr:g}", f"LR_eval = {lr:g}", MaskRecipe(middle), lr) for lr in settings.lr_eval)
     last = ascii_lowercase[len(by_eval)]
     # find=None: panels a to c list these find runs already.

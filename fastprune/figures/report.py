@@ -14,7 +14,7 @@ from fastprune.figures import FIGURES, load
 from fastprune.figures.axes import X_AXES, Y_AXES, Drawing, DrawnPanel
 from fastprune.figures.claims import Verdict
 from fastprune.figures.drawing import draw
-from fastprune.figures.results import Row, curve, depth_key, natural_key, read_csv, series_of, write_atomic, write_csv
+from fastprune.figures.results import Row, curve, depth_key, natural_key, read_csv, series_of, write_csv, write_output
 
 _SHOWN = ("fastprune", "python", "torch", "triton")
 """Versions that the terminal shows; summary.json has all of them."""
@@ -70,18 +70,18 @@ def write_all(folder: Path, rows: Sequence[Row], drawing: Drawing, summary: Mapp
     write_csv(results, rows)
     pictures = draw(rows, drawing, folder)
     content = json.dumps(_plain(summary), indent=2, allow_nan=False, ensure_ascii=False)
-    write_atomic(described, f"{content}\n".encode())
+    write_output(described, f"{content}\n".encode())
     return [results, *pictures, described]
 
 
-def redraw(folder: Path, drawing: Drawing | None = None) -> list[Path]:
+def draw_again(folder: Path) -> list[Path]:
     """Draws again from results.csv in `folder`; returns the paths of the pictures.
 
-    Titles, chance level and note come from summary.json, else from `drawing`, else from the rows alone. InputError for
-    missing, foreign or damaged files.
+    Titles, chance level and note come from summary.json, else from the rows alone. InputError for missing, foreign or
+    corrupt files.
     """
     rows = read_csv(folder / "results.csv")
-    drawing = _recorded_drawing(folder / "summary.json") or drawing or _bare_drawing(rows)
+    drawing = _recorded_drawing(folder / "summary.json") or _bare_drawing(rows)
     return list(draw(rows, drawing, folder))
 
 

@@ -17,28 +17,20 @@ from fastprune.figures.claims import judge
 from fastprune.figures.collect import collect, remark
 from fastprune.figures.figure import Figure
 from fastprune.figures.points import AnyPoint, build_graph
-from fastprune.figures.report import redraw as draw_again
-from fastprune.figures.report import summarize, terminal_summary, write_all
+from fastprune.figures.report import draw_again, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
-from fastprune.loaders.catalog import peek
-from fastprune.loaders.layout import DISTRIBUTED, scan
-from fastprune.loaders.manifest import Manifest, Subset
-from fastprune.loaders.synthetic import SyntheticData
-from fastprune.specs import DataSpec, n_to_prune
+from fastprune.specs import DataSpec
 from fastprune.store import RunStore
 from fastprune.store.needs import record_figure
+from fastprune.study.chains import check_rounds
+from fastprune.study.data import TITLES, DataRequest, data_flag, data_spec
 from fastprune.study.graph import Cost, Graph, merge_graphs
-from fastprune.study.plan import UNKNOWN, Planned, describe, print_plan
+from fastprune.study.plan import Planned, describe, print_plan
 from fastprune.study.settings import Settings
 
 if TYPE_CHECKING:
-    from fastprune.loaders import LoaderChoice
     from fastprune.study.compute import Images
     from fastprune.study.run import Outcome
-
-
-TITLES = {name: title for name, (title, *_) in DISTRIBUTED.items()} | {"synthetic": "generated images"}
-"""Name of a data set -> its title."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +49,10 @@ class FigureRequest:
     @property
     def name(self) -> str:
         return self.figure.name
+
+    @property
+    def images(self) -> DataRequest:
+        return DataRequest(self.settings, self.data, f"figure {self.name} at preset {self.preset}")
 
 
 @dataclass(frozen=True)
@@ -85,110 +81,11 @@ class Request:
     command: str = ""
 
 
-def asked_for(figure: FigureRequest) -> str | SyntheticData:
-    """The figure's data for the loaders: a folder, or a description of as many generated images as the settings use.
-
-    InputError where none was given.
-    """
-    flag, title = data_flag(figure.settings), TITLES[figure.settings.dataset]
-    if figure.data == "":
-        raise InputError(f"{flag} is empty: give the folder of {title}, or 'synthetic'")
-    if figure.data is None:
-        raise InputError(
-            f"figure {figure.name} at preset {figure.preset} trains on {title}: give its folder with {flag} DIR"
-        )
-    if figure.data != "synthetic":
-        return figure.data
-    s = figure.settings
-    return SyntheticData(s.classes or 10, s.train_per_class or 500, s.val_per_class or 50, size=s.image_size)
-
-
-def data_flag(settings: Settings) -> str:
-    """The flag that names the folder of the figure's images."""
-    return "--miniplaces" if settings.dataset == "miniplaces" else "--data"
-
-
-def planned_data(figure: FigureRequest, store: Path) -> DataSpec:
-    """The data that a plan assumes, without reading an image.
-
-    Counts come from the manifest if the data are prepared, else from the folder's file names, else from the data set as
-    distributed. The fingerprint is unknown unless there is a manifest.
-    """
-    s = figure.settings
-    manifest = None if figure.data is None else peek(asked_for(figure), store)
-    if manifest is not None:
-        return data_spec(manifest, s)
-    limits = {"train": s.train_per_class, "val": s.val_per_class}
-    if figure.data is None:
-        _, number, *each = DISTRIBUTED[s.dataset]
-        name, held = s.dataset, {split: (count,) * number for split, count in zip(limits, each, strict=True)}
-    else:
-        layout = scan(str(asked_for(figure)))
-        name, held = layout.name, {split: layout.per_class(split) for split in limits}
-    counts = {
-        split: sum(n if most is None else min(n, most) for n in held[split][: s.classes])
-        for split, most in limits.items()
-    }
-    classes = s.classes or len(held["train"])
-    # The fingerprint needs every pixel. A made-up one matches no node in the store, and the plan says so.
-    return DataSpec(
-        name, f"{UNKNOWN} {name}", classes, s.train_per_class, s.val_per_class, counts["train"], counts["val"]
-    )
-
-
-def find_data(
-    request: Request, figure: FigureRequest, device: str, copies: int
-) -> "tuple[Manifest, Path | None, LoaderChoice]":
-    """Manifest and folder of the data set, which is prepared if it is not yet, and the loader that will read it.
-
-    copies: how many workers share a device, each with images of its own.
-    """
-    from fastprune.loaders import choose_loader, find_or_prepare
-
-    manifest, folder = find_or_prepare(asked_for(figure), request.store, loader=request.loader)
-    return manifest, folder, choose_loader(manifest, folder, request.loader, device=device, copies=copies)
-
-
-def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
-    """The part of a data set that the settings use. InputError for fewer than two classes, or images than a batch."""
-    part = Subset(settings.classes, settings.train_per_class, settings.val_per_class)
-    train, val = (part.count(manifest, split) for split in ("train", "val"))
-    # The last partial batch is dropped, so an epoch would have no step.
-    if settings.batch_size > train:
-        raise InputError(f"--batch-size {settings.batch_size} is more than the {train} training images: lower it")
-    classes = settings.classes or len(manifest.classes)
-    if classes < 2:
-        raise InputError(f"{manifest.name} has {classes} class, at least 2 are needed: choose another data set")
-    return DataSpec(
-        manifest.name, manifest.fingerprint, classes, settings.train_per_class, settings.val_per_class, train, val
-    )
-
-
-def check_rounds(settings: Settings, data: DataSpec) -> None:
-    """InputError where a round would prune no weight, or every remaining one."""
-    import torch
-
-    from fastprune.pruning.masks import prunable
-    from fastprune.training.models import build
-
-    # "meta" tensors have a shape but no memory: only the number of weights is needed.
-    with torch.device("meta"):
-        left = sum(weight.numel() for _, weight in prunable(build(settings.network(data))))
-    for round in range(1, settings.rounds + 1):
-        gone = n_to_prune(left, settings.fraction)
-        if not 0 < gone < left:
-            what = "nothing" if gone == 0 else "all"
-            raise InputError(
-                f"round {round} of {settings.rounds} would prune {what} of {left} weights: change --fraction"
-            )
-        left -= gone
-
-
 def plan(request: Request) -> None:
     """Prints what `run` would compute and what it would cost. Writes nothing and reads no image."""
     planned = []
     for figure in request.figures:
-        data = planned_data(figure, request.store)
+        data = figure.images.planned(request.store)
         points, graph = build_graph(figure.figure, figure.settings, data)
         panels: dict[str, set[str]] = {}
         for point in points:
@@ -236,7 +133,7 @@ def run(request: Request) -> bool:
     """Computes the nodes that the store lacks, then draws, judges and reports. Returns False if a node failed."""
     began = time.monotonic()
     for figure in request.figures:
-        asked_for(figure)  # raises for missing data before a folder is created
+        figure.images.source()  # raises for missing data before a folder is created
     for figure in request.figures:
         _check_writable(figure.out)
     store = RunStore(request.store)
@@ -279,7 +176,8 @@ def _prepare(request: Request, devices: list[str], workers: int) -> "tuple[list[
     figures, images = [], {}
     for figure in request.figures:
         # Rounded up: the device with the most workers decides whether the images fit into its memory.
-        manifest, folder, choice = find_data(request, figure, devices[0], -(-workers // len(devices)))
+        copies = -(-workers // len(devices))
+        manifest, folder, choice = figure.images.find(request.store, request.loader, devices[0], copies)
         data = data_spec(manifest, figure.settings)
         points, graph = build_graph(figure.figure, figure.settings, data)
         if any(n.kind == "prune" for n in graph.nodes):

@@ -100,7 +100,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     writer.writerow(COLUMNS)
     for row in ordered:
         writer.writerow([_to_text(name, value) for name, value in zip(COLUMNS, astuple(row), strict=True)])
-    write_atomic(path, text.getvalue().encode())
+    write_output(path, text.getvalue().encode())
 
 
 def _to_text(name: str, value: object) -> str:
@@ -165,7 +165,7 @@ def _parse(line: str) -> Row:
     )
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_output(path: Path, content: bytes) -> None:
     """Writes `content` to `path` atomically: no reader and no crash sees part of a file. Creates missing folders.
 
     InputError where the folder is read-only, full or not a folder.

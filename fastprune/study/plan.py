@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from fastprune.errors import InputError
 from fastprune.specs import DataSpec, ModelSpec, Prune, Runnable, Train
 from fastprune.store import RunStore
+from fastprune.study.data import UNKNOWN
 from fastprune.study.graph import Cost, Graph, Schedule, merge_graphs
 from fastprune.study.settings import Settings
-
-UNKNOWN = "unknown"
-"""How the fingerprint of images begins that have not been read yet."""
 
 
 @dataclass(frozen=True)

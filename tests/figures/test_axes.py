@@ -12,7 +12,7 @@ from fastprune.errors import InputError
 from fastprune.figures import FIGURES, load
 from fastprune.figures import drawing as draw
 from fastprune.figures.axes import Drawing, DrawnPanel, check_rows, shown_x
-from fastprune.figures.report import panel_table, redraw, summarize, terminal_summary, write_all
+from fastprune.figures.report import draw_again, panel_table, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
 
 ROW = Row("A2", "a", "0.05", 0, 1, 0.8, 0.47, 0.05, 0.5, False, 0, "abc")
@@ -105,14 +105,14 @@ def test_a_figure_is_drawn_again_from_its_files(name, tmp_path):
     summary = summarize(rows, drawing, [], figure=name, preset="p", settings={}, data={}, cost={}, environment={})
     write_all(tmp_path, rows, drawing, summary)
     before = [(tmp_path / f"figure.{kind}").read_bytes() for kind in ("png", "pdf")]
-    redraw(tmp_path)
+    draw_again(tmp_path)
     assert [(tmp_path / f"figure.{kind}").read_bytes() for kind in ("png", "pdf")] == before
     assert DrawnPanel(**json.loads(json.dumps(asdict(next(iter(drawing.panels.values())))))) in drawing.panels.values()
     text = terminal_summary(summary)
     assert max(map(len, text.splitlines())) <= 100
     assert text.isascii()
     (tmp_path / "summary.json").unlink()
-    redraw(tmp_path)  # with the axes of its figure, without its words
+    draw_again(tmp_path)  # with the axes of its figure, without its words
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 

@@ -7,7 +7,7 @@ import pytest
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, PAPER, load
 from fastprune.figures.points import LprPoint, Point, build_graph
-from fastprune.figures.reproduce import FigureRequest, planned_data
+from fastprune.figures.reproduce import FigureRequest
 from fastprune.specs import ChannelSelection, DataSpec, ModelSpec, Prune, Ratios, Rewind, Train
 from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.graph import Cost, Graph, merge_graphs
@@ -180,9 +180,9 @@ def test_a_plan_counts_the_images_of_the_folder_without_reading_them(tmp_path):
                 (tmp_path / "animals" / split / name / f"{i}.jpg").touch()
     settings = preset(load("A3").protocol, "paper")
     figure = FigureRequest(load("A3"), "paper", settings, str(tmp_path / "animals"), tmp_path / "out")
-    data = planned_data(figure, tmp_path / "store")
+    data = figure.images.planned(tmp_path / "store")
     assert (data.name, data.classes, data.train_count, data.val_count) == ("animals", 3, 22, 7)
     part = replace(figure, settings=settings.override(classes=2, train_per_class=5))
-    assert planned_data(part, tmp_path / "store").train_count == 10
-    assert planned_data(replace(figure, data=None), tmp_path / "store").train_count == 100_000
+    assert part.images.planned(tmp_path / "store").train_count == 10
+    assert replace(figure, data=None).images.planned(tmp_path / "store").train_count == 100_000
     assert not (tmp_path / "store").exists()

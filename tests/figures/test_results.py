@@ -22,8 +22,8 @@ from fastprune.figures.results import (
     natural_key,
     read_csv,
     series_of,
-    write_atomic,
     write_csv,
+    write_output,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -155,8 +155,8 @@ def test_turned_line_ends_are_read(tmp_path):
 
 def test_writing_replaces_and_leaves_nothing_else(tmp_path):
     path = tmp_path / "new" / "folder" / "file"
-    write_atomic(path, b"one")
-    write_atomic(path, b"two")
+    write_output(path, b"one")
+    write_output(path, b"two")
     assert path.read_bytes() == b"two"
     assert list(path.parent.iterdir()) == [path]
 
@@ -164,14 +164,14 @@ def test_writing_replaces_and_leaves_nothing_else(tmp_path):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
 def test_a_failed_write_keeps_the_old_file_and_is_one_line(tmp_path, monkeypatch, code):
     path = tmp_path / "file"
-    write_atomic(path, b"old")
+    write_output(path, b"old")
 
     def fail(descriptor):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(InputError, match=os.strerror(code)) as caught:
-        write_atomic(path, b"new")
+        write_output(path, b"new")
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
