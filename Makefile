@@ -7,13 +7,14 @@ python := .venv/bin/python
 reproduce_flags = --fig $(FIG) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data '$(DATA)') \
 	$(if $(OUT),--out '$(OUT)') $(if $(STORE),--store '$(STORE)') $(ARGS)
 
-.PHONY: help setup reproduce test lint bench test-gpu constraints clean
+.PHONY: help setup reproduce test test-all lint bench test-gpu constraints clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make reproduce FIG=A2   set up, then run a figure (or all): PRESET=smoke|quick|paper DATA=... OUT=... STORE=... ARGS='...'"
-	@echo "make test               set up, then run the tests: ARGS='-k masks'"
-	@echo "make lint               ruff and mypy"
+	@echo "make test               set up, then run every kind of test once: ARGS='-k masks'"
+	@echo "make test-all           the same, and the slow tests"
+	@echo "make lint               ruff, mypy and import-linter"
 	@echo "make bench              the benchmarks of bench/: ARGS='bench/bench_crop.py --device cuda'"
 	@echo "make test-gpu           checks, then times everything on a CUDA machine: ARGS='--only checks --cache FOLDER'"
 	@echo "make setup              only set up .venv (scripts/setup.sh --plan says what that would install)"
@@ -29,12 +30,15 @@ reproduce: setup
 	$(python) scripts/reproduce.py $(reproduce_flags)
 
 # One thread a process: two workers on two cores are faster than two threads, and results are equal at equal counts.
-test bench: export OMP_NUM_THREADS = 1
-test bench: export OMP_WAIT_POLICY = passive
+test test-all bench: export OMP_NUM_THREADS = 1
+test test-all bench: export OMP_WAIT_POLICY = passive
 # The second time the kernels' Triton code itself runs, interpreted: a process cannot do both.
 test: setup
-	$(python) -m pytest -n 2 --dist loadgroup $(ARGS)
-	TRITON_INTERPRET=1 $(python) -m pytest -n 2 tests/kernels
+	$(python) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	TRITON_INTERPRET=1 $(python) -m pytest -n 2 -m "not slow" tests/kernels
+
+test-all: test
+	$(python) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
 bench: setup
 	$(python) -m pytest $(if $(findstring bench/bench_,$(ARGS)),,bench) --benchmark-enable $(ARGS)
@@ -55,5 +59,5 @@ constraints: setup
 
 clean:
 	@if [ -e .venv/.fastprune-setup ]; then rm -rf .venv; fi
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache
 	find fastprune kernels loaders scripts bench tests -name __pycache__ -prune -exec rm -rf {} +
