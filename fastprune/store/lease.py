@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 SECONDS = 90.0
-"""A lease that nobody has touched for so long is abandoned. Equal for all processes that share a store."""
+"""A lease that was not touched for so long is abandoned. Equal for all processes that share a store."""
 
 _TOUCHES = 6
 """How often a lease is touched in that time: a disk that hangs for a moment costs no lease."""

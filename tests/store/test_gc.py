@@ -56,7 +56,7 @@ def littered(tmp_path) -> RunStore:
     store = put_all(tmp_path / "runs")
     die_with_lease(store, FILTERS.key)
     die_with_lease(store, TRAIN.key)
-    store.aside(f"{PRUNE.key}-damaged")
+    store.aside(f"{PRUNE.key}-removed")
     old(store.root / "tmp" / "junk")
     old(store.root / "figures" / ".A2-paper-1234.json.abcd")
     old(store.root / ".store.json.abcd")
@@ -196,7 +196,7 @@ def test_states_that_only_finished_nodes_have_read(tmp_path, capsys):
     assert set(states(store)) == readers
     store.remove(store.path(MASKS[1]))  # it is still to come, and reads what round 1 found
     assert gc(store, "--states", "--yes") == 0
-    assert states(store) == {FIND[1].key: ["state-110.safetensors"]}  # its momentum is read by nobody
+    assert states(store) == {FIND[1].key: ["state-110.safetensors"]}  # no node reads its momentum
     assert read_sums(store.path(TRAIN)).keys() == {"metrics.csv", "times.csv", "node.json", "ratios-0.2.csv"}
     assert Graph.of(EVAL).todo(store) == [MASKS[1]]
     put(store, MASKS[1])

@@ -97,11 +97,11 @@ def test_a_holder_that_is_killed_is_followed_at_once(tmp_path, clock):
         assert leases.acquire("node") == (True, None)  # a takeover is told of once
 
 
-@pytest.mark.parametrize("content", ["whole", "", "{", "[]", '{"host": 1}', "\xff"])
+@pytest.mark.parametrize("content", ["complete", "", "{", "[]", '{"host": 1}', "\xff"])
 def test_a_machine_that_is_lost_is_followed_when_its_lease_was_untouched_for_long(tmp_path, clock, content):
     """By the clock of the process that looks; that of the disk is ten years behind. What was half written, too."""
     path = from_elsewhere(tmp_path)
-    if content != "whole":
+    if content != "complete":
         path.write_text(content)
     os.utime(path, (1.0e9, 1.0e9))
     with Leases(tmp_path, 90.0) as leases:
@@ -111,7 +111,7 @@ def test_a_machine_that_is_lost_is_followed_when_its_lease_was_untouched_for_lon
         clock.now += 0.1
         mine, holder = leases.acquire("node")
         assert mine is True
-        assert (holder is None) == (content != "whole")
+        assert (holder is None) == (content != "complete")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -137,7 +137,7 @@ def test_a_takeover_removes_what_was_half_written(tmp_path):
     store = RunStore(tmp_path)
     store.aside(TRAIN.key)
     (tmp_path / "partial" / f".{TRAIN.key}.checkpoint.safetensors.123").write_text("half")
-    store.save_partial(TRAIN, "checkpoint", lambda p: p.write_text("whole"))
+    store.save_partial(TRAIN, "checkpoint", lambda p: p.write_text("complete"))
     publish(store, PRUNE)
     (store.path(PRUNE) / ".state-3.safetensors.123").write_text("half")
     other = store.aside(PRUNE.key)

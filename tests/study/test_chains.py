@@ -13,7 +13,7 @@ from fastprune.study.graph import Graph
 from fastprune.study.settings import preset
 from tests.fakes import Images, Silent, run_here
 
-DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
+DATA = DataSpec("fake", "f" * 64, 4, None, None, 24, 8)
 SMALL = {"seeds": 1, "epochs": 3, "batch_size": 8, "width": 4}
 
 
@@ -34,7 +34,7 @@ def config(tmp_path, monkeypatch) -> WorkConfig:
     monkeypatch.setattr(compute, "open_data", lambda *args, **kwargs: Images())
     manifest = Manifest.__new__(Manifest)
     object.__setattr__(manifest, "height", 32)  # all that is looked at
-    images = {DATA.fingerprint: compute.Images(manifest, None, "made up")}
+    images = {DATA.fingerprint: compute.Images(manifest, None, "fake")}
     return WorkConfig(tmp_path / "store", images, checkpoint_seconds=0.0)
 
 

@@ -13,7 +13,7 @@ from fastprune.study.plan import longest_chain, simulate
 from fastprune.study.settings import preset
 from tests.fakes import eval_runs, find_runs, masks
 
-DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
+DATA = DataSpec("fake", "f" * 64, 4, None, None, 24, 8)
 CHAINS = Chains(preset(load("A2").protocol, "smoke").override(seeds=1, rounds=3, epochs=2, batch_size=8), DATA, 0)
 
 

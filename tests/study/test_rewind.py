@@ -23,7 +23,7 @@ LATE = 2
 SETTINGS = preset(A2.protocol, "smoke").override(
     seeds=1, rounds=2, fraction=0.5, epochs=4, milestones=(1, 3), batch_size=8, rewind_epoch=LATE, lr_find=(0.05,)
 )
-DATA = DataSpec("made up", "f" * 64, 4, None, None, 8, 8)  # one batch an epoch: an epoch is a step
+DATA = DataSpec("fake", "f" * 64, 4, None, None, 8, 8)  # one batch an epoch: an epoch is a step
 SOURCE = MaskRecipe(0.05)
 
 
@@ -36,7 +36,7 @@ def config(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compute, "open_data", lambda *args, **kwargs: Images(batches=1))
         manifest = Manifest.__new__(Manifest)  # nothing looks into it
-        images = {DATA.fingerprint: compute.Images(manifest, None, "made up")}
+        images = {DATA.fingerprint: compute.Images(manifest, None, "fake")}
         yield WorkConfig(tmp_path_factory.mktemp("rewind"), images, checkpoint_seconds=0.0)
 
 

@@ -21,14 +21,14 @@ from fastprune.study.settings import preset
 from tests.fakes import Images, Silent, eval_runs, find_runs, masks, run_here
 
 SETTINGS = preset(A2.protocol, "smoke").override(seeds=1, rounds=2, fraction=0.6, epochs=3, batch_size=8)
-DATA = DataSpec("made up", "f" * 64, 4, None, None, 24, 8)
+DATA = DataSpec("fake", "f" * 64, 4, None, None, 24, 8)
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> WorkConfig:
     monkeypatch.setattr(compute, "open_data", lambda *args, **kwargs: Images())
     manifest = Manifest.__new__(Manifest)  # nothing looks into it
-    return WorkConfig(tmp_path, {DATA.fingerprint: compute.Images(manifest, None, "made up")}, checkpoint_seconds=0.0)
+    return WorkConfig(tmp_path, {DATA.fingerprint: compute.Images(manifest, None, "fake")}, checkpoint_seconds=0.0)
 
 
 def chains(**changes) -> Chains:
