@@ -69,16 +69,16 @@ class Images:
         return self.source.val(batch_size=batch_size, rank=rank, world_size=world_size, dtype=dtype)
 
 
-def open_images(request: TrainRequest, device: torch.device, *, show: bool, sharing: int = 1) -> Images:
+def open_images(request: TrainRequest, device: torch.device, *, show: bool, local_world_size: int = 1) -> Images:
     """Finds, prepares where needed, and opens the data. InputError where it is not usable.
 
-    show: progress on stderr.  sharing: processes that share the processors.
+    show: progress on stderr.  local_world_size: processes that share the processors.
     """
     if request.data == "":
         raise InputError("--data-path is empty: give a folder of images, or 'synthetic'")
     workers = request.workers
     if workers is None:
-        workers = min(16, max(1, len(os.sched_getaffinity(0)) // sharing))
+        workers = min(16, max(1, len(os.sched_getaffinity(0)) // local_world_size))
     manifest, folder = find_or_prepare(
         request.data, request.store or _STORE, loader=request.loader, any_size=True, show=show
     )
@@ -127,7 +127,7 @@ class TrainLog:
 
     sums: reads the running (mean loss, accuracy, images) of this process, or None where that would wait for a device:
     then there are no lines within an epoch. Losses in nats, accuracies in percent; in `loss: a (b)`, a is the mean
-    since the last line and b that of the epoch. batches, batch_size: of each of `ranks` ranks; images/s are those of
+    since the last line and b that of the epoch. batches, batch_size: of each of `world_size` ranks; images/s are those of
     all together.
     """
 
@@ -140,10 +140,16 @@ class TrainLog:
         every: int,
         sums: Callable[[], tuple[float, float, int]] | None,
         epoch: int,
-        ranks: int = 1,
+        world_size: int = 1,
     ) -> None:
-        self._batches, self._schedule, self._every, self._sums, self._ranks = batches, schedule, every, sums, ranks
-        self._images = batches * batch_size * ranks
+        self._batches, self._schedule, self._every, self._sums, self._world_size = (
+            batches,
+            schedule,
+            every,
+            sums,
+            world_size,
+        )
+        self._images = batches * batch_size * world_size
         self._begin(epoch)
 
     def _begin(self, epoch: int) -> None:
@@ -161,7 +167,7 @@ class TrainLog:
         fresh = seen - old
         recent = (loss * seen - old_loss * old) / fresh, (accuracy * seen - old_accuracy * old) / fresh
         left = (now - self._began) / self._done * (self._batches - self._done)
-        rate = fresh * self._ranks / (now - self._last)
+        rate = fresh * self._world_size / (now - self._last)
         lr = self._schedule.lr_at(self._epoch, number / self._batches)
         self._line(number, left, lr, rate, f"{recent[0]:.4f} ({loss:.4f})", _both(recent[1], accuracy))
         self._last, self._before = now, (loss, accuracy, seen)
@@ -209,12 +215,12 @@ _RESULT = (
 
 
 class Ranks(NamedTuple):
-    """This process among those that train together; local: its number on this machine."""
+    """This process among those that train together, as torchrun numbers them; local: on this machine."""
 
     rank: int = 0
-    ranks: int = 1
-    local: int = 0
-    sharing: int = 1
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
 
     @classmethod
     def from_environment(cls) -> "Ranks":
@@ -231,8 +237,8 @@ def run(request: TrainRequest) -> bool:
     device = choose_device(request, ranks)
     images = None
     try:
-        with _together(device, ranks):
-            images = open_images(request, device, show=ranks.rank == 0, sharing=ranks.sharing)
+        with _process_group(device, ranks):
+            images = open_images(request, device, show=ranks.rank == 0, local_world_size=ranks.local_world_size)
             return _run(request, images, device, ranks)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
@@ -254,11 +260,13 @@ def _run(request: TrainRequest, images: Images, device: torch.device, ranks: Ran
 def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ranks) -> bool:
     start, origin = prepare(trainer, request)
     batch_size = request.optimizer.batch_size
-    val = images.val(batch_size, ranks.rank, ranks.ranks, trainer.images)
+    val = images.val(batch_size, ranks.rank, ranks.world_size, trainer.images)
     first = ranks.rank == 0
     if first:
         say(f"Data {images.about}")
-        say(f"Model {request.model}, {request.precision} on {_name(trainer.device)}, {_ranks(batch_size, ranks.ranks)}")
+        say(
+            f"Model {request.model}, {request.precision} on {_name(trainer.device)}, {_batches(batch_size, ranks.world_size)}"
+        )
         for line in origin:
             say(line)
         say(_sparsity(trainer))
@@ -268,7 +276,7 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
         if first:
             say_test(loss, accuracy)
         return True
-    train = images.train(request.seed, batch_size, ranks.rank, ranks.ranks, trainer.images)
+    train = images.train(request.seed, batch_size, ranks.rank, ranks.world_size, trainer.images)
     return _fit(trainer, train, val, request, start, ranks)
 
 
@@ -285,7 +293,7 @@ def _fit(trainer: Trainer, train: Epochs, val: Batches, request: TrainRequest, s
             every=request.print_freq,
             sums=sums,
             epoch=start,
-            ranks=ranks.ranks,
+            world_size=ranks.world_size,
         )
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -335,7 +343,9 @@ def choose_device(request: TrainRequest, ranks: Ranks) -> torch.device:
         raise InputError(f"--device {request.device} is not supported: choose cuda, cuda:N or cpu")
     if device.type == "cuda":
         count = torch.cuda.device_count()
-        device = torch.device("cuda", ranks.local if device.index is None or ranks.ranks > 1 else device.index)
+        device = torch.device(
+            "cuda", ranks.local_rank if device.index is None or ranks.world_size > 1 else device.index
+        )
         if device.index is None or device.index >= count:
             raise InputError(f"there is no {device}: {count} GPUs are visible here; --device cpu trains without one")
         torch.cuda.set_device(device)
@@ -415,14 +425,14 @@ def _name(device: torch.device) -> str:
     return f"{device} ({threads} thread{'s' if threads > 1 else ''})"
 
 
-def _ranks(batch_size: int, ranks: int) -> str:
-    return f"batches of {batch_size}" + (f" on each of {ranks} ranks" if ranks > 1 else "")
+def _batches(batch_size: int, world_size: int) -> str:
+    return f"batches of {batch_size}" + (f" on each of {world_size} ranks" if world_size > 1 else "")
 
 
 @contextmanager
-def _together(device: torch.device, ranks: Ranks) -> Iterator[None]:
+def _process_group(device: torch.device, ranks: Ranks) -> Iterator[None]:
     """The process group, where torchrun started several."""
-    if ranks.ranks == 1:
+    if ranks.world_size == 1:
         yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

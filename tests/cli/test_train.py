@@ -219,7 +219,7 @@ def test_lines_and_a_checkpoint_that_plain_torchvision_reads(folder, tmp_path, c
 
 
 def test_on_a_gpu_an_epoch_is_one_line(capsys):
-    log = TrainLog(4, 8, ScheduleSpec(0.1, 2), every=1, sums=None, epoch=1, ranks=2)
+    log = TrainLog(4, 8, ScheduleSpec(0.1, 2), every=1, sums=None, epoch=1, world_size=2)
     for _ in range(4):
         log.batch(8)
     log.epoch(EpochMetrics(2, 0.1, 1.25, 0.5, 1.5, 0.25, images_per_second=32.0, seconds=9.0))
