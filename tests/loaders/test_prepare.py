@@ -187,7 +187,7 @@ def test_images_of_varying_size_are_refused(beton, raw, tmp_path):
         (["--source", "x", "--out", "y", "--workers", "many"], "many"),
         (["--source", "x", "--out", "y", "--resize", "7"], "--resize is 7"),
         (["--source", "/no/such/folder", "--out", "y"], "no such data folder: /no/such/folder"),
-        (["--dataset", "miniplaces", "--download", "--out", "y"], "--download fetches Tiny ImageNet only"),
+        (["--dataset", "miniplaces", "--download", "--out", "y"], "--download supports Tiny ImageNet only"),
         (["--dataset", "miniplaces", "--source", "RAW", "--out", "y"], "holds tiny-imagenet-200: omit --dataset"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
