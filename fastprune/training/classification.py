@@ -127,8 +127,8 @@ class TrainLog:
 
     sums: reads the running (mean loss, accuracy, images) of this process, or None where that would wait for a device:
     then there are no lines within an epoch. Losses in nats, accuracies in percent; in `loss: a (b)`, a is the mean
-    since the last line and b that of the epoch. batches, batch_size: of each of `world_size` ranks; images/s are those of
-    all together.
+    since the last line and b that of the epoch. batches, batch_size: of each of `world_size` ranks; images/s are those
+    of all together.
     """
 
     def __init__(
@@ -264,9 +264,8 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
     first = ranks.rank == 0
     if first:
         say(f"Data {images.about}")
-        say(
-            f"Model {request.model}, {request.precision} on {_name(trainer.device)}, {_batches(batch_size, ranks.world_size)}"
-        )
+        sizes = _batches(batch_size, ranks.world_size)
+        say(f"Model {request.model}, {request.precision} on {_name(trainer.device)}, {sizes}")
         for line in origin:
             say(line)
         say(_sparsity(trainer))
