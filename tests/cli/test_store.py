@@ -45,9 +45,9 @@ def test_ls(store, capsys):
     assert "90 s, 45,300 images/s cpu " in train
     assert "round 1 by lr 0.2 50.00 %, density 0.8" in rows[EVAL[1].key[:8]]
     assert "prune round 1, magnitude of lr 0.2, global, fraction 0.2, seed 0 density 0.8 90 s" in rows[PRUNE.key[:8]]
-    assert "filters 50% of filters 50% removed" in rows[FILTERS.key[:8]]
+    assert "channels 50% of filters 50% removed" in rows[FILTERS.key[:8]]
     trainings = len(GRAPH.trainings)
-    assert lines[-1].startswith(f"{trainings} trainings, {len(MASKS)} prunes, 1 filter selections; ")
+    assert lines[-1].startswith(f"{trainings} trainings, {len(MASKS)} prunes, 1 channel selections; ")
     assert lines[-1].endswith(f"kB on disk; {duration(90.0 * (len(GRAPH.nodes) + 1))} of computing")
 
 
