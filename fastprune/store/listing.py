@@ -277,6 +277,7 @@ def going_on(root: Path) -> list[str]:
         if KEY.fullmatch(path.name):
             holder = read_holder(path)
             by = "a process" if holder is None else f"{holder}, {_since(holder.since)}"
+            by += ", which died" if holder is not None and holder.has_died else ""
             said.append(f"lease {path.name[:8]}: {by}")
     for path in sorted((root / "partial").glob("*.checkpoint.safetensors")):
         found = _stat(path)
