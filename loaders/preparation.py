@@ -242,22 +242,38 @@ def writing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that writes to {path.parent}", file=sys.stderr)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        if _is(handle, path):
-            break
-        os.close(handle)  # the holder before has removed the file, so this lock keeps no process out
+    handle = -1
     try:
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that writes to {path.parent}", file=sys.stderr)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is(handle, path):
+                break
+            os.close(handle)  # the holder before has removed the file, so this lock keeps no process out
+            handle = -1
         yield
     finally:
-        path.unlink(missing_ok=True)
-        fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not: another process may have been forked meanwhile
-        os.close(handle)
+        if handle >= 0:
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not: another process may have been forked meanwhile
+            os.close(handle)
+        # By name, since an interrupt may have come between the creation and its return.
+        _remove_if_free(path)
+
+
+def _remove_if_free(path: Path) -> None:
+    """Removes a lock file that no process holds."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is(handle, path):
+                path.unlink()
+        finally:
+            os.close(handle)
 
 
 def _is(handle: int, path: Path) -> bool:
