@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from statistics import fmean, median
 from typing import Any
 
-from fastprune.figures.points import AnyPoint, LprPoint, Point
+from fastprune.figures.figure import AnyPoint, LprPoint, Point
 from fastprune.figures.results import Row
 from fastprune.specs import Prune
 from fastprune.store import RequestedOutputs, RunStore

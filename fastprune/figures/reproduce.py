@@ -15,8 +15,7 @@ from fastprune.errors import InputError
 from fastprune.figures.axes import Drawing, DrawnPanel
 from fastprune.figures.claims import judge
 from fastprune.figures.collect import collect, remark
-from fastprune.figures.figure import Figure
-from fastprune.figures.points import AnyPoint, build_graph
+from fastprune.figures.figure import AnyPoint, Figure, build_graph
 from fastprune.figures.report import draw_again, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
 from fastprune.specs import DataSpec

@@ -173,6 +173,56 @@ class FlatParams:
         raise TypeError("views of flat buffers cannot be copied or pickled: copy the model, or save its state")
 
 
+class FlatSGD(torch.optim.Optimizer):
+    """torch.optim.SGD's update on a FlatParams, masked, in one pass over each of its two weight buffers.
+
+    step() mutates weights and momentum; pruned weights and their momentum are exactly +0 afterwards. zero_grad() writes
+    zeros in place and ignores `set_to_none`, because gradients are views of one buffer.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParams,
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        self.flat = flat
+        # One parameter a buffer, so that a GradScaler looks for inf in two tensors and not in one a layer.
+        views = [nn.Parameter(flat.weight), nn.Parameter(flat.other_params)]
+        for view, grad in zip(views, (flat.grad, flat.other_grad), strict=True):
+            view.grad = grad
+        self._step_supports_ampscaling = True  # as in MaskedSGD
+        super().__init__(views, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.flat.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("FlatSGD takes no closure")
+        group = self.param_groups[0]
+        self.flat.sgd_step(
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            **scaling(self),
+        )
+
+
+def scaling(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """grad_scale and found_inf for masked_sgd_: float32 of one element each, or None without a GradScaler."""
+    # A GradScaler sets both as attributes for the duration of step(). After its unscale_() grad_scale is None: the
+    # gradients are divided already, which a scale of 1 says.
+    found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+    if found_inf is not None and grad_scale is None:
+        grad_scale = torch.ones_like(found_inf)
+    return {"grad_scale": grad_scale, "found_inf": found_inf}
+
+
 def _buffer(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
     return torch.zeros(buffer_size(segments), device=device)
 

@@ -1,4 +1,4 @@
-"""Optimisers that keep pruned weights at +0: MaskedSGD and keep_pruned for a user's own loop, FlatSGD for the Trainer.
+"""Optimisers that keep pruned weights at +0 in a user's own loop: MaskedSGD, and keep_pruned for any other.
 
 model = fastprune.attach(model, mask)
 optimizer = MaskedSGD(model.parameters(), model, lr=0.1, momentum=0.9)  # or
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastprune.kernels import masked_sgd_
 from fastprune.pruning.masks import weight_masks
-from fastprune.training.flat import FlatParams
+from fastprune.training.flat import scaling
 
 
 class MaskedSGD(torch.optim.Optimizer):
@@ -50,7 +50,7 @@ class MaskedSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Looked up here and not kept: attach() or a checkpoint may have given a layer a new mask tensor.
-        masks, scaling = weight_masks(self._model), _scaling(self)
+        masks, scaling = weight_masks(self._model), scaling(self)
         for group in self.param_groups:
             hyper = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
             for p in group["params"]:
@@ -88,56 +88,6 @@ def keep_pruned(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removable
                     value.masked_fill_(pruned, 0.0)
 
     return optimizer.register_step_post_hook(zero)
-
-
-class FlatSGD(torch.optim.Optimizer):
-    """torch.optim.SGD's update on a FlatParams, masked, in one pass over each of its two weight buffers.
-
-    step() mutates weights and momentum; pruned weights and their momentum are exactly +0 afterwards. zero_grad() writes
-    zeros in place and ignores `set_to_none`, because gradients are views of one buffer.
-    """
-
-    def __init__(
-        self,
-        flat: FlatParams,
-        lr: float | Tensor,
-        momentum: float = 0.0,
-        weight_decay: float = 0.0,
-        nesterov: bool = False,
-    ) -> None:
-        self.flat = flat
-        # One parameter a buffer, so that a GradScaler looks for inf in two tensors and not in one a layer.
-        views = [nn.Parameter(flat.weight), nn.Parameter(flat.other_params)]
-        for view, grad in zip(views, (flat.grad, flat.other_grad), strict=True):
-            view.grad = grad
-        self._step_supports_amp_scaling = True  # as in MaskedSGD
-        super().__init__(views, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.flat.zero_grad()
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            raise ValueError("FlatSGD takes no closure")
-        group = self.param_groups[0]
-        self.flat.sgd_step(
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            **_scaling(self),
-        )
-
-
-def _scaling(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """grad_scale and found_inf for masked_sgd_: float32 of one element each, or None without a GradScaler."""
-    # A GradScaler sets both as attributes for the duration of step(). After its unscale_() grad_scale is None: the
-    # gradients are divided already, which a scale of 1 says.
-    found_inf, grad_scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-    if found_inf is not None and grad_scale is None:
-        grad_scale = torch.ones_like(found_inf)
-    return {"grad_scale": grad_scale, "found_inf": found_inf}
 
 
 def _dense(tensor: Tensor) -> Tensor:

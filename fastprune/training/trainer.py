@@ -14,8 +14,7 @@ from fastprune.pruning.allocation import prune
 from fastprune.pruning.masks import Mask, masks_of, share_masks, unshare_masks
 from fastprune.specs import PRECISIONS, OptimizerSpec, ScheduleSpec
 from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics
-from fastprune.training.flat import FlatParams
-from fastprune.training.optim import FlatSGD
+from fastprune.training.flat import FlatParams, FlatSGD
 from fastprune.training.step import EpochMetrics, EpochSums, GraphedStep, Step, check_labels
 
 _HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

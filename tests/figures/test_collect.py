@@ -6,8 +6,7 @@ from torch import nn
 
 from fastprune.figures import load
 from fastprune.figures.collect import collect
-from fastprune.figures.figure import Panel, Series
-from fastprune.figures.points import LprPoint, find_points
+from fastprune.figures.figure import LprPoint, Panel, Series, find_points
 from fastprune.specs import DataSpec, LprHistory
 from fastprune.store import RunStore, lpr_name, write_csv
 from fastprune.study.chains import Chains, MaskRecipe

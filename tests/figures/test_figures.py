@@ -6,7 +6,7 @@ import pytest
 
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, PAPER, load
-from fastprune.figures.points import LprPoint, Point, build_graph
+from fastprune.figures.figure import LprPoint, Point, build_graph
 from fastprune.figures.reproduce import FigureRequest
 from fastprune.specs import ChannelSelection, DataSpec, ModelSpec, Prune, Ratios, Rewind, Train
 from fastprune.study.chains import Chains, MaskRecipe

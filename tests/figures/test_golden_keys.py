@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.figures import FIGURES, load
-from fastprune.figures.points import build_graph
+from fastprune.figures.figure import build_graph
 from fastprune.specs import DataSpec
 from fastprune.study.settings import preset
 

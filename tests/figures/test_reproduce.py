@@ -11,8 +11,8 @@ import pytest
 
 from fastprune.cli.reproduce import main
 from fastprune.cli.store import main as store_main
+from fastprune.figures.figure import build_graph
 from fastprune.figures.paper import A2
-from fastprune.figures.points import build_graph
 from fastprune.figures.results import read_csv
 from fastprune.specs import DataSpec
 from fastprune.study.settings import preset

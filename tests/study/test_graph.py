@@ -6,8 +6,8 @@ import pytest
 
 from fastprune.errors import InputError
 from fastprune.figures import load
+from fastprune.figures.figure import points_of
 from fastprune.figures.paper import A2
-from fastprune.figures.points import points_of
 from fastprune.specs import DataSpec, Init, ModelSpec, OptimizerSpec, Prune, ScheduleSpec, StateRef, Train, n_to_prune
 from fastprune.study.chains import Chains
 from fastprune.study.graph import Cost, Graph

@@ -15,7 +15,7 @@ from fastprune.pruning.allocation import prune
 from fastprune.pruning.criteria import random_scores
 from fastprune.pruning.masks import Mask, MaskedConv2d, attach, layout, prunable
 from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
-from fastprune.training import optim
+from fastprune.training import flat
 from fastprune.training.models import build, initial_model
 from fastprune.training.trainer import Trainer
 
@@ -211,7 +211,7 @@ def test_a_scaler_that_takes_every_step_is_found(monkeypatch):
         found = optimizer.found_inf * (optimizer.grad_scale < 2.0**40)
         return {"grad_scale": optimizer.grad_scale, "found_inf": found}
 
-    monkeypatch.setattr(optim, "_scaling", careless)
+    monkeypatch.setattr(flat, "scaling", careless)
     with pytest.raises(AssertionError, match="infinite gradients was taken"):
         skips_infinite_gradients(torch.device("cpu"))
 
