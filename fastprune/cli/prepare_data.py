@@ -81,8 +81,9 @@ def _run(args: argparse.Namespace) -> Manifest:
     if args.download:
         fetch_tiny_imagenet(source)
     found = recognised(source)
-    if args.dataset and found and found != DATASETS[args.dataset]:
-        raise InputError(f"--dataset is {args.dataset}, but {source} holds {found}: omit --dataset")
+    if args.dataset and found != DATASETS[args.dataset]:
+        held = found or "another layout"
+        raise InputError(f"--dataset is {args.dataset}, but {source} holds {held}: omit --dataset")
     if args.resize is not None:
         source = resize_images(source, args.out, args.resize, workers=args.workers)
     return prepare(source, args.out, workers=args.workers)

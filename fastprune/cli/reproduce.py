@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
         "--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; 'synthetic': generated images (smoke's default)"
     )
     p.add_argument(
-        "--miniplaces", metavar="DIR", help="MiniPlaces, for figure A1 (default: --data, if that is synthetic)"
+        "--miniplaces",
+        metavar="DIR",
+        help="MiniPlaces, for figure A1 (default: --data, if synthetic or for A1 alone)",
     )
     p.add_argument(
         "--out", type=Path, default=Path("results"), metavar="DIR", help="folder for figures (default results)"
@@ -162,11 +164,11 @@ def _main(args: argparse.Namespace, command: str) -> int:
         workers=args.workers,
         checkpoint_seconds=args.checkpoint_seconds,
         checkpoint_epochs=args.checkpoint_epochs,
-        rate=args.images_per_second,
-        clusters=tuple(args.gpus or ()),
+        images_per_second=args.images_per_second,
+        planned_gpus=tuple(args.gpus or ()),
         ray=args.executor == "ray",
         ray_address=args.ray_address,
-        gpus=args.gpus_per_run,
+        gpus_per_run=args.gpus_per_run,
         modules=_modules(args),
         command=command,
     )

@@ -29,11 +29,11 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="the store (default runs)")
         return c
 
-    c = command("ls", "one line a node, totals, and what is going on")
+    c = command("ls", "one line a node, totals, running and failed nodes")
     c.add_argument("--kind", choices=["train", "prune", "channels"], help="nodes of this kind only")
     c.add_argument("--json", action="store_true", help="a list of records: seconds, bytes, Unix time")
     c = command("show", "all that is known of one node")
-    c.add_argument("key", metavar="KEY", help="its key, or as much of its beginning as no other has")
+    c.add_argument("key", metavar="KEY", help="its key, or a unique prefix of it")
     c = command("verify", "read every file and compare it with its checksum")
     c.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a tar that export wrote, in place of --store")
     c.add_argument("--delete", action="store_true", help="delete what is corrupt: the next run computes it again")

@@ -47,8 +47,8 @@ class Panel:
     """One panel of a figure.
 
     x, y: names of axes in axes.py. x also decides what a point is: "density" a network after a prune round, "epoch" the
-    LPR after an epoch, any other a network with fewer filters (see `points_of`). settings: those of its runs. find: the id
-    under which results.csv lists the find runs of this panel; None where another panel lists them. rate: the LR_find
+    LPR after an epoch, any other a network with fewer filters (see `points_of`). settings: those of its runs. find: the
+    id under which results.csv lists the find runs of this panel; None where another panel lists them. rate: the LR_find
     that all series share; None where they differ. marks: x values at which a thin vertical line is drawn; marks_label
     explains it.
     """

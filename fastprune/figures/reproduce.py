@@ -59,9 +59,9 @@ class Request:
     """One call of reproduce.py.
 
     device: "cpu", "cuda" or "cuda:N"; None: every GPU, else the CPU. workers: how many runs compute at once; None: by
-    the device. rate: images/s to plan with; None: those measured. clusters: numbers of GPUs to plan for. ray: run on
-    the Ray cluster at ray_address. gpus: GPUs per run on Ray; None: one if there are GPUs. modules: the user's modules
-    to import. command: the command line, to be recorded.
+    the device. images_per_second: to plan with; None: those measured. planned_gpus: numbers of GPUs to plan for. ray:
+    run on the Ray cluster at ray_address. gpus_per_run: on Ray; None: one if there are GPUs. modules: the user's
+    modules to import. command: the command line, to be recorded.
     """
 
     figures: tuple[FigureRequest, ...]
@@ -71,11 +71,11 @@ class Request:
     workers: int | None = None
     checkpoint_seconds: float = 60.0
     checkpoint_epochs: int | None = None
-    rate: float | None = None
-    clusters: tuple[int, ...] = ()
+    images_per_second: float | None = None
+    planned_gpus: tuple[int, ...] = ()
     ray: bool = False
     ray_address: str | None = None
-    gpus: float | None = None
+    gpus_per_run: float | None = None
     modules: tuple[str, ...] = ()
     command: str = ""
 
@@ -92,7 +92,7 @@ def plan(request: Request) -> None:
         about = f"Figure {figure.name}, preset {figure.preset}: {describe(figure.settings, data)}"
         planned.append(Planned(figure.name, about, graph, panels))
     store = RunStore(request.store, read_only=True)  # a plan must not create a store
-    print_plan(planned, store, rate=request.rate, clusters=request.clusters)
+    print_plan(planned, store, images_per_second=request.images_per_second, gpus=request.planned_gpus)
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _execute(
     from fastprune.study.ray_workers import ray_workers
 
     with ray_workers(
-        graph, config, address=request.ray_address, count=request.workers, gpus=request.gpus, most=len(todo)
+        graph, config, address=request.ray_address, count=request.workers, gpus=request.gpus_per_run, most=len(todo)
     ) as cluster:
         print(f"  on {cluster.about}", flush=True)
         return by(cluster.workers)

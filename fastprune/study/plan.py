@@ -27,11 +27,11 @@ class Planned:
 
 
 def print_plan(
-    figures: Sequence[Planned], store: RunStore, *, rate: float | None = None, clusters: Sequence[int] = ()
+    figures: Sequence[Planned], store: RunStore, *, images_per_second: float | None = None, gpus: Sequence[int] = ()
 ) -> None:
     """Prints what would run and what it would cost; writes nothing.
 
-    rate: images/s to assume; None: those measured in the store. clusters: numbers of GPUs to simulate.
+    images_per_second: to assume; None: those measured in the store. gpus: numbers of GPUs to simulate.
     """
     for figure in figures:
         print(figure.about)
@@ -39,7 +39,7 @@ def print_plan(
     whole = merge_graphs(f.graph for f in figures)
     if len(figures) > 1:
         _print_sharing(figures, whole)
-    _print_cost(whole, store, rate, clusters)
+    _print_cost(whole, store, images_per_second, gpus)
 
 
 def _print_trainings(figure: Planned, *, brief: bool) -> None:
@@ -71,7 +71,7 @@ def _print_sharing(figures: Sequence[Planned], whole: Graph) -> None:
             print(f"  {name:<12} {'':>15}   shares {', '.join(with_others)}")
 
 
-def _print_cost(graph: Graph, store: RunStore, rate: float | None, clusters: Sequence[int]) -> None:
+def _print_cost(graph: Graph, store: RunStore, given: float | None, gpus: Sequence[int]) -> None:
     todo = graph.todo(store)
     cost, left = Cost.of(graph.nodes), Cost.of(todo)
     print(f"  prune steps  {cost.nodes - cost.trainings:>15,}")
@@ -82,9 +82,9 @@ def _print_cost(graph: Graph, store: RunStore, rate: float | None, clusters: Seq
         print("  Images that are not prepared yet have no fingerprint: none of their trainings counts as in the store.")
     print(f"  disk         {_size(bytes_on_disk(graph, todo)):>15}   for the nodes to do")
     rates = _measured(graph, store)
-    _print_time(todo, rates, rate)
-    if clusters:
-        _print_clusters(clusters, graph, todo, _seconds(todo, rates, rate, _prune_seconds(graph, store)))
+    _print_time(todo, rates, given)
+    if gpus:
+        _print_clusters(gpus, graph, todo, _seconds(todo, rates, given, _prune_seconds(graph, store)))
 
 
 def _print_time(todo: list[Runnable], measured: dict[tuple[str, int, str], float], given: float | None) -> None:
@@ -124,7 +124,7 @@ def _seconds(
     return seconds
 
 
-def _print_clusters(clusters: Sequence[int], graph: Graph, todo: list[Runnable], seconds: dict[str, float]) -> None:
+def _print_clusters(gpus: Sequence[int], graph: Graph, todo: list[Runnable], seconds: dict[str, float]) -> None:
     length, chain = longest_chain(graph, todo, seconds)
     if not chain:
         return
@@ -133,7 +133,7 @@ def _print_clusters(clusters: Sequence[int], graph: Graph, todo: list[Runnable],
     about = f"prune steps {pruning:.2g} s each, as measured here" if pruning else "prune steps counted as no time"
     print(f"On a cluster (simulated; one run a GPU, {about})")
     print(f"  {'GPUs':<12} {'time':>15}   busy")
-    for workers in clusters:
+    for workers in gpus:
         found = simulate(graph, todo, seconds, workers)
         # Within 1 % of the bound, more GPUs bring nothing.
         bound = "the longest chain decides" if found.makespan < 1.01 * length else ""

@@ -86,7 +86,7 @@ class Settings:
     stem: Annotated[
         str,
         Flag(
-            "first layers: 7x7 conv of stride 2 and max-pool (imagenet), or 3x3 conv (small)",
+            "first layers: 7x7 conv of stride 2 and max-pool (imagenet), or 3x3 conv (cifar)",
             choices=("imagenet", "cifar"),
         ),
     ]

@@ -50,7 +50,7 @@ class MaskedSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         # Looked up here and not kept: attach() or a checkpoint may have given a layer a new mask tensor.
-        masks, scaling = weight_masks(self._model), scaling(self)
+        masks, scale = weight_masks(self._model), scaling(self)
         for group in self.param_groups:
             hyper = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
             for p in group["params"]:
@@ -66,7 +66,7 @@ class MaskedSGD(torch.optim.Optimizer):
                 if mask is not None and mask.stride() != p.stride():
                     mask = torch.empty_like(p, dtype=torch.bool).copy_(mask)
                 weight, grad, buffer = (_dense(t) for t in (p, grad, state["momentum_buffer"]))
-                masked_sgd_(weight, grad, buffer, None if mask is None else _dense(mask), **hyper, **scaling)
+                masked_sgd_(weight, grad, buffer, None if mask is None else _dense(mask), **hyper, **scale)
         return loss
 
 
