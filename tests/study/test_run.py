@@ -96,6 +96,9 @@ def test_a_resumed_run_trains_only_the_epochs_it_lacks(config, monkeypatch):
     assert view.images == 2 * 24
     lines = (RunStore(config.store).path(run) / "metrics.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["epoch", "1", "2", "3"]
+    made = RunStore(config.store).node(run)["provenance"]
+    assert [(part["from"], part["to"]) for part in made["parts"]] == [(0, 1), (1, run.stop)]
+    assert {part["code"] for part in made["parts"]} == {made["code"]}
 
 
 def test_a_corrupt_checkpoint_is_said_and_the_run_starts_again(config, capsys):
