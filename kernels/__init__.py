@@ -1,8 +1,8 @@
-"""The hot operations of pruning, one file each: what it means, how a CPU computes it, how a GPU does.
+"""The hot operations of pruning, one file each: reference, CPU path and Triton kernel.
 
-They work on flat buffers and know no model, data or experiment. Masks are bool: True keeps, False prunes. In each file
-`<operation>_reference` is the meaning in plain torch, on any device and in any floating dtype, written to be read and
-not to be fast: the specification that tests compare with. A change that makes a kernel faster may not touch it.
+They work on flat buffers and depend on no model, data or experiment. Masks are bool: True keeps, False prunes. In each
+file `<operation>_reference` is the specification in plain torch, on any device and in any floating dtype, written for
+clarity and not for speed. Tests compare with it, and a change that makes a kernel faster must not touch it.
 """
 
 from fastprune.kernels.crop import crop_flip_normalize

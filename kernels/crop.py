@@ -1,8 +1,8 @@
-"""Crop, mirror and normalise a batch of whole uint8 images in one pass over the pixels.
+"""Crop, flip and normalise a batch of uint8 images in one pass over the pixels.
 
-The boxes come from `fastprune.loaders.augment`; nothing random happens here. The meaning is torchvision's
-`normalize(hflip(resized_crop(image / 255, *box, size)))` on float tensors. On a CPU one numba loop does it without an
-intermediate float image, on a GPU one Triton kernel.
+Equal to torchvision's `normalize(hflip(resized_crop(image / 255, *box, size)))` on float tensors, without an
+intermediate float image: one numba loop on a CPU, one Triton kernel on a GPU. Boxes and flips are arguments, drawn by
+`fastprune.loaders.augment`.
 """
 
 from collections.abc import Sequence
@@ -29,20 +29,19 @@ def crop_flip_normalize(
     *,
     block: int = 1024,
 ) -> Tensor:
-    """Fill `out[b]` with the normalised crop `crop_boxes[b]` of `images[index[b]]`, mirrored where `flip[b]`; return
-    `out`.
+    """Fill `out[b]` with the normalised crop `crop_boxes[b]` of `images[index[b]]`, flipped if `flip[b]`; return `out`.
 
     images: uint8 [N, H, W, 3], contiguous.  index: int64 [B].  crop_boxes: int32 [B, 4] = top, left, height, width, in
     pixels.  flip: bool [B].  mean, std: three fractions of full scale.  out: float32, bfloat16 or float16 [B, 3, h, w],
-    channels-last, overwritten. All tensors on one device. ValueError for anything else, before out is touched.
+    channels-last, overwritten.  block: output pixels per program.  All tensors are on one device.  ValueError for
+    anything else, before `out` is written.
 
-    Bilinear between pixel centres, without antialiasing, so a box may not be larger than the output (ValueError). A
-    box of exactly the output's size is copied: those pixels equal torchvision's to the last bit, the others within
-    rounding. On a CPU bfloat16 and float16 go through a float32 buffer (numba has no such types), and boxes and index
-    are checked against the image; on a GPU that check would wait for the device, so there the caller answers for them.
-    block: output pixels a program.
+    Bilinear between pixel centres, without antialiasing, so a box must not be larger than the output. A box of the
+    output's size is copied: its pixels equal torchvision's to the last bit, other pixels within rounding. Values of
+    boxes and index are checked on a CPU only; on a GPU the caller must ensure that they lie inside the images.
     """
     _check(images, index, crop_boxes, flip, mean, std, out)
+    # On a GPU reading the values would wait for the device.
     if out.device.type == "cpu":
         _check_values(images, index, crop_boxes, out)
     if uses_triton(out):
@@ -64,10 +63,10 @@ def crop_flip_normalize_reference(
     width: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Normalised crops `dtype` [B, 3, height, width], channels-last, new memory; arguments as `crop_flip_normalize`.
+    """Normalised crops `dtype` [B, 3, height, width], channels-last, new memory. Arguments as `crop_flip_normalize`.
 
-    Output pixel x of a box of width w takes its value at (x + 1/2) w / width - 1/2, clamped to the box, linearly
-    between the two nearest pixels; the same in y. Nothing is checked.
+    Output pixel x of a box of width w samples the box at (x + 1/2) w / width - 1/2, clamped to the box, by linear
+    interpolation between the two nearest pixels; the same holds for y. Arguments are not checked.
     """
     top, left, box_h, box_w = crop_boxes.long().unbind(1)
     y0, y1, part_y = _places(box_h, height, dtype)
@@ -154,7 +153,9 @@ def _constants_on(mean: tuple[float, ...], std: tuple[float, ...], device: torch
 
 @cache
 def _constants(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every byte normalised in torchvision's order of operations, float32 [256, 3]; gain and shift, float32 [3]."""
+    """Every byte normalised, float32 [256, 3]; gain and shift of each channel, float32 [3]."""
+    # The table follows torchvision's order of operations, so that copied pixels have its bits. Interpolated values are
+    # no bytes, so they take gain and shift: one multiplication and addition instead of two divisions.
     centre, scale = torch.tensor(mean), torch.tensor(std)
     table = (torch.arange(256, dtype=torch.uint8).float() / 255.0)[:, None].sub(centre).div_(scale)
     gain = 1.0 / (255.0 * np.asarray(std, dtype=np.float64))
@@ -177,7 +178,8 @@ def _crop_cpu(
     shift: np.ndarray,
     out: Tensor,
 ) -> None:
-    # Short floats a few images at a time: fresh memory for a whole batch costs more than the crops.
+    # numba has no bfloat16 and float16: those go through a float32 buffer, reused for a few images at a time, because
+    # fresh memory for a whole batch costs more than the crops.
     each = len(out) if out.dtype == torch.float32 else _AT_ONCE
     buffer = out if out.dtype == torch.float32 else torch.empty_like(out[:each], dtype=torch.float32)
     for start in range(0, len(out), max(each, 1)):
@@ -200,7 +202,7 @@ def _crop_loop(
     out: np.ndarray,
 ) -> None:
     count, height, width, _ = out.shape
-    row = 3 * width  # rows are handled flat, pixel after pixel, three bytes or floats each
+    row = 3 * width  # a row is flat: three values per pixel, so that inner loops are contiguous
     flat = images.reshape(images.shape[0], images.shape[1], 3 * images.shape[2])
     result = out.reshape(count, height, row)
     gains, shifts = np.empty(row, np.float32), np.empty(row, np.float32)
@@ -260,15 +262,16 @@ def _crop_loop(
 
 # GPU: Triton
 #
-# The floor is the bytes: at most 3 of the source and 3 values of the output a pixel. What decides is the number of
-# instructions, so where a pixel comes from is worked out for each row and each column, not for each pixel, the three
-# channels share their addresses, and nothing is masked where the rows and columns of a program fit the image. The four
-# source values of a bilinear one come out of the cache.
+# The lower bound is memory traffic: at most 3 bytes of the source and 3 values of the output per pixel. In practice the
+# kernel is bound by instructions. So source coordinates are computed per row and per column and not per pixel, the
+# three channels share their addresses, and loads are not masked if the rows and columns of a program divide the image.
+# The four source values of an interpolation come from the cache.
 
 
 @triton.jit
 def _place(at, size, out):
-    """(at + 1/2) size / out - 1/2, not below 0: whole part, the pixel after it, and the rest, in exact integers."""
+    """max((at + 1/2) size / out - 1/2, 0): its integer part, the next pixel inside the box, and its fraction."""
+    # In integers, because float32 could round to a neighbouring pixel.
     twice = tl.maximum((2 * at + 1) * size - out, 0)
     first = twice // (2 * out)
     rest = tl.div_rn((twice - first * (2 * out)).to(tl.float32), (2 * out).to(tl.float32))
@@ -327,7 +330,7 @@ def _crop_triton(
         _, H, W, _ = images.shape
         columns = triton.next_power_of_2(w)
         rows = min(max(1, block // columns), triton.next_power_of_2(h))
-        warps = min(max(rows * columns // 256, 1), 8)  # eight pixels a thread
+        warps = min(max(rows * columns // 256, 1), 8)  # eight pixels per thread
         grid = (batch, triton.cdiv(h, rows))
         _crop_kernel[grid](
             images, index, crop_boxes, flip, table, norm, out, H, W, h, w, ROWS=rows, COLUMNS=columns, num_warps=warps

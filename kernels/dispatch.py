@@ -1,8 +1,7 @@
-"""What runs where: the tensor's device decides, never an exception. Triton on a GPU, numba or torch on a CPU.
+"""Dispatch by device: Triton on a GPU, numba or torch on a CPU. An exception never selects another path.
 
-Triton is imported here, once; the operations take `triton` and `tl` from here. Under TRITON_INTERPRET=1 the Triton code
-itself runs on CPU tensors, slowly: that is how it is tested without a GPU. Triton reads the variable when it is
-imported, so it must be set before this package is.
+Operations import `triton` and `tl` from here. Under TRITON_INTERPRET=1 the Triton code runs on CPU tensors, slowly: the
+tests use this without a GPU. Triton reads the variable on import, so it must be set before this package is imported.
 """
 
 import os
@@ -17,14 +16,14 @@ import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Not on macOS. Where it was asked to interpret, a missing Triton is an ImportError.
+# macOS has no Triton. With TRITON_INTERPRET=1 a missing Triton is an ImportError below, and not a silent CPU path.
 HAS_TRITON = INTERPRETED or find_spec("triton") is not None
 
 if TYPE_CHECKING or HAS_TRITON:
     import triton
     import triton.language as tl
 else:
-    # As much as the definitions of kernels need. They stay plain functions, which cannot be launched.
+    # Enough to define the kernels, as plain functions that cannot be launched: uses_triton never selects them here.
     triton = SimpleNamespace(jit=lambda kernel: kernel)
     tl = SimpleNamespace(constexpr=lambda value: SimpleNamespace(value=value))
 
@@ -43,12 +42,12 @@ def uses_triton(tensor: Tensor) -> bool:
 
 
 def on_its_device(operation: Callable[P, R]) -> Callable[P, R]:
-    """`operation` with the device of its first argument, a tensor, as the current one."""
+    """Decorator: run `operation` with the GPU of its first argument, a tensor, as the current device."""
 
     @wraps(operation)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0] if args else next(iter(kwargs.values()))
-        # Triton launches on the current GPU, wherever the tensors are.
+        # Triton launches on the current GPU, and not on that of the tensors.
         if isinstance(first, torch.Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
             with torch.cuda.device(first.device):
                 return operation(*args, **kwargs)
@@ -58,17 +57,17 @@ def on_its_device(operation: Callable[P, R]) -> Callable[P, R]:
 
 
 def grid_and_warps(n: int, block: int, each: int) -> tuple[tuple[int], int]:
-    """Grid of one program a block of n elements, and the number of warps with which a thread has `each` of them."""
+    """Grid of one program per block of n elements, and the number of warps that gives each thread `each` elements."""
     return (triton.cdiv(n, block),), min(max(block // (32 * each), 1), 16)
 
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled by numba without the interpreter's lock: a few seconds on first use, less from the cache.
+    """`function` compiled by numba to run without the interpreter's lock.
 
-    The cache is kept on disk only where NUMBA_CACHE_DIR says.
+    The first call takes seconds, less with a cache on disk, which is used only if NUMBA_CACHE_DIR is set.
     """
-    # Not at the top: a process that never runs a CPU path need not wait for it.
+    # Imported here: a process that never runs a CPU path does not wait for numba.
     import numba
     from numba.core import config
 
@@ -77,7 +76,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _usable(folder: str) -> bool:
-    # Where numba cannot write to the folder that it was given it would use one beside the source: then keep nothing.
+    # If numba cannot write to its cache folder it uses one beside the source, inside the package: better no cache.
     if folder:
         with suppress(OSError):
             os.makedirs(folder, exist_ok=True)
@@ -85,8 +84,8 @@ def _usable(folder: str) -> bool:
 
 
 def check_tensor(name: str, tensor: Tensor, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """ValueError unless the tensor is one-dimensional, contiguous, of one of the dtypes, and `like` another: as long,
-    on its device.
+    """ValueError unless the tensor is one-dimensional, contiguous, of one of `dtypes`, and as long as `like` on its
+    device.
     """
     if tensor.dtype not in dtypes:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected {' or '.join(map(str, dtypes))}")
@@ -99,6 +98,6 @@ def check_tensor(name: str, tensor: Tensor, like: Tensor, dtypes: tuple[torch.dt
 
 
 def check_block(block: int) -> None:
-    """ValueError unless `block`, elements a program, is a power of two."""
+    """ValueError unless `block`, the number of elements per program, is a power of two."""
     if block < 1 or block & (block - 1):
         raise ValueError(f"block is {block}, expected a power of two")

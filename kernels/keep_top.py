@@ -1,13 +1,14 @@
-"""Which weights stay: the exact k-th lowest score, and the mask that prunes so many, over all layers or in each.
+"""Exact selection: the k-th lowest score, and the mask that prunes exactly k weights, globally or in each layer.
 
-Non-negative floats order as their bits do: a score is a key, NaN as +inf. A sample of the keys brackets the k-th; one
-pass over everything counts what lies below the bracket and gathers what lies inside, a few percent, and only that is
-searched. Where the sample misleads, everything is gathered: exact either way. Ties go by logical position, so that the
-mask does not depend on how layers are stored.
-
-float64 scores (random pruning) are chosen on a CPU only: Triton's keys have 32 bits, and a rounded score would prune
-other weights.
+Non-negative floats order as their bits do, so scores are compared as integer keys; NaN counts as +inf. A sample of the
+keys brackets the k-th. One pass over all keys counts those below the bracket and gathers those inside it, a few
+percent, and only these are searched. If the bracket misses the k-th, all keys are gathered: the result is exact in
+either case.
 """
+
+# `score <= threshold` would prune the wrong number under ties. Ties are pruned by logical position, so that the mask
+# does not depend on how layers are stored. float64 scores (random pruning) are selected on a CPU only: Triton's keys
+# have 32 bits, and a rounded score would prune other weights.
 
 from collections.abc import Sequence
 from operator import index
@@ -36,9 +37,9 @@ from fastprune.kernels.segments import Segment, Tiling, check_segments, logical_
 def kth_smallest_magnitude(weight: Tensor, mask: Tensor, k: int, *, block: int = 4096) -> Tensor:
     """The k-th smallest |weight| (k from 1) among the elements that the mask keeps; NaN counts as +inf.
 
-    weight: floating [n] (float64 on a CPU only), mask: bool [n]. Returns a tensor [] on the same device: the value in
-    float32 (float64 for float64), exactly. ValueError unless 1 <= k <= n; on a CPU also if fewer than k are kept, while
-    on a GPU, which that check would wait for, the result then has no meaning. block: elements a program.
+    weight: floating [n] (float64 on a CPU only).  mask: bool [n].  block: elements per program.  Returns the exact
+    value as a tensor [] on the same device, in float32 (float64 for float64).  ValueError unless 1 <= k <= n, and on a
+    CPU if the mask keeps fewer than k; on a GPU the result is then undefined.
     """
     on_triton = _check_scores("weight", weight, mask)
     if not 1 <= k <= weight.numel():
@@ -48,6 +49,7 @@ def kth_smallest_magnitude(weight: Tensor, mask: Tensor, k: int, *, block: int =
         n = weight.numel()
         where = tiling((Segment("", (n,), 0, 0),), n, block, False, weight.device)
         return _threshold_triton(weight, mask, [k], where, block).key.view(torch.float32)[0]
+    # On a CPU only: on a GPU the host would have to wait for the count.
     kept = count_kept(mask)
     if k > kept:
         raise ValueError(f"k is {k}, but the mask keeps {kept} elements")
@@ -65,28 +67,28 @@ def keep_top(
     *,
     block: int = 4096,
 ) -> Tensor:
-    """A new mask that keeps what `mask` keeps, less exactly n_prune elements with the lowest scores.
+    """A new mask, bool [n]: `mask` without exactly n_prune of its kept elements, those with the lowest scores.
 
-    score: non-negative floating [n] (NaN counts as +inf; float64 on a CPU only), mask: bool [n], False outside
-    segments. n_prune: a number for all segments together (global pruning), or one for each segment (local). Ties go by
-    position, the lowest first: the logical position where segments are given, else the index. Returns a fresh bool [n];
-    a GPU is waited for once, to check the counts. block: elements a program. ValueError if more would be pruned than is
-    left.
+    score: non-negative floating [n] (NaN counts as +inf; float64 on a CPU only).  mask: bool [n], False outside
+    segments.  n_prune: a number for all segments together (global pruning), or one for each segment (local).  block:
+    elements per program.  Of tied elements those with the lowest position are pruned first: the logical position if
+    segments are given, else the index.  On a GPU the host waits once, to check the counts.  ValueError if n_prune
+    exceeds the number of kept elements.
     """
     on_triton = _check_scores("score", score, mask)
     local = isinstance(n_prune, Sequence)
     if segments is not None:
         check_segments(segments, mask.numel())
     elif local:
-        raise ValueError("n_prune as a sequence needs segments, one number for each")
+        raise ValueError("n_prune as a sequence requires segments, one number for each")
     parts = tuple([Segment("", (mask.numel(),), 0, 0)] if segments is None else segments)
     wanted = list(n_prune) if isinstance(n_prune, Sequence) else [index(n_prune)]
     if local and len(wanted) != len(parts):
-        raise ValueError(f"{len(wanted)} numbers for {len(parts)} segments")
+        raise ValueError(f"n_prune has {len(wanted)} numbers for {len(parts)} segments")
     kept = segment_counts(mask, parts).tolist() if local or on_triton else [count_kept(mask)]
     for number, left in zip(wanted, kept if local else [sum(kept)], strict=True):
         if not 0 <= number <= left:
-            raise ValueError(f"cannot prune {number} of the {left} elements that are left")
+            raise ValueError(f"cannot prune {number} of the {left} elements that the mask keeps")
     if on_triton:
         check_block(block)
         return _keep_top_triton(score, mask, wanted, parts, local, block)
@@ -94,7 +96,7 @@ def keep_top(
 
 
 def _check_scores(name: str, score: Tensor, mask: Tensor) -> bool:
-    """ValueError for what no device can order. Whether Triton does."""
+    """Whether Triton selects. ValueError if the tensors do not match, or for float64 on a GPU."""
     check_tensor(name, score, score, FULL + HALF)
     check_tensor("mask", mask, score, (torch.bool,))
     if score.dtype == torch.float64:
@@ -105,14 +107,14 @@ def _check_scores(name: str, score: Tensor, mask: Tensor) -> bool:
 
 
 def kth_smallest_magnitude_reference(weight: Tensor, mask: Tensor, k: int) -> Tensor:
-    """The k-th smallest |weight| (k from 1) among the kept ones; NaN counts as the largest."""
+    """The k-th smallest |weight| (k from 1) among the kept elements; NaN counts as +inf."""
     return weight[mask].abs().nan_to_num(nan=torch.inf, posinf=torch.inf).sort().values[k - 1]
 
 
 def keep_top_reference(
     score: Tensor, mask: Tensor, n_prune: int | Sequence[int], segments: Sequence[Segment] | None = None
 ) -> Tensor:
-    """The mask less its n_prune lowest scores (a sequence: that many in each segment); ties go by logical position."""
+    """`mask` without its n_prune lowest scores (a sequence: so many in each segment); ties by logical position."""
     if segments is None:
         order = score.masked_fill(score.isnan(), torch.inf)[mask].argsort(stable=True)
         new = mask.clone()
@@ -130,14 +132,14 @@ def keep_top_reference(
     return new
 
 
-# CPU: numba counts and gathers, numpy partitions what was gathered
+# CPU: numba counts and gathers, numpy partitions the gathered keys
 
 _CPU_SAMPLE = 1 << 14
 
 
 def _keys_of(scores: Tensor) -> tuple[np.ndarray, int]:
-    """(scores, contiguous floating [n], as unsigned keys of 32 bits, of 64 for float64; the key of +inf)."""
-    # float32 holds every bf16 and fp16 exactly.
+    """(Scores, contiguous floating [n], as unsigned keys of 32 bits, or 64 for float64; the key of +inf)."""
+    # float32 represents every bf16 and fp16 exactly, so two widths of keys suffice.
     values = scores.detach().to(torch.float32 if scores.dtype in HALF else scores.dtype).numpy()
     kind = np.uint32 if values.dtype == np.float32 else np.uint64
     return values.view(kind), int(np.array(np.inf, values.dtype).view(kind))
@@ -152,6 +154,7 @@ def _kth_key(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) ->
     kind = keys.dtype.type
     candidates = np.empty(kept + 1, keys.dtype)
     below, inside = compiled(_gather_loop)(keys, mask, kind(low), kind(high), _magnitude(keys), kind(top), candidates)
+    # The bracket missed the k-th, rarely: gather all.
     if not below < k <= below + inside:
         below, inside = compiled(_gather_loop)(keys, mask, kind(0), kind(top), _magnitude(keys), kind(top), candidates)
     return int(np.partition(candidates[:inside], k - below - 1)[k - below - 1])
@@ -165,7 +168,11 @@ def _keep_top_cpu(
     groups: Sequence[Segment] | None,
     segments: Sequence[Segment] | None,
 ) -> Tensor:
-    """The new mask. wanted, kept: how many go and how many are there in each group; None is one group, the buffer."""
+    """The new mask.
+
+    wanted, kept: numbers of elements to prune and of kept elements in each group.  groups: None is one group, the whole
+    buffer.  segments: define the position of ties, None means the index.
+    """
     new = mask.clone()
     keys, top = _keys_of(score)
     spans = [slice(0, mask.numel())] if groups is None else [s.span for s in groups]
@@ -177,7 +184,7 @@ def _keep_top_cpu(
 def _clear_lowest(
     keys: np.ndarray, mask: np.ndarray, count: int, kept: int, top: int, segments: Sequence[Segment] | None, start: int
 ) -> None:
-    """Clears in `mask` (in place) the `count` lowest keys that it keeps; ties by position, the lowest first.
+    """Clear in `mask`, in place, the `count` lowest keys that it keeps; of tied keys the lowest positions first.
 
     start: index of keys[0] and mask[0] in the buffer that `segments` describe.
     """
@@ -188,6 +195,7 @@ def _clear_lowest(
     compiled(_compare_loop)(keys, mask, threshold, _magnitude(keys), keys.dtype.type(top), least, above)
     at_least = np.count_nonzero(least)
     wanted = count - (kept - at_least)
+    # All tied elements are pruned, so their positions do not matter.
     if wanted == at_least - np.count_nonzero(above):
         mask[:] = above
         return
@@ -199,15 +207,15 @@ def _clear_lowest(
 
 
 def _magnitude(keys: np.ndarray) -> np.unsignedinteger[Any]:
-    """All bits but the sign."""
+    """All bits except the sign."""
     return keys.dtype.type(np.iinfo(keys.dtype).max >> 1)
 
 
 def _bracket_cpu(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) -> tuple[int, int]:
-    """Keys that very likely lie below and above the k-th: six standard deviations of a sample's rank away."""
+    """Keys that very likely lie below and above the k-th: six standard deviations of its rank in a sample away."""
     if kept < 4 * _CPU_SAMPLE:
         return 0, top
-    # Evenly spaced with an odd stride, so that no layout of layers or channels lines up with it.
+    # Evenly spaced with an odd stride, so that samples do not fall on the same channels again and again.
     stride = (max(1, keys.size // (4 * _CPU_SAMPLE))) | 1
     kind = keys.dtype.type
     sample = np.minimum(keys[::stride][mask[::stride]] & _magnitude(keys), kind(top))
@@ -221,13 +229,15 @@ def _bracket_cpu(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int
 
 
 def _gather_loop(keys, mask, low, high, magnitude, top, candidates):
-    """Counts kept keys below `low`; writes those in [low, high] to `candidates`, one longer than needed, and counts
-    them.
+    """Number of kept keys below `low`, and number in [low, high]; writes the latter keys to `candidates`.
+
+    candidates: one element longer than the number of kept keys.
     """
     below, inside = 0, 0
     for i in range(keys.size):
         key = min(keys[i] & magnitude, top)
-        # Without a branch: which key is kept cannot be predicted.
+        # Without a branch, which the processor could not predict: every key is written, and only the index depends on
+        # the mask.
         candidates[inside] = key
         below += mask[i] & (key < low)
         inside += mask[i] & (key >= low) & (key <= high)
@@ -235,7 +245,8 @@ def _gather_loop(keys, mask, low, high, magnitude, top, candidates):
 
 
 def _compare_loop(keys, mask, threshold, magnitude, top, least, above):
-    """What the mask keeps of the keys from the threshold on, and above it. Counts nothing, so it vectorises."""
+    """Write to `least` and `above` which kept keys are at least, and above, the threshold."""
+    # Without counting, so that the loop vectorises; counting the bytes afterwards costs almost nothing.
     for i in range(keys.size):
         key = min(keys[i] & magnitude, top)
         least[i] = mask[i] & (key >= threshold)
@@ -244,19 +255,19 @@ def _compare_loop(keys, mask, threshold, magnitude, top, least, above):
 
 # GPU: Triton, without the host in between
 #
-# What was gathered is searched eight bits at a time. Counting everything in a histogram instead costs `tl.histogram`
-# hundreds of instructions a weight at 2,048 bins, many times the one read that is the floor; over what was gathered,
-# with 256 bins, it is nothing. Counts are added with integer atomics and what is gathered is a set: no order of
-# programs changes the result.
+# The gathered keys are searched eight bits at a time. A histogram of all keys instead, with 2,048 bins, costs hundreds
+# of instructions per weight, many times the one read that is the lower bound; of the gathered keys, with 256 bins, it
+# costs almost nothing. Counts are added with integer atomics and the gathered keys are a set, so the order in which
+# programs run does not change the result.
 
 _SAMPLE = tl.constexpr(8192)
 _BINS = tl.constexpr(256)
 _DIGITS = tl.constexpr(4)
 _INFINITY = tl.constexpr(0x7F800000)
-_PROGRAMS = 528  # that search what was gathered: four on each multiprocessor of a large GPU
+_PROGRAMS = 528  # that search the gathered keys: four on each of the 132 multiprocessors of an H200
 
-# What is known of a group, int64: the bracket, how many lie below it and inside it (twice: the second time everything
-# was gathered), the threshold, how many share it and how many of those go.
+# State of a group, int64: the bracket, how many keys lie below and inside it (twice: the second pair is for the pass
+# that gathers all keys), the threshold, how many keys equal it, and how many of those are pruned.
 _LOW, _HIGH, _BELOW, _INSIDE, _, _, _THRESHOLD, _EQUAL, _LEFT, _FIELDS = (tl.constexpr(i) for i in range(10))
 
 
@@ -279,22 +290,23 @@ def _position(i, table, segment):
 
 @triton.jit
 def _tile(tiles, ALIGNED: tl.constexpr):
-    """First element, number of elements, segment, group."""
+    """First element, number of elements, segment and group of this program's tile."""
     at = tiles + 4 * tl.program_id(0)
     start, length = tl.load(at), tl.load(at + 1)
-    if ALIGNED:  # then loads are wide
+    # Indices from a table carry no alignment; this hint gives 16-byte loads instead of 4-byte ones.
+    if ALIGNED:
         start, length = tl.multiple_of(start, 16), tl.multiple_of(length, 16)
     return start, length.to(tl.int32), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.jit
 def _bracket_kernel(score, mask, ranges, wanted, state):
-    """One program a group: two keys between which the wanted one lies, six standard deviations of a sample apart."""
+    """One program per group: two keys that very likely enclose the wanted one, by its rank in a sample."""
     group = tl.program_id(0).to(tl.int64)
     start, size, rank = tl.load(ranges + 2 * group), tl.load(ranges + 2 * group + 1), tl.load(wanted + group)
     if rank == 0:
         return
-    # An odd stride: no layout of layers or channels lines up with it.
+    # An odd stride, so that samples do not fall on the same channels again and again.
     stride = (size // _SAMPLE) | 1
     i = tl.arange(0, _SAMPLE).to(tl.int64) * stride
     valid = i < size
@@ -305,7 +317,8 @@ def _bracket_kernel(score, mask, ranges, wanted, state):
     first, last = (place - slack).to(tl.int32), (place + slack).to(tl.int32) + 1
     low, high = first * 0, first * 0
     for i in range(31):
-        # The largest key that fewer than `first` of the sample, or `last`, lie below: both counts in one sum.
+        # Binary search, bit by bit, for the largest keys with fewer than `first`, and `last`, samples below: both
+        # counts share one sum, 16 bits each.
         a, b = low | (1 << (30 - i)), high | (1 << (30 - i))
         both = tl.sum((key < a).to(tl.int32) + ((key < b).to(tl.int32) << 16))
         low = tl.where((both & 0xFFFF) < first, a, low)
@@ -317,7 +330,7 @@ def _bracket_kernel(score, mask, ranges, wanted, state):
 
 @triton.jit
 def _found(known, rank):
-    """Which of the two gatherings holds the rank: 0 or 2, to be added to _BELOW and _INSIDE."""
+    """Which of the two passes gathered the rank: 0 or 2, the offset from _BELOW and _INSIDE."""
     below = tl.load(known + _BELOW)
     return tl.where((below < rank) & (rank <= below + tl.load(known + _INSIDE)), 0, 2)
 
@@ -326,8 +339,9 @@ def _found(known, rank):
 def _gather_kernel(
     score, mask, tiles, ranges, wanted, state, candidates, ALL: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Counts kept keys below the bracket and writes those inside it to `candidates`, from the group's first on. ALL:
-    every kept key, where the first gathering missed the wanted one.
+    """Count kept keys below the bracket and write those inside it to the group's part of `candidates`.
+
+    ALL: the second pass, which gathers every kept key if the first one missed the wanted key.
     """
     start, length, _, group = _tile(tiles, ALIGNED)
     known = state + group * _FIELDS
@@ -340,7 +354,7 @@ def _gather_kernel(
     i = tl.arange(0, BLOCK)
     valid = i < length
     kept = tl.load(mask + start + i, mask=valid, other=0) != 0
-    # Above every bracket where nothing is kept.
+    # A pruned element gets a key above every bracket.
     key = tl.where(kept, _load_key(score + start, i, valid), 0x7FFFFFFF)
     low, high = tl.load(known + _LOW).to(tl.int32), tl.load(known + _HIGH).to(tl.int32)
     if ALL:
@@ -356,7 +370,7 @@ def _gather_kernel(
 
 @triton.jit
 def _walk(counts, rank, DONE: tl.constexpr):
-    """The digits counted so far: their value, the rank that is left among those who share them, and how many do."""
+    """From the histograms of DONE digits: their value, the rank among the keys that share them, and how many do."""
     bins = tl.arange(0, _BINS)
     prefix, equal = rank * 0, rank * 0
     for d in tl.static_range(DONE):
@@ -373,14 +387,14 @@ def _walk(counts, rank, DONE: tl.constexpr):
 @triton.jit
 def _digits(digit, valid, BLOCK: tl.constexpr):
     """Histogram of `digit` where `valid`."""
-    # What is not valid is counted in bin 0, and taken off again.
+    # tl.histogram counts every element: invalid ones go to bin 0 and are subtracted.
     count = tl.histogram(tl.where(valid, digit, 0), _BINS)
     return count - tl.where(tl.arange(0, _BINS) == 0, BLOCK - tl.sum(valid.to(tl.int32)), 0)
 
 
 @triton.jit
 def _search_kernel(candidates, ranges, wanted, state, counts, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Counts the D-th digit, from the highest, of what was gathered and shares the digits before it."""
+    """Histogram of the D-th digit, from the highest, of the gathered keys that share the digits before it."""
     group = tl.program_id(0).to(tl.int64)
     known, counts = state + group * _FIELDS, counts + group * _DIGITS * _BINS
     rank = tl.load(wanted + group)
@@ -406,7 +420,7 @@ def _search_kernel(candidates, ranges, wanted, state, counts, D: tl.constexpr, B
 
 @triton.jit
 def _settle_kernel(wanted, state, counts, out):
-    """One program a group: the threshold, how many share it and how many of those go; its bits to `out`."""
+    """One program per group: store the threshold, how many keys equal it and how many of those are pruned."""
     group = tl.program_id(0).to(tl.int64)
     known, rank = state + group * _FIELDS, tl.load(wanted + group)
     if rank == 0:
@@ -433,7 +447,7 @@ def _ties_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Counts the D-th digit of the positions of tied elements; nothing to do where all of them go anyway."""
+    """Histogram of the D-th digit of the positions of tied elements; returns early if all of them are pruned."""
     start, length, segment, group = _tile(tiles, ALIGNED)
     known, counts = state + group * _FIELDS, counts + group * DIGITS * _BINS
     left = tl.load(known + _LEFT)
@@ -487,7 +501,7 @@ def _write_kernel(
 
 
 def _warps(block: int) -> int:
-    """So that a thread has sixteen elements."""
+    """Number of warps that gives a thread sixteen elements."""
     return min(max(block // 512, 1), 16)
 
 
@@ -529,7 +543,8 @@ def _threshold_triton(score: Tensor, mask: Tensor, wanted: Sequence[int], where:
 def _keep_top_triton(
     score: Tensor, mask: Tensor, wanted: Sequence[int], segments: tuple[Segment, ...], local: bool, block: int
 ) -> Tensor:
-    """The new mask. wanted: one number for all, or with `local` one for each segment."""
+    """The new mask. wanted: one number for all segments, or with `local` one for each."""
+    # Zeros, because no tile covers the memory outside segments, which must stay False.
     new = torch.zeros_like(mask)
     where = tiling(segments, score.numel(), block, local, score.device)
     if not len(where.tiles):

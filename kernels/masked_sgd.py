@@ -1,9 +1,7 @@
-"""The optimiser step of masked weights: torch.optim.SGD's update, mask and low-precision copy in one pass.
+"""The optimiser step of masked weights: torch.optim.SGD's update, mask and low-precision copy in one pass."""
 
-Each element is read once and written once, so the floor on a GPU is bytes over copy bandwidth: 23 bytes a weight with a
-bf16 copy (weight, gradient, momentum and mask in; weight, momentum and copy out). On a CPU the update is made of
-torch's own operations, so that a run equals one of torch.optim.SGD to the bit.
-"""
+# Each element is read once and written once, so the lower bound on a GPU is bytes over copy bandwidth: 23 bytes per
+# weight with a bf16 copy (weight, gradient, momentum and mask in; weight, momentum and copy out).
 
 import torch
 from torch import Tensor
@@ -38,15 +36,15 @@ def masked_sgd_(
     found_inf: Tensor | None = None,
     block: int = 1024,
 ) -> None:
-    """One SGD step as torch.optim.SGD takes it, masked, in one launch.
+    """One step of torch.optim.SGD on masked weights, in one launch on a GPU.
 
-    weight, momentum_buffer: float32 [n] (float64 on a CPU), mutated, exactly +0 afterwards where mask (bool [n]) is
-    False, whatever the gradient is there. grad: like weight; its values afterwards are undefined. low_precision_copy:
-    bf16 or fp16 [n], overwritten with the new weight. lr: a number, or a float tensor of one element on the same device
-    (for a captured graph). A momentum buffer of zeros gives PyTorch's first step. grad_scale, found_inf: float32 of one
-    element each, both or none, as a GradScaler hands them to fused optimisers: the gradient is divided by the scale,
-    and where found_inf is not 0 nothing is changed. block: elements a program. ValueError on mismatch, or where buffers
-    are the same memory.
+    weight, momentum_buffer: float32 [n] (float32 or float64 on a CPU), mutated; exactly +0 afterwards where mask (bool
+    [n]) is False, whatever the gradient. A momentum buffer of zeros gives torch's first step.  grad: like weight; its
+    values are undefined afterwards.  low_precision_copy: bf16 or fp16 [n], overwritten with the new weight.  lr: a
+    number, or a float tensor of one element on the same device (for a captured graph).  grad_scale, found_inf: float32
+    of one element each, both or neither, as GradScaler passes them to fused optimisers: the gradient is divided by the
+    scale, and nothing changes if found_inf is not 0.  block: elements per program.  ValueError if dtypes, sizes or
+    devices do not match, or if two buffers share memory.
     """
     on_triton = uses_triton(weight)
     check_tensor("weight", weight, weight, FULL[:1] if on_triton else FULL)
@@ -57,7 +55,7 @@ def masked_sgd_(
     if low_precision_copy is not None:
         check_tensor("low_precision_copy", low_precision_copy, weight, HALF)
     if (grad_scale is None) != (found_inf is None):
-        raise ValueError("grad_scale and found_inf come together")
+        raise ValueError("grad_scale and found_inf must be given together")
     for name, one, dtypes in (
         ("lr", lr, FULL),
         ("grad_scale", grad_scale, FULL[:1]),
@@ -100,7 +98,7 @@ def masked_sgd_reference(
     weight_decay: float,
     nesterov: bool,
 ) -> tuple[Tensor, Tensor]:
-    """New (weight, momentum_buffer) of torch.optim.SGD's update; both are +0 where the mask prunes."""
+    """New (weight, momentum_buffer) after torch.optim.SGD's update; both are +0 where the mask is False."""
     step = grad + weight_decay * weight
     buffer = momentum * momentum_buffer + step
     step = step + momentum * buffer if nesterov else buffer
@@ -117,16 +115,16 @@ def masked_sgd_reference(
 def _sgd_cpu(
     weight: Tensor, grad: Tensor, buffer: Tensor, lr: float, momentum: float, weight_decay: float, nesterov: bool
 ) -> None:
-    """torch.optim.SGD's update with the bits of its default implementation; mutates weight and buffer, spoils grad."""
+    """torch.optim.SGD's update, bitwise equal to its default implementation. Mutates weight, buffer and grad."""
     if momentum and weight.numel() % 64 == 0 and torch.get_num_threads() == 1:
-        # torch's fused pass, less than half the time. What does not fill a vector it computes with other rounding: not
-        # for such sizes, nor where threads cut the buffer anywhere.
+        # torch's fused pass takes less than half the time. Elements that do not fill a vector it rounds differently, so
+        # it is not used for such sizes, nor with several threads, which split the buffer at any element.
         torch._fused_sgd_(
             [weight], [grad], [buffer], weight_decay=weight_decay, momentum=momentum, lr=lr, dampening=0.0,
             nesterov=nesterov, maximize=False, is_first_step=False,
         )  # fmt: skip
         return
-    # The same operations in the same order.
+    # The operations of torch.optim.SGD's default implementation, in its order.
     if weight_decay:
         grad.add_(weight, alpha=weight_decay)
     buffer.mul_(momentum).add_(grad)
@@ -198,9 +196,9 @@ def _masked_sgd_triton(
 ) -> None:
     n = weight.numel()
     if n:
-        # 16 bytes of fp32 an access; with eight elements the compiler shuffles the mask through shared memory.
+        # 16 bytes of fp32 per access. With eight elements per thread the compiler moves the mask through shared memory.
         grid, warps = grid_and_warps(n, block, each=4)
-        # A pointer that is not used still needs a value: the weight stands in.
+        # The kernel does not read an unused pointer, but a launch needs a valid one: the weight.
         _masked_sgd_kernel[grid](
             weight,
             grad,

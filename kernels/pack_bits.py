@@ -1,4 +1,4 @@
-"""Masks at one bit a weight, as files hold them, and back."""
+"""Pack masks to one bit per weight, the format of files, and unpack them."""
 
 import numpy as np
 import torch
@@ -9,7 +9,7 @@ from fastprune.kernels.dispatch import check_block, check_tensor, on_its_device,
 
 @on_its_device
 def pack_bits(flags: Tensor, *, block: int = 1024) -> Tensor:
-    """bool [n] to uint8 [ceil(n / 8)], first element in the lowest bit, unused bits zero. block: bytes a program."""
+    """bool [n] to uint8 [ceil(n / 8)], first element in the lowest bit, unused bits 0. block: bytes per program."""
     check_tensor("flags", flags, flags, (torch.bool,))
     if uses_triton(flags):
         check_block(block)
@@ -23,7 +23,7 @@ def pack_bits(flags: Tensor, *, block: int = 1024) -> Tensor:
 
 @on_its_device
 def unpack_bits(packed: Tensor, n: int, *, block: int = 1024) -> Tensor:
-    """uint8 [ceil(n / 8)] to bool [n], the inverse of pack_bits. ValueError if the sizes do not fit."""
+    """uint8 [ceil(n / 8)] to bool [n], the inverse of pack_bits. ValueError if `packed` has another size."""
     check_tensor("packed", packed, packed, (torch.uint8,))
     if packed.numel() != (n + 7) // 8:
         raise ValueError(f"{n} bits need {(n + 7) // 8} bytes, got {packed.numel()}")
@@ -33,11 +33,12 @@ def unpack_bits(packed: Tensor, n: int, *, block: int = 1024) -> Tensor:
         if n:
             _unpack_bits_kernel[(triton.cdiv(packed.numel(), block),)](packed, flags, n, BLOCK=block, num_warps=8)
         return flags
+    # A view of the bytes 0 and 1 as bool: astype would copy once more.
     return torch.from_numpy(np.unpackbits(packed.numpy(), count=n, bitorder="little").view(np.bool_))
 
 
 def pack_bits_reference(flags: Tensor) -> Tensor:
-    """bool [n] to uint8 [ceil(n / 8)], first element in the lowest bit; the last byte is filled with zeros."""
+    """bool [n] to uint8 [ceil(n / 8)], first element in the lowest bit; the last byte is padded with zeros."""
     padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -flags.numel() % 8)).view(-1, 8)
     places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flags.device)
     return (padded * places).sum(1, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Kept weights of each layer, in one pass over the mask."""
+"""Count the kept weights of each layer, in one pass over the mask."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,15 @@ from fastprune.kernels.segments import Segment, check_segments, tiling
 
 @on_its_device
 def segment_counts(mask: Tensor, segments: Sequence[Segment], *, block: int = 4096) -> Tensor:
-    """Kept elements of each segment: int64 [len(segments)] on the mask's device. ValueError on a foreign layout."""
+    """Number of kept elements of each segment, int64 [len(segments)] on the mask's device.
+
+    mask: bool [n].  block: elements per program.  ValueError if the segments do not fit the mask.
+    """
     check_tensor("mask", mask, mask, (torch.bool,))
     check_segments(segments, mask.numel())
     if uses_triton(mask):
         check_block(block)
-        # Without padding: what lies between segments may hold anything, and is not counted.
+        # Without padding: the elements between segments are undefined and must not be counted.
         tiles = tiling(tuple(segments), mask.numel(), block, True, mask.device, padded=False).tiles
         counts = torch.zeros(len(segments), dtype=torch.int64, device=mask.device)
         if len(tiles):
@@ -27,13 +30,14 @@ def segment_counts(mask: Tensor, segments: Sequence[Segment], *, block: int = 40
 
 
 def segment_counts_reference(mask: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Kept elements of each segment, int64."""
+    """Number of kept elements of each segment, int64 [len(segments)]."""
     return torch.stack([mask[s.span].sum() for s in segments])
 
 
 def count_kept(mask: Tensor) -> int:
-    """Kept elements of a mask on a CPU."""
-    return int(np.count_nonzero(mask.numpy()))  # a hundred times faster than mask.sum() here
+    """Number of kept elements of a mask on a CPU."""
+    # A hundred times faster than mask.sum() here.
+    return int(np.count_nonzero(mask.numpy()))
 
 
 @triton.jit
@@ -41,5 +45,5 @@ def _segment_counts_kernel(mask, tiles, counts, BLOCK: tl.constexpr):
     tile = tiles + 4 * tl.program_id(0)
     i = tl.arange(0, BLOCK)
     kept = (tl.load(mask + tl.load(tile) + i, mask=i < tl.load(tile + 1), other=0) != 0).to(tl.int32)
-    # Integers: the order in which programs add does not change the sum.
+    # Integer atomics: the order in which programs add does not change the sum.
     tl.atomic_add(counts + tl.load(tile + 2), tl.sum(kept).to(tl.int64), sem="relaxed")

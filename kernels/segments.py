@@ -1,7 +1,7 @@
-"""Where each layer lies in a flat buffer, which logical position a stored element has, which program works where.
+"""Segments of a flat buffer: the location of each layer, the logical position of an element, the tiles of a launch.
 
 A conv weight of logical shape (O, I, H, W) is stored as (O, H, W, I), the order that channels-last convs read.
-Positions (ties, packed masks, saved files) are always those of the logical order, layer after layer, without padding.
+Positions (ties, packed masks, saved files) are always in logical order, layer after layer, without padding.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from torch import Tensor
 class Segment:
     """One layer's weight inside a flat buffer.
 
-    name: parameter name. shape: logical shape, (O, I, H, W) of a conv or (O, I) of a linear layer. offset: first
-    element in the buffer. position: logical position of its first element.
+    name: of the parameter.  shape: logical shape, (O, I, H, W) of a conv or (O, I) of a linear layer.  offset: index of
+    the first element in the buffer.  position: logical position of the first element.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Segment:
         return flat.view(o, h, w, i).permute(0, 3, 1, 2)
 
     def logical(self, stored: np.ndarray) -> np.ndarray:
-        """Logical positions of the elements `stored` (int64 indices into the buffer that lie in this segment)."""
+        """Logical positions of `stored`, int64 indices into the buffer that lie in this segment."""
         local = stored - self.offset
         if len(self.shape) != 4:
             return self.position + local
@@ -57,7 +57,7 @@ class Segment:
 
 
 def logical_positions(segments: Sequence[Segment], stored: np.ndarray) -> np.ndarray:
-    """Logical positions of int64 buffer indices, all of which lie in some segment; int64, the same shape."""
+    """Logical positions, int64, of `stored`, int64 indices into the buffer that all lie in segments."""
     starts = np.array([s.offset for s in segments], dtype=np.int64)
     owner = np.searchsorted(starts, stored, side="right") - 1
     positions = np.empty_like(stored)
@@ -79,12 +79,15 @@ def check_segments(segments: Sequence[Segment], numel: int) -> None:
 
 
 class Tiling(NamedTuple):
-    """What the programs of one launch work on, int64 on the device. A tile never crosses a segment.
+    """The work of the programs of one launch, int64 on the device. A tile never crosses a segment.
 
-    tiles [n, 4]: start, length, segment, group; a group is what shares one count: all segments together, or each by
-    itself. table [segments, 4]: offset, position, channels, pixels. ranges [groups, 2]: first element and size in the
-    buffer. aligned: tiles start and end at multiples of 16.
+    tiles [n, 4]: start, length, segment, group.  table [segments, 4]: offset, position, channels, pixels.  ranges
+    [groups, 2]: first element and size in the buffer.  aligned: all tiles start and end at multiples of 16.  A group is
+    a set of segments with one count to prune: all segments together, or each segment alone.
     """
+
+    # Alignment is passed on because the compiler cannot derive it from indices in a table, and without it emits 4-byte
+    # loads instead of 16-byte ones.
 
     tiles: Tensor
     table: Tensor
@@ -92,13 +95,15 @@ class Tiling(NamedTuple):
     aligned: bool
 
 
-# Cached, because a training asks for the same few again and again, and each is a copy from host to device.
+# Cached, because a training uses the same few tilings again, and each costs a copy from host to device.
 @lru_cache(maxsize=32)
 def tiling(
     segments: tuple[Segment, ...], n: int, block: int, local: bool, device: torch.device, padded: bool = True
 ) -> Tiling:
-    """For a buffer of n elements. local: a group is a segment. padded: a segment's last tile may take in the padding
-    behind it, which no mask keeps.
+    """The tiling of a buffer of n elements.
+
+    local: each segment is a group of its own.  padded: the last tile of a segment may include the padding behind it,
+    which no mask keeps.
     """
     tiles, table, ranges = [], [], [] if local else [(0, n)]
     ends = [*(s.offset for s in segments[1:]), n]

@@ -1,4 +1,4 @@
-"""Where batches come from: prepared data sets (FFCV), image folders (torchvision), generated images.
+"""Loaders of labelled image batches: prepared data sets (FFCV), image folders (torchvision), generated images.
 
     manifest, folder = find_or_prepare("path/to/tiny-imagenet-200", "runs")
     source = open_data(manifest, folder)
@@ -6,13 +6,13 @@
     batches.set_epoch(3)
     for images, labels in batches: ...
 
-Knows nothing of models or pruning. Names are loaded when they are first used: reading a manifest needs neither numpy
-nor torch.
+This package depends neither on models nor on pruning. Names are imported on first use.
 """
 
 from importlib import import_module
 from typing import Any
 
+# Name to module, imported lazily: reading a manifest (`--plan`) needs neither numpy nor torch.
 _HOME = {
     "Manifest": "manifest",
     "Subset": "manifest",

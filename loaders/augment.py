@@ -1,10 +1,11 @@
-"""The one source of chance in the data: the order of an epoch, and each sample's crop and mirror.
+"""Random order, crops and flips: all randomness of the data, as pure functions of (seed, epoch, sample). Numpy only.
 
-Everything is a pure function of (seed, epoch, sample), drawn from the counter-based generator Philox4x32-10 (Salmon et
-al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). So a batch depends neither on the loader nor on workers
-nor on where a run was resumed, and (seed 0, epoch 1) has nothing in common with (seed 1, epoch 0). Needs numpy alone.
-Another machine's `exp` may differ in its last bit, which moves an edge by one pixel in about one box of 10**13.
+Drawn from the counter-based generator Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011).
 """
+
+# Counter-based, because there is no state: a batch depends neither on the loader, nor on workers, nor on the epoch at
+# which a run was resumed, and (seed 0, epoch 1) shares nothing with (seed 1, epoch 0).
 
 import numpy as np
 
@@ -12,7 +13,8 @@ SCALE = (0.08, 1.0)  # fraction of the image's area; with RATIO and ATTEMPTS tor
 RATIO = (3 / 4, 4 / 3)  # width / height
 ATTEMPTS = 10
 
-_ORDER, _FLIP, _BOX = 0, 1, 2  # what a counter is for; attempt k of a box is _BOX + k
+# Purpose of a counter, so that no two draws share one; attempt k of a box is _BOX + k.
+_ORDER, _FLIP, _BOX = 0, 1, 2
 _SEED = _BOX + ATTEMPTS
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
@@ -28,10 +30,11 @@ def philox4x32(
     k0: int,
     k1: int,
 ) -> Words:
-    """Four uint32 arrays, the ten-round Philox of the counters c0..c3 (which broadcast) under the 64-bit key k0, k1.
+    """Philox with ten rounds of the counters c0..c3 (which broadcast) under the key k0, k1: four uint32 arrays.
 
-    Counters and keys are taken as unsigned 32-bit words. Matches Random123's known answers.
+    Counters and keys are unsigned 32-bit words.  The result matches Random123's known answers.
     """
+    # uint64 arrays hold a full 32 x 32-bit product, of which Philox uses both halves.
     a, b, c, d = (np.asarray(word, dtype=np.uint64) for word in (c0, c1, c2, c3))
     for _ in range(10):
         first, second = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
@@ -43,10 +46,9 @@ def philox4x32(
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which `n` samples are visited: a permutation, int64 [n].
-
-    The stable sort of one 64-bit word a sample, so it is the same under any numpy and on any machine.
-    """
+    """The order in which an epoch visits `n` samples: a permutation, int64 [n]."""
+    # Sorting one 64-bit word per sample gives the same order with every version of numpy, which its own shuffle does
+    # not promise.
     high, low, _, _ = _words(seed, epoch, np.arange(n), _ORDER)
     return np.argsort((high.astype(np.uint64) << _HALF) | low, kind="stable")
 
@@ -57,13 +59,16 @@ def crop_boxes(
     """Random resized crops: boxes int32 [n, 4] = top, left, height, width in pixels, and flip bool [n] (p = 0.5).
 
     sample: int64 [n], positions in the stored data set.  height, width: of the whole images, ints or int arrays [n].
-    Drawn in float64 exactly as torchvision's `RandomResizedCrop.get_params` draws, ten attempts and fallback included.
+    The distribution is that of torchvision's `RandomResizedCrop.get_params`, with its ten attempts and its fallback,
+    in float64.
     """
+    # `exp` may differ in its last bit on another machine: it moves an edge by one pixel in about one box of 10**13.
     sample = np.asarray(sample, dtype=np.int64)
     height = np.broadcast_to(np.asarray(height, dtype=np.int64), sample.shape)
     width = np.broadcast_to(np.asarray(width, dtype=np.int64), sample.shape)
     result = _fallback(height, width)
     rest = np.arange(len(sample))
+    # Only for samples that no earlier attempt fitted: counters make the draws independent of each other.
     for attempt in range(ATTEMPTS):
         box, fits = _attempt(_words(seed, epoch, sample[rest], _BOX + attempt), height[rest], width[rest])
         result[rest[fits]] = box[fits]
@@ -74,18 +79,19 @@ def crop_boxes(
 
 
 def flips(seed: int, epoch: int, sample: np.ndarray) -> np.ndarray:
-    """Which samples (int64 [n]) are mirrored, bool [n] (p = 0.5)."""
+    """Which of the samples (int64 [n]) are flipped horizontally: bool [n] (p = 0.5)."""
     coin, _, _, _ = _words(seed, epoch, sample, _FLIP)
     return coin < np.uint32(1 << 31)
 
 
 def sample_seeds(seed: int, epoch: int, sample: np.ndarray) -> np.ndarray:
-    """A seed for each sample (int64 [n]), uint64 [n]: for transforms that draw for themselves."""
+    """A seed for each sample (int64 [n]), uint64 [n], for transforms that have a generator of their own."""
     high, low, _, _ = _words(seed, epoch, sample, _SEED)
     return (high.astype(np.uint64) << _HALF) | low
 
 
 def _words(seed: int, epoch: int, sample: np.ndarray, purpose: int) -> Words:
+    """Four uniform uint32 [n] for each sample. ValueError if seed or epoch is out of range."""
     if not (0 <= seed < 1 << 64 and 0 <= epoch < 1 << 32):
         raise ValueError(f"seed {seed} is not in [0, 2**64) or epoch {epoch} not in [0, 2**32)")
     position = sample.astype(np.uint64)
@@ -93,9 +99,10 @@ def _words(seed: int, epoch: int, sample: np.ndarray, purpose: int) -> Words:
 
 
 def _attempt(words: Words, height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One draw in images of `height` and `width`: boxes int32 [n, 4], and bool [n], whether they fit."""
+    """One attempt in images of `height` and `width`: boxes int32 [n, 4], and whether each fits, bool [n]."""
     area, ratio, down, right = words
     target = height * width * _between(area, *SCALE)
+    # Uniform in the logarithm, as torchvision draws it: a ratio and its inverse are equally likely.
     aspect = np.exp(_between(ratio, *np.log(RATIO)))
     box_w = np.rint(np.sqrt(target * aspect)).astype(np.int64)
     box_h = np.rint(np.sqrt(target / aspect)).astype(np.int64)
@@ -105,7 +112,7 @@ def _attempt(words: Words, height: np.ndarray, width: np.ndarray) -> tuple[np.nd
 
 
 def _fallback(height: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """The largest central box of an allowed ratio, int32 [n, 4]: what no attempt fits gets."""
+    """The largest centred box of an allowed ratio, int32 [n, 4], used if no attempt fits."""
     ratio = width / height
     box_h = np.where(ratio < RATIO[0], np.rint(width / RATIO[0]), height).astype(np.int64)
     box_w = np.where(ratio > RATIO[1], np.rint(height * RATIO[1]), width).astype(np.int64)
@@ -119,4 +126,5 @@ def _between(word: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def _below(word: np.ndarray, number: np.ndarray) -> np.ndarray:
     """A uniform word as int64 in [0, number)."""
+    # A product and a shift (Lemire): no division, and a bias below number / 2**32.
     return (word.astype(np.int64) * number) >> 32

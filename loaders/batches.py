@@ -1,7 +1,7 @@
-"""An opened data set, and the batches of an epoch: one order, one set of boxes and flips, whichever loader reads.
+"""An opened data set and its batches: order, crops and flips of an epoch are the same for every loader.
 
-The straight line: `catalog` finds or prepares a folder, `open_data` gives a DataSource, that gives Batches, and these
-draw the table of an epoch, which a reader (`readers/`) turns into images. What is random is decided here.
+`catalog` finds or prepares a folder, `open_data` returns a DataSource, a DataSource returns Batches. Batches draw the
+table of each epoch, and a reader (`readers/`) turns that table into images.
 """
 
 from collections.abc import Iterator
@@ -23,18 +23,19 @@ ALL = Subset()
 
 
 class Batches:
-    """The batches of one epoch after another. Iterating yields images [B, 3, H, W] (float32 or the `dtype` asked for,
-    channels-last, normalised, new memory) and labels int64 [B], both on `device`: where the resident loader holds its
-    images, the CPU for every other loader. On a GPU nothing in an epoch waits for the device.
+    """The batches of one split, epoch after epoch.
 
-    For training, `set_epoch` chooses the epoch, 0 at first; an epoch can be read any number of times and is always the
-    same. The last partial batch is dropped. For validation the order is the stored one and nothing is dropped.
+    Iterating yields images `dtype` [B, 3, H, W] (channels-last, normalised, new memory) and labels int64 [B], both on
+    `device`: that of the resident loader's images, the CPU for every other loader. On a GPU no operation in an epoch
+    waits for the device.
 
-    One of several ranks reads its share only: of each global training batch (`batch_size` on each rank) the rows from
-    rank * batch_size on, so that all ranks together see what one process with the global batch sees; of the validation
-    samples every world_size-th, from `rank` on.
+    Training: `set_epoch` selects the epoch, initially 0; repeated reads of an epoch give the same batches. The last
+    partial batch is dropped. Validation: stored order, and no sample is dropped.
 
-    Where images differ in size, the reader crops them as `crop` says, and only order and flips are drawn here.
+    Distributed: a rank reads its share only. Of each global training batch (world_size * batch_size) that is the rows
+    from rank * batch_size on; of the validation samples every world_size-th, from `rank` on.
+
+    If images differ in size, the reader crops them according to `crop`, and only order and flips are drawn here.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Batches:
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """samples: stored positions of all ranks, int64 [n].  seed: of order and augmentation; None keeps both off."""
+        """samples: stored positions for all ranks, int64 [n].  seed: of order and augmentation; None disables both."""
         self._reader, self._split, self._seed, self._dtype, self._crop = reader, split, seed, dtype, crop
         self._rank, self._world_size = rank, world_size
         self._samples = samples if seed is not None else samples[rank::world_size]
@@ -85,11 +86,11 @@ class Batches:
             for start, images in zip(range(0, len(labels), self.batch_size), batches, strict=True):
                 yield images, labels[start : start + self.batch_size]
         if self.device.type != "cpu" and self._seed is not None:
-            # The device is still busy with this epoch: what the next one reads costs nothing now.
+            # The launches are asynchronous: while the device computes this epoch, the host draws the next table.
             self._drawn = epoch + 1, self._draw(epoch + 1)
 
     def table(self) -> Table:
-        """What this epoch reads; not to be written to."""
+        """The table of the current epoch. Cached: the caller must not write to it."""
         if self._drawn is None or self._drawn[0] != self.epoch:
             self._drawn = self.epoch, self._draw(self.epoch)
         return self._drawn[1]
@@ -98,6 +99,7 @@ class Batches:
         if self._seed is None:
             return Table(self._samples, self._uncropped(), np.zeros(self.images, bool))
         order = epoch_order(self._seed, epoch, len(self._samples))[: self.images * self._world_size]
+        # Rows of the global batch, so that all ranks together train on what one process with the global batch would.
         mine = order.reshape(-1, self._world_size, self.batch_size)[:, self._rank].reshape(-1)
         samples = self._samples[mine]
         if self._crop is None:
@@ -110,10 +112,12 @@ class Batches:
 
 
 class DataSource:
-    """An opened data set. Meant to be kept: a process opens it once and takes the batches of all its runs from it.
+    """An opened data set, from which a process takes the batches of all its runs.
 
-    loader: its name, why: the reason it was chosen.  device: where batches come to lie.
+    loader: its name.  why: the reason for the choice.  device: of the batches.
     """
+
+    # Kept for the life of a worker: opening again would compile FFCV's pipeline or fill the memory again.
 
     def __init__(self, manifest: Manifest, choice: LoaderChoice, reader: Reader, crop: Crop | None = None) -> None:
         self.manifest, (self.loader, self.why) = manifest, choice
@@ -122,7 +126,7 @@ class DataSource:
 
     @property
     def resumes(self) -> bool:
-        """Whether a batch depends on seed and epoch alone. FFCV's own crops do not."""
+        """Whether a resumed run sees the same batches. Crops by FFCV's own decoders cannot be seeded."""
         return self._crop is None or self.loader != "ffcv"
 
     def train(
@@ -135,9 +139,9 @@ class DataSource:
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> Batches:
-        """Batches in random order with random crops and flips, all functions of (seed, epoch, stored position).
+        """Training batches: random order, crops and flips, all functions of (seed, epoch, stored position).
 
-        batch_size: of each rank.  rank, world_size: see Batches.  dtype: of the images, float32, bfloat16 or float16.
+        batch_size: per rank.  rank, world_size: see Batches.  dtype: of the images, float32, bfloat16 or float16.
         """
         return self._batches("train", batch_size, subset, seed, rank, world_size, dtype)
 
@@ -150,7 +154,10 @@ class DataSource:
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
     ) -> Batches:
-        """Batches in stored order, only normalised, or cropped at the centre. Arguments as for `train`."""
+        """Validation batches in stored order: normalised, and centre-cropped if images differ in size.
+
+        Arguments as for `train`.
+        """
         return self._batches("val", batch_size, subset, None, rank, world_size, dtype)
 
     def _batches(
@@ -198,16 +205,17 @@ def open_data(
     workers: int = 0,
     show: bool = False,
 ) -> DataSource:
-    """Open what `find_or_prepare` found. InputError where the loader cannot read it, or a file is truncated or foreign.
+    """Open the data set that `find_or_prepare` returned.
 
-    crop: what becomes of images that differ in size; needed for those.  device: where the images are wanted; the
-    resident loader holds them there, "auto" chooses by it.  workers: processes of the torchvision loader, 0 for none;
-    of the resident one while it fills its memory, 0 for as many as are useful; threads of FFCV's decoders. They change
-    no batch.  show: progress on stderr.
+    crop: required if images differ in size, else None.  device: that of the training; the resident loader holds the
+    images there, and "auto" depends on it.  workers: processes of the torchvision loader (0: decode in this process),
+    of the resident loader while it fills its memory (0: automatic), or threads of FFCV's decoders; no batch depends on
+    it.  show: progress on stderr.  InputError if the loader cannot read the data, or a file is truncated or not that of
+    the manifest.
     """
     choice = choose_loader(manifest, folder, loader, device=str(device))
     if manifest.one_size != (crop is None):
-        raise ValueError("crop goes with images that differ in size, and only with those")
+        raise ValueError("crop is required for images that differ in size, and only for those")
     reader = _open_reader(choice, manifest, folder, crop, torch.device(device), workers, show)
     return DataSource(manifest, choice, reader, crop)
 
@@ -221,7 +229,7 @@ def _open_reader(
     workers: int,
     show: bool,
 ) -> Reader:
-    # FFCV and torchvision are imported where they are used: neither is needed for the other.
+    # FFCV and torchvision are imported on use: either works without the other.
     if choice.name == "ffcv":
         from fastprune.loaders.readers.ffcv import open_ffcv
 
@@ -240,6 +248,7 @@ def select(labels: np.ndarray, classes: int | None, per_class: int | None) -> np
     kept = np.arange(len(labels)) if classes is None else np.flatnonzero(labels < classes)
     if per_class is None:
         return kept
+    # Stable, so that the first images of a class are the first in stored order.
     by_class = kept[np.argsort(labels[kept], kind="stable")]
     begins = np.searchsorted(labels[by_class], labels[by_class], side="left")
     return np.sort(by_class[np.arange(len(by_class)) - begins < per_class])

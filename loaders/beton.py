@@ -1,9 +1,11 @@
-"""FFCV's .beton files without FFCV: written in stored order, and looked into before anything trusts them.
+"""Write and validate FFCV's .beton files without FFCV.
 
-FFCV itself fails on a truncated file with "negative dimensions" or reads past its end, and trusts every pointer in it;
-its writer waits for ever when one of its processes dies. The layout of the file is that of ffcv/types.py and
-ffcv/fields: header, fields, a table of samples, pages of content, and a table of what lies where.
+Layout, after ffcv/types.py and ffcv/fields: header, fields, sample table, pages of content, allocation table.
 """
+
+# FFCV's writer waits forever if one of its processes dies. Its reader trusts every pointer: on a truncated file it
+# fails with "negative dimensions" or reads past the end. So files are written here, and validated before FFCV opens
+# them.
 
 import os
 from collections.abc import Iterable, Sequence
@@ -18,7 +20,8 @@ from fastprune.loaders.manifest import Manifest
 from fastprune.loaders.samples import RAW, Stored, digest
 
 FFCV_FORMAT = 2
-PAGE = 1 << 21  # bytes, the smallest that FFCV takes. An image lies within one page, or begins one
+# Bytes, the smallest page that FFCV accepts. An image lies within one page, or begins one if it is larger.
+PAGE = 1 << 21
 
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("allocations", "<u8")], align=True
@@ -27,17 +30,19 @@ FIELD = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)]
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
 _BYTES = np.dtype([("pointer", "<u8"), ("size", "<u8")])
 ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
-# What a sample's row holds of each kind of field, by FFCV's type number: float, int, image, bytes, array, JSON, tensor.
+# Type of a field in a row of the sample table, by FFCV's type number: float, int, image, bytes, array, JSON, tensor.
+# All are known, so that files with further fields, which FFCV's users have, can be read.
 KINDS = (np.dtype("<f8"), np.dtype("<i8"), IMAGE, _BYTES, np.dtype("<u8"), _BYTES, np.dtype("<u8"))
 INT, RGB_IMAGE = 1, 2
 FIELDS = {"image": RGB_IMAGE, "label": INT, "index": INT}
-"""Of the files that are written here."""
+"""Names and types of the fields that BetonWriter writes."""
 
 
 @dataclass(frozen=True)
 class Beton:
-    """The tables of a file that is complete. images: IMAGE [n].  labels: int64 [n].  sizes: stored bytes, int64 [n].
-    fields: their names.
+    """The tables of a complete file.
+
+    images: IMAGE [n].  labels: int64 [n].  sizes: stored bytes of each image, int64 [n].  fields: names, in order.
     """
 
     path: Path
@@ -51,7 +56,7 @@ class Beton:
 
     @property
     def raw_size(self) -> tuple[int, int] | None:
-        """Height and width of all images if they are raw and of one size, else None."""
+        """Height and width in pixels if all images are raw and of one size, else None."""
         first = self.images[0]
         alike = (self.images["height"] == first["height"]) & (self.images["width"] == first["width"])
         raw = alike & (self.images["mode"] == RAW)
@@ -59,10 +64,10 @@ class Beton:
 
 
 class BetonWriter:
-    """Writes images, one after another, to a new file with the fields image, label and index; a context manager.
+    """Context manager that writes images to a new file with the fields image, label and index.
 
-    Within `with`, `add` takes the images in the order of `labels`. `finish` writes the tables, waits until the disk has
-    the file, and compares what it reads back with what was written. OSError where the disk does not take it.
+    `add` takes the images in the order of `labels`. `finish` writes the tables, flushes the file to the disk, reads it
+    back and compares it with the input. OSError if writing fails or the comparison differs.
     """
 
     def __init__(self, path: Path, labels: Sequence[int]) -> None:
@@ -75,6 +80,7 @@ class BetonWriter:
         self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115, closed by __exit__
 
     def add(self, image: Stored) -> None:
+        # FFCV reads by pages: an image that does not fit into the rest of this one begins the next.
         if self._end % PAGE + image.content.size > PAGE:
             self._end = _aligned(self._end)
         i = len(self._digests)
@@ -95,6 +101,7 @@ class BetonWriter:
         allocations["pointer"], allocations["size"] = self._samples["f0"]["pointer"], self._sizes
         self._file.seek(end)
         self._file.write(allocations.tobytes())
+        # The header last: a file whose writing was interrupted begins with zeros and is rejected.
         self._file.seek(0)
         self._file.write(header.tobytes() + _field_table().tobytes() + self._samples.tobytes())
         self._file.flush()
@@ -102,6 +109,7 @@ class BetonWriter:
         self._verify()
 
     def _verify(self) -> None:
+        # A full or failing disk can lose data without an error.
         beton = read_beton(self._path)
         content = np.memmap(self._path, np.uint8, mode="r")
         if not np.array_equal(beton.labels, self._samples["f1"]):
@@ -118,7 +126,10 @@ class BetonWriter:
 
 
 def read_beton(path: str | os.PathLike[str]) -> Beton:
-    """The tables of any .beton file with an image and an integer label. InputError where it is none, or truncated."""
+    """The tables of any .beton file with an RGB image and an integer label.
+
+    InputError if the file cannot be read, is not such a file, or is truncated or damaged.
+    """
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -129,7 +140,7 @@ def read_beton(path: str | os.PathLike[str]) -> Beton:
 
 
 def check_beton(path: str | os.PathLike[str], manifest: Manifest, split: str) -> Beton:
-    """The tables of the manifest's file of `split`. InputError where it is another one, foreign or truncated."""
+    """The tables of the manifest's file of `split`. InputError if the file is truncated or another one."""
     beton = read_beton(path)
     _, expected_bytes = manifest.file(split)
     counts = manifest.train_per_class if split == "train" else manifest.val_per_class
@@ -145,7 +156,7 @@ def check_beton(path: str | os.PathLike[str], manifest: Manifest, split: str) ->
 
 
 def manifest_files(manifest: Manifest, folder: Path) -> dict[str, Beton]:
-    """The tables of both files of a prepared folder. InputError where one is not what the manifest describes."""
+    """The tables of both files of a prepared folder. InputError if one is not the file that the manifest describes."""
     files = {}
     for split in ("train", "val"):
         name, _ = manifest.file(split)
@@ -156,7 +167,7 @@ def manifest_files(manifest: Manifest, folder: Path) -> dict[str, Beton]:
 
 
 def sample_type(kinds: Iterable[int]) -> np.dtype:
-    """The row of a sample with fields of these kinds, f0, f1 and so on, as FFCV lays it out."""
+    """The dtype of a row of FFCV's sample table: fields f0, f1 and so on of these types."""
     return np.dtype([(f"f{i}", KINDS[kind]) for i, kind in enumerate(kinds)], align=True)
 
 
@@ -167,15 +178,16 @@ def _bad(path: Path, what: str) -> InputError:
 def _read(file: IO[bytes], size: int, path: Path) -> Beton:
     start = file.read(HEADER.itemsize)
     if len(start) < HEADER.itemsize:
-        raise _bad(path, "is truncated or no .beton file")
+        raise _bad(path, "is truncated or not a .beton file")
     header = np.frombuffer(start, HEADER)[0]
     if header["version"] != FFCV_FORMAT or not 0 < header["fields"] < 100:
-        raise _bad(path, "is no .beton file of FFCV's format 2")
+        raise _bad(path, "is not a .beton file of FFCV's format 2")
     fields = np.frombuffer(_exactly(file, int(header["fields"]) * FIELD.itemsize, path), FIELD)
     names = tuple(bytes(field["name"]).rstrip(b"\0").decode("ascii", "replace") for field in fields)
     kinds = dict(zip(names, fields["type"].tolist(), strict=True))
     if (kinds.get("image"), kinds.get("label")) != (RGB_IMAGE, INT) or max(kinds.values()) >= len(KINDS):
         raise _bad(path, f"has the fields {', '.join(names)}, not an RGB image and an integer label so named")
+    # Compared with the file size before the table is read: a damaged count must not allocate memory.
     row, count, end = sample_type(list(kinds.values())), int(header["samples"]), int(header["allocations"])
     if not 0 < count <= size or file.tell() + count * row.itemsize > end or end > size:
         raise _bad(path, f"is truncated or damaged ({size} bytes)")
@@ -186,11 +198,13 @@ def _read(file: IO[bytes], size: int, path: Path) -> Beton:
     # Other fields may have content of their own, so there are at least as many allocations as images.
     if len(allocations) % ALLOCATION.itemsize or len(allocations) < count * ALLOCATION.itemsize:
         raise _bad(path, f"is truncated or damaged ({size} bytes)")
+    # A copy: the field's view would keep the whole sample table in memory.
     images = samples[f"f{names.index('image')}"].copy()
     labels = samples[f"f{names.index('label')}"].astype(np.int64)
     sizes = _stored_bytes(images, allocations.view(ALLOCATION))
     pixels = images["height"].astype(np.int64) * images["width"] * 3
     sound = (pixels > 0) & (images["mode"] <= RAW) & (sizes > 0) & ((images["mode"] != RAW) | (sizes == pixels))
+    # Pointers are uint64: pointer + size could wrap around, so the size is subtracted from the end.
     inside = (images["pointer"] >= content) & (images["pointer"] <= end - np.minimum(sizes, end))
     if not (sound & inside).all():
         raise _bad(path, "is damaged")
@@ -198,7 +212,7 @@ def _read(file: IO[bytes], size: int, path: Path) -> Beton:
 
 
 def _stored_bytes(images: np.ndarray, allocations: np.ndarray) -> np.ndarray:
-    """Bytes that each image takes, int64 [n]; 0 where nothing is allocated at its pointer."""
+    """Stored bytes of each image, int64 [n]; 0 if nothing is allocated at its pointer."""
     order = np.argsort(allocations["pointer"], kind="stable")
     pointers = allocations["pointer"][order]
     found = np.minimum(np.searchsorted(pointers, images["pointer"]), len(pointers) - 1)
@@ -206,9 +220,10 @@ def _stored_bytes(images: np.ndarray, allocations: np.ndarray) -> np.ndarray:
 
 
 def _exactly(file: IO[bytes], count: int, path: Path) -> bytes:
+    """The next `count` bytes. InputError if the file ends before."""
     content = file.read(count)
     if len(content) < count:
-        raise _bad(path, "is truncated or no .beton file")
+        raise _bad(path, "is truncated or not a .beton file")
     return content
 
 

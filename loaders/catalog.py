@@ -1,4 +1,4 @@
-"""From what a user calls the data to a prepared folder, found or made. Heavy imports only where something is made."""
+"""Find or create the prepared folder of the data that a user names."""
 
 import json
 import os
@@ -13,15 +13,16 @@ from fastprune.loaders.manifest import FILE_NAME, Manifest, load_manifest, save_
 from fastprune.loaders.synthetic import SyntheticData
 
 SUFFIXES = (".beton", ".ffcv")
-SOURCES = "sources.json"  # which image folders have been read, and what was found
+SOURCES = "sources.json"  # image folders that have been read: listing and fingerprint of each
 Data = str | os.PathLike[str] | SyntheticData
 
 
 def peek(data: Data, store: str | os.PathLike[str]) -> Manifest | None:
-    """The manifest of `data` if it can be told without reading an image, else None. Writes nothing.
+    """The manifest of `data` if it is known without reading an image, else None. Writes nothing.
 
-    data: as in `find_or_prepare`. InputError where there is no such folder or it is no data set of images of one size.
+    data: as in `find_or_prepare`.  InputError if the folder is missing or is not a data set of images of one size.
     """
+    # `--plan` calls this: it needs the fingerprint for the keys, but must not decode a data set.
     if isinstance(data, SyntheticData):
         return data.manifest()
     if data == "synthetic":
@@ -46,17 +47,18 @@ def find_or_prepare(
     workers: int | None = None,
     show: bool = True,
 ) -> tuple[Manifest, Path | None]:
-    """Manifest and folder of `data`, ready for `open_data`; the folder is None for images generated in memory.
+    """Return manifest and folder of `data`, ready for `open_data`. The folder is None for images generated in memory.
 
     data: a prepared folder; Tiny ImageNet or MiniPlaces as distributed; another image folder with images of one size;
-    or SyntheticData ("synthetic" is its defaults).  What a loader needs and is not there is made once, under
-    `store`/data, named by the fingerprint: .beton files for ffcv, image files for generated data through torchvision.
-    loader: one of LOADERS; "auto" and "resident" make .beton files where ffcv is installed.
+    or SyntheticData ("synthetic" means its defaults).  Files that a loader needs and that are missing are written once
+    to `store`/data, in a folder named by the fingerprint: .beton files for ffcv, image files for generated data that
+    torchvision reads.  loader: one of LOADERS; "auto" and "resident" write .beton files if ffcv is installed.
 
-    any_size: other image folders are not expected to be of one size but to be cropped as they are read, and so are
-    .beton files without a manifest: `data` may be one of them, train* or val*, or the folder that holds both. The
-    manifest then has height and width 0; torchvision reads such a folder as it is, nothing is made.
-    workers: processes that decode.  show: progress on stderr.  InputError where the data is not usable.
+    any_size: images of folders other than Tiny ImageNet and MiniPlaces may differ in size and are cropped when they are
+    read.  `data` may then also be a .beton file without a manifest (train* or val*), or the folder that holds both.
+    The manifest has height and width 0, and torchvision reads the folder directly: nothing is written.
+    workers: processes that decode, by default one per available processor.  show: progress on stderr.  InputError if
+    the data cannot be used.
     """
     if loader not in LOADERS:
         raise InputError(f"unknown loader {loader!r}: choose one of {', '.join(LOADERS)}")
@@ -78,10 +80,11 @@ def find_or_prepare(
     layout = scan(path)
     if any_size and layout.name not in DISTRIBUTED:
         if loader == "resident":
-            raise InputError(f"loader resident holds images of one size, {path} is cropped: use another loader")
+            raise InputError(f"loader resident needs images of one size, not {path} with crops: use another loader")
         if loader == "torchvision" or (loader == "auto" and not ffcv_is_there()):
             return _unread(layout), layout.root
         return _find_folder(layout, root, "files", workers, show)
+    # The resident loader fills its memory from .beton files in 0.5 s, from JPEG files in 30 s (Tiny ImageNet).
     beton = loader == "ffcv" or (loader in ("auto", "resident") and ffcv_is_there())
     return _find_folder(layout, root, "pixels" if beton else "nothing", workers, show)
 
@@ -95,12 +98,15 @@ def _of_one_size(manifest: Manifest) -> Manifest:
 
 
 def _check_prepared(folder: Path, loader: str, any_size: bool) -> Manifest:
+    """The manifest of a prepared folder. InputError if images differ in size and must not, or a file is damaged."""
     manifest = load_manifest(folder)
     if not any_size:
         _of_one_size(manifest)
+    # torchvision reads the source folder, so the .beton files need not be present.
     for split in SPLITS if loader != "torchvision" else ():
         name, _ = manifest.file(split)
         if name is not None:
+            # Imported here, as it needs numpy: this module is loaded to plan, too.
             from fastprune.loaders.beton import check_beton
 
             check_beton(folder / name, manifest, split)
@@ -129,13 +135,14 @@ def _find_synthetic(
                 samples = {split: ArraySamples(images, labels.tolist()) for split, (images, labels) in arrays.items()}
                 read_data_set(samples, part, keep, list_folder=root, workers=workers, show=show)
             else:
+                # Lossless, so that torchvision reads the pixels that the fingerprint stands for.
                 data.write_folder(folder / "images", extension="png")
                 manifest = replace(manifest, source="images", listing=scan(folder / "images").listing())
             return publish(part, folder, manifest), folder
 
 
 def _find_folder(layout: Layout, root: Path, keep: str, workers: int, show: bool) -> tuple[Manifest, Path]:
-    """keep: see `read_data_set`."""
+    """Manifest and folder in the store of a scanned folder, prepared if necessary. keep: see `read_data_set`."""
     from fastprune.loaders.preparation import describe, publish, read_data_set, unfinished, writing
     from fastprune.loaders.samples import folder_samples
 
@@ -151,6 +158,7 @@ def _find_folder(layout: Layout, root: Path, keep: str, workers: int, show: bool
             found = read_data_set(folder_samples(layout), part, keep, list_folder=root, workers=workers, show=show)
             manifest = describe(layout, found, listing)
             folder = _folder(root, manifest.fingerprint, keep)
+            # Another source with the same pixels may have been prepared before.
             folder.mkdir(exist_ok=True)
             if finished := _finished(folder, keep):
                 manifest = _pointed(finished, folder, layout, listing)
@@ -161,7 +169,8 @@ def _find_folder(layout: Layout, root: Path, keep: str, workers: int, show: bool
 
 
 def _unread(layout: Layout) -> Manifest:
-    """The manifest of a folder whose images are read as they are."""
+    """The manifest of an image folder that is read directly: without fingerprint, mean 0 and standard deviation 1."""
+    # Preparation is skipped, so no image has been decoded to compute them.
     return Manifest(
         name=layout.name,
         fingerprint="",
@@ -181,12 +190,15 @@ def _betons(folder: Path, split: str) -> list[Path]:
 
 
 def _holds_betons(folder: Path) -> bool:
+    # A folder train/ means an image folder, even if .beton files lie beside it.
     return bool(_betons(folder, "train")) and not (folder / "train").is_dir()
 
 
 def _find_betons(path: Path) -> tuple[Manifest, Path]:
-    """The manifest of files that FFCV wrote, without having read an image: `path` is the train or the val file or the
-    folder of both. The other one has the same name with the splits exchanged, or is the only one.
+    """Manifest and folder of .beton files that FFCV's own writer made; no image is read.
+
+    path: the train file, the val file, or their folder.  The other file has the same name with train and val
+    exchanged, or is the only one of its split.  InputError if it is ambiguous or missing, or labels are out of range.
     """
     import numpy as np
 
@@ -212,6 +224,7 @@ def _find_betons(path: Path) -> tuple[Manifest, Path]:
     counts = {}
     classes = int(max(file.labels.max() for file in files.values())) + 1
     for split, file in files.items():
+        # More classes than images means that the labels are something else: do not allocate their counts.
         if file.labels.min() < 0 or classes > len(files["train"]):
             raise InputError(
                 f"{file.path} has labels from {file.labels.min()} to {classes - 1} for {len(file)} images, expected 0, "
@@ -237,7 +250,8 @@ def _find_betons(path: Path) -> tuple[Manifest, Path]:
 
 
 def _pointed(manifest: Manifest, folder: Path, layout: Layout, listing: str) -> Manifest:
-    """The manifest in `folder` made to name `layout`: the same pixels may have come from elsewhere, now gone."""
+    """Save the manifest in `folder` with `layout` as its source, and return it."""
+    # The same pixels may have been prepared from another folder that was removed since.
     now = replace(manifest, name=layout.name, classes=layout.classes, source=str(layout.root), listing=listing)
     if now != manifest:
         save_manifest(now, folder)
@@ -245,11 +259,12 @@ def _pointed(manifest: Manifest, folder: Path, layout: Layout, listing: str) -> 
 
 
 def _folder(root: Path, fingerprint: str, keep: str) -> Path:
-    """Where the store keeps a data set: with .beton files, of pixels or of JPEG files, or as a manifest only."""
+    """The folder of a data set in the store: .beton files of pixels or of JPEG files, or a manifest only."""
     return root / (fingerprint[:16] + {"pixels": "", "nothing": "-files", "files": "-jpeg"}[keep])
 
 
 def _finished(folder: Path, keep: str) -> Manifest | None:
+    """The manifest of a complete folder, else None. InputError if a file is truncated or another one."""
     from fastprune.loaders.preparation import is_complete
 
     if (folder / FILE_NAME).exists() and is_complete(manifest := load_manifest(folder), folder, keep != "nothing"):
@@ -258,7 +273,7 @@ def _finished(folder: Path, keep: str) -> Manifest | None:
 
 
 def _remembered(root: Path, layout: Layout, listing: str) -> str | None:
-    """Fingerprint of a folder that was read before and has not changed since."""
+    """Fingerprint of a folder that was read before, or None if it was not or has changed since."""
     entry = _sources(root).get(str(layout.root))
     return entry["fingerprint"] if entry and entry["listing"] == listing else None
 
@@ -272,5 +287,6 @@ def _remember(root: Path, layout: Layout, listing: str, fingerprint: str) -> Non
 def _sources(root: Path) -> dict[str, dict[str, str]]:
     try:
         return json.loads((root / SOURCES).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # only a memory: without it the images are read once more
+    except (FileNotFoundError, ValueError):
+        # Only a cache: without it the images are decoded once more.
         return {}

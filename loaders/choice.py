@@ -1,4 +1,4 @@
-"""Which loader reads a data set, by what is there. Standard library only."""
+"""Choose the loader that reads a data set, from its files and the packages installed. Standard library only."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,11 +10,13 @@ from fastprune.loaders.layout import Layout, scan
 from fastprune.loaders.manifest import Manifest
 
 LOADERS = ("auto", "resident", "ffcv", "torchvision", "synthetic")
-_UNASKED = ("synthetic", "ffcv", "torchvision")  # "auto" on a CPU, the first that can
+# What "auto" tries on a CPU, fastest first. Resident is left out: each worker process would hold its own copy of the
+# images (2.2 GB instead of 1.0 for Tiny ImageNet, bench/NOTES.md).
+_UNASKED = ("synthetic", "ffcv", "torchvision")
 
 
 class LoaderChoice(NamedTuple):
-    """A loader's name, and in a few words why it was chosen."""
+    """Name of a loader, and the reason for the choice in a few words."""
 
     name: str
     why: str
@@ -23,13 +25,14 @@ class LoaderChoice(NamedTuple):
 def choose_loader(
     manifest: Manifest, folder: Path | None, loader: str = "auto", *, device: str = "cpu", copies: int = 1
 ) -> LoaderChoice:
-    """`loader` itself where it can read the data, or for "auto" the first that can of synthetic, ffcv and torchvision.
-    Before them all resident, where `device` is a GPU and the images fit into half of what is free there.
+    """Return `loader` if it can read the data; for "auto" the first of synthetic, ffcv and torchvision that can.
 
-    copies: processes that will share the device, each with images of its own. InputError where none can. Nothing is
-    imported (but torch for a GPU) or opened: a broken installation of ffcv is an error when it is used, never a reason
-    to take another loader unasked.
+    If `device` is a GPU, "auto" prefers resident if the images fit into half of the device's free memory.
+    copies: processes that share the device, each with its own copy of the images.  InputError if no loader can read
+    the data.  No file is opened, and nothing but torch (for a GPU) is imported.
     """
+    # ffcv is looked up, not imported: a broken installation raises when it is used and never selects another loader
+    # silently.
     if loader != "auto":
         if loader not in _OBSTACLES:
             raise InputError(f"unknown loader {loader!r}: choose one of {', '.join(LOADERS)}")
@@ -46,52 +49,56 @@ def choose_loader(
     for name in _UNASKED:
         obstacle = _OBSTACLES[name](manifest, folder)
         if obstacle is None:
-            return LoaderChoice(name, "; ".join(passed) or "the fastest here")
+            return LoaderChoice(name, "; ".join(passed) or "the fastest available")
+        # That real images are not generated is no news to the user.
         if name != "synthetic":
             passed.append(f"not {name}: {obstacle}")
     raise InputError(f"no loader can read the data in {folder}: {'; '.join(passed)}")
 
 
 def ffcv_is_there() -> bool:
-    """Whether FFCV is installed; it is not imported."""
+    """Whether FFCV is installed. It is not imported."""
     return find_spec("ffcv") is not None
 
 
 def need_ffcv() -> None:
-    """InputError where FFCV is not installed."""
+    """InputError if FFCV is not installed."""
     if not ffcv_is_there():
         raise InputError(
-            "loader ffcv needs ffcv, which is not installed here: scripts/setup.sh does it, or use --loader torchvision"
+            "loader ffcv needs ffcv, which is not installed: run scripts/setup.sh, or use --loader torchvision"
         )
 
 
 def source_folder(manifest: Manifest, folder: Path | None) -> Path | None:
-    """The image folder that the data was made from, if the manifest names one."""
+    """The image folder that the data was prepared from, or None if the manifest names none."""
     if manifest.source is None:
         return None
+    # Joining keeps an absolute source as it is; a relative one moves together with the folder.
     return Path(manifest.source) if folder is None else folder / manifest.source
 
 
 def unchanged_source(manifest: Manifest, folder: Path | None) -> Layout:
-    """That folder, scanned. InputError where its files are not what was prepared, if anything was."""
+    """Scan the source folder. InputError if its files have changed since they were prepared."""
     source = source_folder(manifest, folder)
     assert source is not None
     layout = scan(source)
+    # Without a fingerprint no image has been read, so there is nothing to compare with.
     if manifest.fingerprint and layout.listing() != manifest.listing:
         raise InputError(f"the files in {source} have changed since they were prepared: prepare the data again")
     return layout
 
 
 def pixel_bytes(manifest: Manifest) -> int:
-    """What the images of both splits take as bytes."""
+    """Memory that the images of both splits take as uint8, in bytes."""
     return (manifest.train_count + manifest.val_count) * manifest.height * manifest.width * 3
 
 
 def _room(manifest: Manifest, device: str, copies: int) -> tuple[bool, str]:
-    """Whether the images fit into half of the GPU's free memory, and that in words."""
+    """Whether `copies` of the images fit into half of the GPU's free memory, and a phrase that says so."""
     import torch
 
     free, _ = torch.cuda.mem_get_info(device)
+    # The other half is for the network, its activations and captured graphs, which are allocated later.
     fits = 2 * copies * pixel_bytes(manifest) <= free
     times = f"{copies} x " if copies > 1 else ""
     images = f"{times}{pixel_bytes(manifest) / 1e9:.2f} GB of images"

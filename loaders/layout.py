@@ -1,11 +1,11 @@
-"""Folders of images: which there are, in which order, with which label.
+"""Scan a folder of images: paths, order and labels, without opening an image. Standard library only.
 
     Tiny ImageNet:  train/<wnid>/images/*.JPEG     val/images/*.JPEG     val/val_annotations.txt     [wnids.txt]
     MiniPlaces:     images/train/**/*.jpg          images/val/*.jpg      train.txt, val.txt, categories.txt
     any other:      train/<class>/**/*.jpg         val/<class>/**/*.jpg
 
-Each as it is distributed. A line of MiniPlaces' lists is "train/a/abbey/00000001.jpg 0", of categories.txt
-"/a/abbey 0". No image is opened here. Standard library only.
+The first two are the layouts in which their authors distribute them. A line of MiniPlaces' train.txt is
+"train/a/abbey/00000001.jpg 0", of categories.txt "/a/abbey 0".
 """
 
 import hashlib
@@ -28,7 +28,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 
 
 class Distributed(NamedTuple):
-    """A data set as its authors give it. train, val: images of each class."""
+    """A data set as its authors distribute it. classes: their number. train, val: images per class."""
 
     title: str
     classes: int
@@ -44,12 +44,17 @@ DISTRIBUTED = {
 
 @dataclass(frozen=True)
 class Layout:
-    """A scanned folder. name: of the data set, a key of DISTRIBUTED or the folder's own; classes: of MiniPlaces as
-    numbered, else sorted; files of a split: paths below `root`, ordered; labels: indices into classes.
+    """A scanned folder.
 
-    Train is ordered by class and then by path, as torchvision's ImageFolder orders it; so is val of other folders, that
-    of Tiny ImageNet and MiniPlaces by path. Hidden files and folders are left out.
+    name: a key of DISTRIBUTED, or the folder's own name.  classes: as numbered by MiniPlaces, else sorted.  files: of
+    each split, paths relative to `root`, in order.  labels: of each split, indices into classes.
+
+    train is ordered by class and then by path, as by torchvision's ImageFolder.  val of Tiny ImageNet and MiniPlaces is
+    ordered by path, that of other folders as train is.  Hidden files and folders are skipped.
     """
+
+    # The order is part of a data set's identity: fingerprints, data order and subsets depend on it. It must not depend
+    # on the file system, so it comes from sorted names.
 
     name: str
     root: Path
@@ -58,12 +63,16 @@ class Layout:
     labels: dict[str, tuple[int, ...]]
 
     def per_class(self, split: str) -> tuple[int, ...]:
-        """Number of images of each class."""
+        """Number of images of each class in `split`."""
         count = Counter(self.labels[split])
         return tuple(count[label] for label in range(len(self.classes)))
 
     def listing(self) -> str:
-        """SHA-256 (hex) over names, labels, sizes and times: unchanged means that no image has to be read again."""
+        """SHA-256 (hex) over names, labels, file sizes and modification times.
+
+        If it is unchanged, no image has to be read again.
+        """
+        # Names on Linux are bytes: surrogateescape also encodes those that are not UTF-8.
         digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
         for split, files in self.files.items():
             for name, label in zip(files, self.labels[split], strict=True):
@@ -73,7 +82,7 @@ class Layout:
         return digest.hexdigest()
 
     def remark(self) -> str | None:
-        """One line where the counts are not those of the data set as distributed (which is allowed), else None."""
+        """One line of warning if the counts are not those of the data set as distributed, else None."""
         if self.name not in DISTRIBUTED:
             return None
         title, number, train, val = DISTRIBUTED[self.name]
@@ -83,20 +92,21 @@ class Layout:
         spans = ", ".join(f"{_span(counts)} {split}" for split, counts in held.items())
         return (
             f"{self.root} holds {len(self.classes)} classes with {spans} images each, not the {number} classes with "
-            f"{train} and {val} of {title} as distributed: going on with what is there"
+            f"{train} and {val} of {title} as distributed: continuing with the images found"
         )
 
 
 def recognised(folder: str | os.PathLike[str]) -> str | None:
-    """Which data set as distributed the folder, or `tiny-imagenet-200` inside it, holds: a key of DISTRIBUTED. None for
-    anything else, an ordinary image folder among them. InputError where it cannot be listed.
+    """The data set (a key of DISTRIBUTED) that the folder, or `tiny-imagenet-200` inside it, holds as distributed.
+
+    None for anything else, including other image folders.  InputError if the folder cannot be listed.
     """
     with _readable(Path(folder)):
         return _find(Path(folder))[0]
 
 
 def scan(folder: str | os.PathLike[str]) -> Layout:
-    """Read the folder, or the `tiny-imagenet-200` inside it. InputError names the first thing that is wrong there."""
+    """Scan the folder, or `tiny-imagenet-200` inside it. InputError names the first problem."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder" if folder.exists() else f"no such data folder: {folder}")
@@ -118,7 +128,7 @@ def scan(folder: str | os.PathLike[str]) -> Layout:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """InputError where a folder cannot be listed."""
+    """InputError if a folder cannot be listed."""
     try:
         yield
     except OSError as error:
@@ -127,7 +137,7 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def _find(folder: Path) -> tuple[str | None, Path]:
-    """The data set's name as `recognised` has it, and its resolved root; for an ordinary image folder None and that."""
+    """Name of the data set as `recognised` gives it, None for other folders, and its resolved root."""
     for root in (folder, folder / TINY_IMAGENET):
         if (root / "train").is_dir() and (root / "val").is_dir():
             return (TINY_IMAGENET if _is_tiny_imagenet(root) else None), root.resolve()
@@ -135,9 +145,9 @@ def _find(folder: Path) -> tuple[str | None, Path]:
 
 
 def _is_tiny_imagenet(root: Path) -> bool:
-    """Whether val is as Tiny ImageNet's: all images in one folder, labels in a file (or lost). Once it is sorted into
-    classes, as many tools want it, the whole is an ordinary image folder.
-    """
+    """Whether val has Tiny ImageNet's layout: all images in one folder, labels in a file (which may be missing)."""
+    # Many scripts sort val into class folders; the result is an ordinary image folder and is read as one. A missing
+    # annotation file still counts as Tiny ImageNet, so that the message names the file and not the layout.
     held = _folders(root / "val")
     if (root / ANNOTATIONS).exists():
         return "images" in held or not held
@@ -189,6 +199,7 @@ def _classes(root: Path, split: str) -> tuple[str, ...]:
 
 def _images_below(folder: Path) -> Iterator[str]:
     """Image files below a class folder, in torchvision's order: folders sorted by path, then files by name."""
+    # os.walk ignores folders that cannot be listed unless it is given onerror: their images would silently be missing.
     found = []
     for path, folders, names in os.walk(folder, followlinks=True, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -229,6 +240,7 @@ def _scan_tiny_imagenet(root: Path) -> Layout:
 
 
 def _compare_wnids(root: Path, classes: tuple[str, ...]) -> None:
+    """InputError if wnids.txt is present and its classes are not the class folders."""
     wnids = root / "wnids.txt"
     if wnids.is_file():
         named = set(wnids.read_text(encoding="utf-8").split())
@@ -244,8 +256,9 @@ def _images(folder: Path) -> list[str]:
 
 
 def _annotated(root: Path, classes: tuple[str, ...]) -> dict[str, int]:
-    """Label of every image in val/images, in the order of their names. What follows the class in a line (a bounding
-    box) is not used.
+    """Label of every image in val/images, ordered by name.
+
+    Columns after the class (a bounding box) are ignored.  InputError if images and annotations do not match.
     """
     path = root / ANNOTATIONS
     if not path.exists():
@@ -275,7 +288,7 @@ def _annotated(root: Path, classes: tuple[str, ...]) -> dict[str, int]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number and content of every line that is not empty."""
+    """Number (from 1) and content of every line that is not empty. InputError if the file cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -287,9 +300,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _scan_miniplaces(root: Path) -> Layout:
-    """Labels are those of the lists; what they do not name (images/test, objects/) is not read. The order does not
-    depend on that of the lines (the distributed lists have this very order).
-    """
+    """Scan MiniPlaces. Labels come from its lists; other files (images/test, objects/) are ignored."""
+    # Sorted here, which is also the order of the distributed lists: a user may have shuffled or regenerated them.
     for name in (*(f"{split}.txt" for split in SPLITS), CATEGORIES):
         if not (root / name).exists():
             raise InputError(
@@ -315,12 +327,12 @@ def _scan_miniplaces(root: Path) -> Layout:
 
 
 def _categories(path: Path) -> tuple[str, ...]:
-    """Names of the classes by label, without the slash they begin with."""
+    """Names of the classes by label, without the leading slash."""
     names: dict[int, str] = {}
     for line, word, label in _entries(path, "/a/abbey"):
         name = word.strip("/")
         if label in names or name in names.values() or not name:
-            raise InputError(f"{path}, line {line}: class {label} or its name {word!r} is there twice, or is empty")
+            raise InputError(f"{path}, line {line}: class {label} or its name {word!r} is listed twice, or is empty")
         names[label] = name
     if not names:
         raise InputError(f"{path} names no classes: unpack the development kit again")
@@ -330,10 +342,11 @@ def _categories(path: Path) -> tuple[str, ...]:
 
 
 def _listed(root: Path, split: str, classes: int) -> dict[str, int]:
-    """Label of every image that a list names, by its path below images/."""
+    """Label of every image in the list of `split`, by its path below images/."""
     path, images = root / f"{split}.txt", root / "images"
     labels: dict[str, int] = {}
     for line, name, label in _entries(path, f"{split}/.../00000001.jpg"):
+        # A path that leaves the folder (".." or "\0") is rejected before any file is touched.
         parts = name.split("/")
         if parts[0] != split or len(parts) < 2 or not {"", ".", ".."}.isdisjoint(parts) or "\0" in name:
             raise InputError(f"{path}, line {line}: {name!r} is no path below {split}/")
@@ -353,7 +366,7 @@ def _listed(root: Path, split: str, classes: int) -> dict[str, int]:
 
 
 def _entries(path: Path, example: str) -> Iterator[tuple[int, str, int]]:
-    """Line number, name and class of every line that is not empty."""
+    """Line number (from 1), name and class of every line that is not empty."""
     for number, line in _lines(path):
         columns = line.split()
         if len(columns) != 2:
@@ -364,7 +377,8 @@ def _entries(path: Path, example: str) -> Iterator[tuple[int, str, int]]:
 
 
 def _missing(images: Path, names: Iterable[str]) -> list[str]:
-    """Which of `names` are no files below `images`; lists each folder once."""
+    """Those of `names` that are not files below `images`."""
+    # One listing per folder instead of one stat per image.
     held: dict[str, set[str]] = {}
     for name in names:
         folder = name.rpartition("/")[0]

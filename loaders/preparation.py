@@ -1,7 +1,7 @@
 """Turn a scanned folder or generated images into a prepared folder: train.beton, val.beton, manifest.json.
 
-Each image is decoded once, by all processors; one process writes what they send, in stored order, checks it and moves
-it into place, the manifest last. A folder without a manifest is not a data set, and a killed call leaves none.
+Worker processes decode each image once. This process writes the results in stored order, verifies the files and moves
+them into place.
 """
 
 import contextlib
@@ -37,7 +37,11 @@ UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True)
 class Inspection:
-    """What decoding a data set tells. height, width: pixels, or 0 where images differ in size."""
+    """Result of decoding a whole data set.
+
+    fingerprint: see `fingerprint`.  height, width: pixels, or 0 if images differ in size.  mean, std: per channel of
+    the train split, as fractions of full scale.
+    """
 
     fingerprint: str
     height: int
@@ -54,12 +58,12 @@ def prepare(
     beton: bool = True,
     show: bool = True,
 ) -> Manifest:
-    """Prepare the folder `source`, Tiny ImageNet, MiniPlaces or an image folder of one size, in `out`, and return its
-    manifest.
+    """Prepare the images of `source` in the folder `out`; return the manifest.
 
-    workers: processes that decode, by default as many as there are processors.  beton: without it only the manifest is
-    written.  show: progress and remarks on stderr.  A second call on the same source does nothing.  InputError for
-    anything wrong with the images or with `out`.
+    source: Tiny ImageNet, MiniPlaces or an image folder with images of one size.  workers: processes that decode, by
+    default one per available processor.  beton: False writes the manifest only.  show: progress and remarks on stderr.
+    A second call on an unchanged source only returns the manifest.  InputError if images cannot be read or differ in
+    size, if `out` cannot be written, or if it holds another data set.
     """
     workers = workers or len(os.sched_getaffinity(0))
     out = Path(out)
@@ -69,6 +73,7 @@ def prepare(
     with writing(out):
         listing = layout.listing()
         old = load_manifest(out) if (out / FILE_NAME).exists() else None
+        # A manifest whose files were removed is no reason to fail: they are written again, from the same images.
         complete = old is not None and is_complete(old, out, beton)
         if old is not None and complete and old.listing == listing:
             return old
@@ -76,12 +81,14 @@ def prepare(
             keep = "pixels" if beton and not complete else "nothing"
             found = read_data_set(folder_samples(layout), part, keep, list_folder=out, workers=workers, show=show)
             manifest = describe(layout, found, listing)
-            if layout.root.is_relative_to(out.resolve()):  # the two move together
+            # A source inside `out` is named relative to it, so that both can be moved together.
+            if layout.root.is_relative_to(out.resolve()):
                 manifest = replace(manifest, source=str(layout.root.relative_to(out.resolve())))
             if old is not None and old.fingerprint != manifest.fingerprint:
                 raise InputError(
                     f"{out} already holds other images ({old.name} from {old.source}): choose another --out"
                 )
+            # Same pixels under new times or names (copied, unpacked again): the .beton files stay valid.
             if old is not None and complete:
                 manifest = replace(old, source=manifest.source, listing=listing)
                 save_manifest(manifest, out)
@@ -90,7 +97,7 @@ def prepare(
 
 
 def describe(layout: Layout, found: Inspection, listing: str) -> Manifest:
-    """The manifest of an inspected folder, still without files."""
+    """The manifest of an inspected folder. It names no .beton files yet."""
     return Manifest(
         name=layout.name,
         fingerprint=found.fingerprint,
@@ -109,11 +116,11 @@ def describe(layout: Layout, found: Inspection, listing: str) -> Manifest:
 def read_data_set(
     data: Mapping[str, Samples], part: Path, keep: str, *, list_folder: Path, workers: int, show: bool
 ) -> Inspection:
-    """Decode all images of the splits of `data`, and write those of each split to SPLIT.beton in the folder `part`.
+    """Decode all images of `data` and write those of each split to SPLIT.beton in the folder `part`.
 
-    keep: "pixels", for images of one size; "files" for JPEG files as they are, of any size; "nothing" writes no file,
-    and expects one size.  InputError where images cannot be decoded (all of them named, in a file in `list_folder` if
-    there are several) or differ in size, which ends it at once, or where the disk has too little room.
+    keep: "pixels" for images of one size; "files" for JPEG files unchanged, of any size; "nothing" writes no file and
+    requires one size.  InputError if images cannot be decoded (several are listed in a file in `list_folder`), if they
+    differ in size and must not, or if the disk has too little free space.
     """
     digests: dict[str, list[bytes]] = {split: [] for split in data}
     sizes: dict[str, list[tuple[int, int]]] = {split: [] for split in data}
@@ -128,15 +135,19 @@ def read_data_set(
             digests[split] += chunk.digests
             sizes[split] += chunk.sizes
             unreadable += chunk.unreadable
+            # Normalisation constants come from the training images alone.
             if split == "train":
                 sums += chunk.sums
                 squares += chunk.squares
             if first is None and chunk.sizes:
                 first = data[split].name(start), chunk.sizes[0]
                 if keep != "nothing":
+                    # As soon as one image is known, and before anything is written.
                     _check_room(part, data, keep, chunk.sizes[0])
                     for name, samples in data.items():
                         writers[name] = stack.enter_context(BetonWriter(part / f"{name}.beton", samples.labels))
+            # After the first unreadable image nothing more is written, but decoding goes on: the user gets the complete
+            # list from one call.
             if not unreadable:
                 if keep != "files" and first is not None:
                     _check_size(first, data[split], start, chunk.sizes)
@@ -149,9 +160,10 @@ def read_data_set(
             writer.finish()
     assert first is not None
     pixels = sum(height * width for height, width in sizes["train"])
+    # Python integers do not overflow, and the result is the same on every machine.
     mean = [int(s) / (pixels * 255) for s in sums]
     variance = [int(q) / (pixels * 255**2) - m * m for q, m in zip(squares, mean, strict=True)]
-    # A channel without contrast would divide by zero; 1/255 is the smallest step there is.
+    # A constant channel would give a division by zero; 1/255 is one step of a byte.
     std = [max(math.sqrt(max(v, 0.0)), 1 / 255) for v in variance]
     height, width = first[1] if keep != "files" else (0, 0)
     return Inspection(
@@ -169,6 +181,8 @@ def fingerprint(
     sizes: Mapping[str, Sequence[tuple[int, int]]],
 ) -> str:
     """SHA-256 (hex) over split, label, size and pixel digest of every image in order, train before val."""
+    # Decoded pixels, not file contents or names: a data set keeps its identity when it is renamed or stored losslessly
+    # in another format. The size is included because equal bytes can have different shapes.
     total = hashlib.sha256()
     for split in SPLITS:
         for label, pixels, (height, width) in zip(labels[split], digests[split], sizes[split], strict=True):
@@ -177,7 +191,7 @@ def fingerprint(
 
 
 def publish(part: Path, out: Path, manifest: Manifest) -> Manifest:
-    """Move what `read_data_set` wrote in `part` into the folder `out`, and then the manifest, which is returned."""
+    """Move the .beton files from `part` into the folder `out`, then write the manifest; return it."""
     sizes = {split: path.stat().st_size for split in SPLITS if (path := part / f"{split}.beton").exists()}
     if sizes:
         manifest = replace(
@@ -189,13 +203,17 @@ def publish(part: Path, out: Path, manifest: Manifest) -> Manifest:
         )
     for split in sizes:
         os.replace(part / f"{split}.beton", out / f"{split}.beton")
+    # The manifest last: a folder without one is not a data set, so a killed call leaves nothing that looks complete.
     flush(out)
     save_manifest(manifest, out)
     return manifest
 
 
 def is_complete(manifest: Manifest, folder: Path, beton: bool) -> bool:
-    """Whether the folder holds all that it should. InputError where a file of the manifest is truncated or foreign."""
+    """Whether the folder holds every file it needs.
+
+    beton: whether .beton files are needed.  InputError if a file named by the manifest is truncated or another one.
+    """
     for split in SPLITS:
         name, _ = manifest.file(split)
         if name is None or not (folder / name).exists():
@@ -208,9 +226,8 @@ def is_complete(manifest: Manifest, folder: Path, beton: bool) -> bool:
 
 @contextlib.contextmanager
 def unfinished(folder: Path) -> Iterator[Path]:
-    """A folder inside `folder`, which the caller holds by `writing`, for what is not finished; it goes at the end, and
-    what a killed call left goes at the beginning.
-    """
+    """A temporary folder inside `folder`, removed on exit. The caller holds `folder` with `writing`."""
+    # Inside the target, so that a move is a rename. A killed call may have left one; the lock makes it safe to remove.
     part = folder / UNFINISHED
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
@@ -222,9 +239,9 @@ def unfinished(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Create `folder` and hold it against other processes; waits for them. What it created and left empty is removed.
+    """Create `folder` and lock it against other processes; waits until it is free.
 
-    InputError where the disk does not take what is written inside.
+    Created folders that are empty on exit are removed.  InputError if writing inside the block fails.
     """
     created: list[Path] = []
     try:
@@ -253,19 +270,21 @@ def _locked(path: Path) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if _is(handle, path):
                 break
-            os.close(handle)  # the holder before has removed the file, so this lock keeps no process out
+            # The previous holder has removed the file, so this lock excludes no other process: try again.
+            os.close(handle)
             handle = -1
         yield
     finally:
         if handle >= 0:
-            fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not: another process may have been forked meanwhile
+            # Explicitly: closing does not unlock while a process forked meanwhile still holds the descriptor.
+            fcntl.flock(handle, fcntl.LOCK_UN)
             os.close(handle)
-        # By name, since an interrupt may have come between the creation and its return.
+        # By name, because an interrupt can come after the file was created and before its handle was returned.
         _remove_if_free(path)
 
 
 def _remove_if_free(path: Path) -> None:
-    """Removes a lock file that no process holds."""
+    """Remove a lock file that no process holds."""
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -277,6 +296,7 @@ def _remove_if_free(path: Path) -> None:
 
 
 def _is(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one at `path`."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
@@ -284,7 +304,7 @@ def _is(handle: int, path: Path) -> bool:
 
 
 def _check_room(part: Path, data: Mapping[str, Samples], keep: str, size: tuple[int, int]) -> None:
-    """InputError where the disk has no room for the files. keep: see `read_data_set`; size: of the first image."""
+    """InputError if the disk has too little free space. keep: see `read_data_set`. size: of the first image."""
     if keep == "files":
         folders = [samples for samples in data.values() if isinstance(samples, FolderSamples)]
         needed = sum(os.stat(samples.name(i)).st_size for samples in folders for i in range(len(samples)))
@@ -301,7 +321,7 @@ def _check_room(part: Path, data: Mapping[str, Samples], keep: str, size: tuple[
 def _check_size(
     first: tuple[str, tuple[int, int]], samples: Samples, start: int, sizes: Sequence[tuple[int, int]]
 ) -> None:
-    """InputError names two images that differ in size."""
+    """InputError if an image differs in size from the first; the message names both."""
     name, (height, width) = first
     for i, size in enumerate(sizes, start):
         if size != (height, width):

@@ -1,4 +1,4 @@
-"""A copy of a data set in which all images have one size, as an image folder of PNG files."""
+"""Copy a data set into an image folder of PNG files that all have one size."""
 
 import hashlib
 import json
@@ -18,22 +18,21 @@ from fastprune.loaders.preparation import writing
 from fastprune.loaders.samples import images_bar, in_processes, reason, unreadable_line
 
 MARKER = "resized.json"
-"""In the finished folder: which images it was made of, and their size."""
-VERSION = 1  # of what `resized` does
+"""In a finished folder: a digest of the source files, and the size."""
+VERSION = 1  # of the pixels that `resized` gives
 _CHUNK = 50
 
 
 def resize_images(
     source: str | os.PathLike[str], out: Path, size: int, *, workers: int | None = None, show: bool = True
 ) -> Path:
-    """Writes each image of `source` (as `scan` reads it) at size x size, see `resized`, into `out`/NAME-size, where
-    NAME is that of the data set; returns that folder.
+    """Write each image of `source` (see `scan`) at size x size pixels (see `resized`) into `out`/NAME-size; return it.
 
-    The copies lie in train/<class>/ and val/<class>/. Classes keep their order, and so their labels; the images of a
-    class keep theirs. Finished copies of the same files are left alone; unfinished ones are made anew.  workers:
-    processes, by default as many as there are processors.  show: progress on stderr.  InputError for images that cannot
-    be read (all of them named, in a file in `out` if there are several), and where `out` holds another data set or the
-    same in another size.
+    NAME is the name of the data set.  The copies are train/<class>/*.png and val/<class>/*.png; labels and the order of
+    the images within a class are those of the source.  A finished copy of the same files is reused, an unfinished one
+    is written again.  workers: processes, by default one per available processor.  show: progress on stderr.
+    InputError if images cannot be read (several are listed in a file in `out`), or if `out` holds another data set or
+    the same in another size.
     """
     layout = scan(source)
     target = out / f"{layout.name}-{size}"
@@ -47,6 +46,7 @@ def resize_images(
             raise InputError(f"{target} holds other images, or the same before they changed: choose another --out")
         part = target.with_name(f".{target.name}.unfinished")
         shutil.rmtree(part, ignore_errors=True)
+        # Renamed when it is complete, so that a killed call leaves no folder that looks finished.
         try:
             _write(layout, part, size, workers, show)
             (part / MARKER).write_text(json.dumps({"made_of": made_of, "size": size}) + "\n", encoding="utf-8")
@@ -57,20 +57,21 @@ def resize_images(
 
 
 def resized(image: Image.Image, size: int) -> Image.Image:
-    """The image scaled so that its shorter side is `size`, and of that the middle, size x size.
+    """Scale the shorter side of `image` to `size` pixels and crop the centre: size x size.
 
-    One call of Pillow's `resize` on the middle square, whose corner may lie between pixels, with its BILINEAR filter: a
-    triangle that widens by the factor of reduction, which torchvision calls bilinear with antialiasing. An image that
-    is of that size is not changed.
+    Bilinear with antialiasing (Pillow's BILINEAR).  An image of that size keeps its pixels.
     """
+    # One resampling of the central square, whose corner may lie between pixels: resizing first would compute pixels
+    # that the crop then discards.
     side = min(image.size)
     left, top = ((length - side) / 2 for length in image.size)
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
 def resize_chunk(pairs: Sequence[tuple[str, str]], size: int) -> list[tuple[str, str]]:
-    """What a process does: of each pair, an image file and where its copy goes. Returns name and reason of those that
-    cannot be read.
+    """Resize the image file of each pair (source path, path of the copy). Runs in a worker process.
+
+    Returns path and reason of each image that cannot be read.
     """
     unreadable = []
     for path, copy in pairs:
@@ -80,12 +81,13 @@ def resize_chunk(pairs: Sequence[tuple[str, str]], size: int) -> list[tuple[str,
         except Exception as error:  # decoders of broken files raise nearly anything
             unreadable.append((path, reason(error)))
             continue
+        # Lossless, so that the copy adds no second JPEG loss. Level 1: more compression costs more time than resizing.
         small.save(copy, compress_level=1)
     return unreadable
 
 
 def _check_free(out: Path, target: Path) -> None:
-    """InputError where `out` is a finished data set that was not made of `target`."""
+    """InputError if `out` is a prepared data set whose source is not `target`."""
     if not (out / FILE_NAME).exists():
         return
     manifest = load_manifest(out)
@@ -104,7 +106,8 @@ def _write(layout: Layout, part: Path, size: int, workers: int, show: bool) -> N
         for name in names:
             (part / split / name).mkdir(parents=True)
         for number, (name, label) in enumerate(zip(files, layout.labels[split], strict=True)):
-            copy = part / split / names[label] / f"{number:08d}.png"  # in the order of the original
+            # Numbered, so that sorting by name gives the order of the source.
+            copy = part / split / names[label] / f"{number:08d}.png"
             pairs.append((str(layout.root / name), str(copy)))
     unreadable: list[tuple[str, str]] = []
     chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
@@ -121,14 +124,14 @@ def _write(layout: Layout, part: Path, size: int, workers: int, show: bool) -> N
 
 
 def _class_folders(classes: Sequence[str]) -> list[str]:
-    """Names of folders that sort as the classes are numbered."""
+    """Folder names whose sorted order is the order of the labels."""
     if list(classes) == sorted(classes) and not any("/" in name for name in classes):
         return list(classes)
     return [f"{label:05d} {name.replace('/', ' ')}" for label, name in enumerate(classes)]
 
 
 def _made_of(folder: Path) -> str | None:
-    """What its marker says; None without one that can be read."""
+    """The digest in the folder's marker, or None if there is no readable marker."""
     try:
         return str(json.loads((folder / MARKER).read_text(encoding="utf-8"))["made_of"])
     except (OSError, ValueError, KeyError, TypeError):

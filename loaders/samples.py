@@ -1,7 +1,6 @@
-"""Images with labels, decoded one by one or by all processors: what a data set is read from and written with.
+"""Labelled images of one split, decoded one at a time or in parallel by worker processes.
 
-Processes decode, for threads gain nothing here (the interpreter's lock decides). They are spawned: after a fork, the
-threads that numba starts for FFCV may keep the parent from ending.
+Preparation and the resident loader read a data set through this module.
 """
 
 import hashlib
@@ -25,10 +24,10 @@ from fastprune.console import progress_bar
 from fastprune.errors import InputError
 from fastprune.loaders.layout import Layout
 
-CHUNK = 200  # images that a process decodes before it reports
+CHUNK = 200  # images that a process decodes per job
 LIST_NAME = "unreadable.txt"
-JPEG, RAW = 0, 1  # FFCV's numbers
-MOST_PIXELS = (1 << 16) - 1  # a side, that FFCV's format can tell
+JPEG, RAW = 0, 1  # FFCV's modes of a stored image
+MOST_PIXELS = (1 << 16) - 1  # on a side: FFCV's format stores height and width as uint16
 
 
 class Samples(Protocol):
@@ -41,21 +40,21 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """What to call image `i` in a message."""
+        """Name of image `i` for messages."""
 
     def image(self, i: int) -> np.ndarray:
-        """Image `i`, uint8 [H, W, 3]. Any exception means that it cannot be read."""
+        """Image `i`, uint8 [H, W, 3]. Raises any exception if the image cannot be decoded."""
 
     def jpeg(self, i: int) -> np.ndarray | None:
-        """The bytes of image `i` where it is a JPEG file that FFCV's decoder can read, uint8 [n]; else None."""
+        """File content of image `i`, uint8 [n], if it is a JPEG file that FFCV's decoder can read; else None."""
 
     def part(self, start: int, stop: int) -> Self:
-        """Some of them."""
+        """The images from `start` to `stop` (exclusive)."""
 
 
 @dataclass(frozen=True)
 class FolderSamples:
-    """Image files below `root`."""
+    """Image files below `root`; files: paths relative to it."""
 
     root: Path
     files: Sequence[str]
@@ -72,7 +71,7 @@ class FolderSamples:
 
     def jpeg(self, i: int) -> np.ndarray | None:
         with Image.open(self.root / self.files[i]) as image:
-            # libjpeg-turbo converts no CMYK.
+            # FFCV decodes with libjpeg-turbo, which does not convert CMYK.
             readable = image.format == "JPEG" and image.mode in ("RGB", "L")
         return np.fromfile(self.root / self.files[i], np.uint8) if readable else None
 
@@ -82,7 +81,7 @@ class FolderSamples:
 
 @dataclass(frozen=True)
 class ArraySamples:
-    """Images that are in memory, uint8 [n, H, W, 3]."""
+    """Images in memory, uint8 [n, H, W, 3]."""
 
     images: np.ndarray
     labels: Sequence[int]
@@ -108,18 +107,21 @@ def folder_samples(layout: Layout) -> dict[str, FolderSamples]:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode a file to RGB, uint8 [H, W, 3]; grey images (Tiny ImageNet has some) become RGB."""
+    """Decode a file to RGB, uint8 [H, W, 3]. Grey images (Tiny ImageNet has some) are converted."""
     with Image.open(path) as image:
         return np.array(image.convert("RGB"))
 
 
 def digest(pixels: np.ndarray) -> bytes:
-    """SHA-256 of an array's bytes."""
+    """SHA-256 of an array's bytes in C order."""
     return hashlib.sha256(np.ascontiguousarray(pixels).data).digest()
 
 
 class Stored(NamedTuple):
-    """An image as a .beton file holds it: mode JPEG with a file's bytes, or RAW with pixels; content: uint8 [n]."""
+    """An image as a .beton file stores it.
+
+    mode: JPEG or RAW.  height, width: pixels.  content: uint8 [n], the JPEG file or the pixels in C order.
+    """
 
     mode: int
     height: int
@@ -129,9 +131,11 @@ class Stored(NamedTuple):
 
 @dataclass
 class Chunk:
-    """What decoding some images of one split told. sizes: height and width, digests: of the pixels, stored: if they
-    were to be kept, all three of those that can be read.  unreadable: names and reasons.  sums, squares: int64 [3],
-    over the bytes of each channel.
+    """Result of decoding consecutive images of one split.
+
+    sizes (height, width), digests (of the pixels) and stored (empty unless contents are kept) list the readable images
+    in order.  unreadable: name and reason of each other image.  sums, squares: int64 [3], sums of the pixel values and
+    of their squares in each channel.
     """
 
     sizes: list[tuple[int, int]]
@@ -143,14 +147,17 @@ class Chunk:
 
 
 def read_chunk(samples: Samples, keep: str) -> Chunk:
-    """Decode `samples`. keep: "pixels", "files" (JPEG files as they are, pixels of others) or "nothing"."""
+    """Decode `samples`.
+
+    keep: "pixels"; "files", which keeps JPEG files unchanged and the pixels of other images; or "nothing".
+    """
     chunk = Chunk([], [], [], [], np.zeros(3, np.int64), np.zeros(3, np.int64))
     for i in range(len(samples)):
         try:
             pixels = samples.image(i)
             jpeg = samples.jpeg(i) if keep == "files" else None
             if max(pixels.shape) > MOST_PIXELS:
-                raise ValueError(f"more than {MOST_PIXELS} pixels a side")
+                raise ValueError(f"more than {MOST_PIXELS} pixels on a side")
         except Exception as error:  # decoders of broken files raise nearly anything
             chunk.unreadable.append((samples.name(i), reason(error)))
             continue
@@ -160,7 +167,8 @@ def read_chunk(samples: Samples, keep: str) -> Chunk:
         if keep != "nothing":
             mode, content = (RAW, pixels.reshape(-1)) if jpeg is None else (JPEG, jpeg)
             chunk.stored.append(Stored(mode, height, width, content))
-        # Exact in float64, where the sums stay far below 2**53, and three times as fast as in integers.
+        # Added up as integers, so that totals do not depend on the order. Within an image float64 is exact, because the
+        # sums stay far below 2**53, and three times as fast.
         channels = np.ascontiguousarray(pixels.reshape(-1, 3).T, dtype=np.float64)
         chunk.sums += channels.sum(axis=1).astype(np.int64)
         chunk.squares += np.einsum("ij,ij->i", channels, channels).astype(np.int64)
@@ -168,7 +176,10 @@ def read_chunk(samples: Samples, keep: str) -> Chunk:
 
 
 def read_chunks(data: Mapping[str, Samples], keep: str, workers: int) -> Generator[tuple[str, int, Chunk], None, None]:
-    """Split, position of the first image, and what `workers` processes tell of CHUNK images each, in stored order."""
+    """Decode all splits in `workers` processes, CHUNK images per job.
+
+    Yields split, position of the chunk's first image, and Chunk, in stored order.
+    """
     places = [(split, start) for split, samples in data.items() for start in range(0, len(samples), CHUNK)]
     jobs = ((data[split].part(start, start + CHUNK), keep) for split, start in places)
     with closing(in_processes(read_chunk, jobs, workers)) as results:
@@ -179,39 +190,44 @@ def read_chunks(data: Mapping[str, Samples], keep: str, workers: int) -> Generat
 def in_processes(
     function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int
 ) -> Generator[Any, None, None]:
-    """`function(*job)` of each job, in order, from `workers` processes. A few results at a time wait to be taken.
+    """Yield `function(*job)` of each job, in order, computed by `workers` processes.
 
-    InputError where a process dies: the system ends those that take too much memory. All of them end with this
-    generator, and with this process, however it ends.
+    InputError if a process is killed.  The processes end when this generator or this process ends.
     """
+    # Processes, because decoding holds the interpreter's lock. Spawned, because after a fork the threads that numba
+    # starts for FFCV can keep the parent from exiting.
     waiting: deque[Future[Any]] = deque()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
     try:
         for job in jobs:
-            # An interrupt reaches the whole group, but is ours to handle: the others are born with it blocked.
+            # Ctrl-C is sent to the whole process group, but only the parent handles it. A process inherits the signal
+            # mask, and the pool starts processes on submit.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 waiting.append(pool.submit(function, *job))
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            # Bounds memory: a slow consumer must not let decoded images pile up.
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
+        # Usually the kernel has killed a process that took too much memory.
         raise InputError(
-            "a process that reads images was killed: try again with fewer workers if memory is short; a script of your "
-            "own must call this under `if __name__ == '__main__':`"
+            "a process that reads images was killed: try again with fewer workers if memory is short; a script that "
+            "calls this must do so under `if __name__ == '__main__':`"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _follow_parent() -> None:
-    """What a process does first: it is not to outlive its parent."""
+    """Initialise a worker process: it exits when its parent does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
+    # A parent that is killed closes no pool, and its workers would wait for jobs forever.
     def follow() -> None:
         parent.join()
         os._exit(1)
@@ -220,7 +236,7 @@ def _follow_parent() -> None:
 
 
 def images_bar(what: str, total: int, show: bool) -> Any:
-    """A progress bar over images, or where none is wanted something that takes its calls."""
+    """A progress bar over `total` images; without `show` an object whose `update` does nothing."""
     return progress_bar(what, total, " images") if show else nullcontext(_Silent())
 
 
@@ -229,12 +245,12 @@ class _Silent:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """The message of an exception in one line, or its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def unreadable_line(unreadable: Sequence[tuple[str, str]], total: int, folder: Path) -> str:
-    """What to say of images that cannot be read, each a name and a reason; several are listed in a file in `folder`."""
+    """Message for unreadable images, each a name and a reason. Writes LIST_NAME into `folder` if there are several."""
     unreadable = sorted(unreadable)
     name, why = unreadable[0]
     if len(unreadable) == 1:

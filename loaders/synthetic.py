@@ -1,8 +1,7 @@
 """Generated images: the same bytes on every machine, learnable by a small network but not trivial.
 
-A class is a pair of colours and how often they alternate across and down the image; colours, zoom and phase vary from
-image to image, and noise lies on top, so crops and mirroring keep the class. Philox words and float64 additions,
-multiplications and floors make the pixels: all of them are exactly rounded by every processor.
+A class is a pair of colours and the number of times that they alternate horizontally and vertically. Colours, zoom and
+phase vary between the images of a class, and noise is added to each pixel.
 """
 
 import hashlib
@@ -18,15 +17,20 @@ from fastprune.loaders.manifest import Manifest
 if TYPE_CHECKING:
     import numpy as np
 
-VERSION = 1  # of the pixels: a change of the generator is another data set
-WAVES, SPREAD, JITTER, NOISE = 4, 0.7, 0.35, 0.4  # ResNet-18 of a quarter width: 66 % after 3 epochs of 2,000 images
+VERSION = 1  # of the pixels; enters the fingerprint, because a change of the generator gives another data set
+# Chosen so that accuracy neither stays at chance nor saturates: a ResNet-18 of a quarter of the width reaches 66 %
+# after 3 epochs of 2,000 images.
+WAVES, SPREAD, JITTER, NOISE = 4, 0.7, 0.35, 0.4
 SPLITS = ("train", "val")
-_CLASS, _IMAGE, _PIXEL = 0, 1, 2  # what a Philox counter is for
+_CLASS, _IMAGE, _PIXEL = 0, 1, 2  # purpose of a Philox counter: equal counters would give equal draws
 
 
 @dataclass(frozen=True)
 class SyntheticData:
-    """Parameters of a generated data set: images of `size` x `size` pixels, sorted by class in both splits."""
+    """Parameters of a generated data set: images of `size` x `size` pixels, ordered by class in both splits.
+
+    InputError if a parameter is out of range.
+    """
 
     classes: int = 10
     train_per_class: int = 200
@@ -36,17 +40,19 @@ class SyntheticData:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
+            # The upper bound keeps a seed within one 32-bit word of the Philox key.
             lowest = 0 if name == "seed" else 1
             if type(value) is not int or not lowest <= value < 1 << 31:
                 raise InputError(f"synthetic data: {name} is {value}, expected a whole number of at least {lowest}")
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the data, from the generator's version and the parameters: nothing is generated."""
+        """SHA-256 (hex) over the generator's version and the parameters. Generates no image."""
         parameters = " ".join(f"{name}={value}" for name, value in asdict(self).items())
         return hashlib.sha256(f"fastprune synthetic {VERSION} {parameters}".encode()).hexdigest()
 
     def manifest(self) -> Manifest:
+        # Padded with zeros: an image folder numbers its classes by sorted name.
         width = len(str(self.classes - 1))
         return Manifest(
             name="synthetic",
@@ -56,17 +62,18 @@ class SyntheticData:
             val_per_class=(self.val_per_class,) * self.classes,
             height=self.size,
             width=self.size,
+            # Nominal, not measured: a manifest must not cost generating the images.
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
             synthetic=asdict(self),
         )
 
     def arrays(self, split: str) -> "tuple[np.ndarray, np.ndarray]":
-        """Images uint8 [n, size, size, 3] and labels int64 [n] of a split; kept, and not to be written to."""
+        """Images uint8 [n, size, size, 3] and labels int64 [n] of a split. Cached: callers must not write to them."""
         return _arrays(self, split)
 
     def write_folder(self, folder: str | os.PathLike[str], extension: str = "JPEG") -> None:
-        """Write the images in Tiny ImageNet's layout, in stored order, with `extension` JPEG or (lossless) png."""
+        """Write the images in Tiny ImageNet's layout, in stored order. extension: JPEG, or png (lossless)."""
         from PIL import Image
 
         root, classes = Path(folder), self.manifest().classes
@@ -91,7 +98,7 @@ def _arrays(data: SyntheticData, split: str) -> "tuple[np.ndarray, np.ndarray]":
     each = data.train_per_class if split == "train" else data.val_per_class
     labels = np.repeat(np.arange(data.classes), each)
     images = np.empty((len(labels), data.size, data.size, 3), np.uint8)
-    step = max(1, (1 << 18) // data.size**2)  # bounds the memory of the float64 pixels
+    step = max(1, (1 << 18) // data.size**2)  # bounds the memory of the float64 intermediates
     for start in range(0, len(labels), step):
         part = slice(start, start + step)
         images[part] = _generate(data, SPLITS.index(split), np.arange(len(labels))[part], labels[part])
@@ -100,12 +107,14 @@ def _arrays(data: SyntheticData, split: str) -> "tuple[np.ndarray, np.ndarray]":
 
 def _generate(data: SyntheticData, split: int, sample: "np.ndarray", labels: "np.ndarray") -> "np.ndarray":
     """Pixels uint8 [n, size, size, 3] of samples int64 [n] with labels int64 [n]."""
+    # Only Philox words and float64 additions, multiplications and floors: IEEE 754 rounds them alike on every
+    # processor, while a sine may differ in its last bit.
     import numpy as np
 
     from fastprune.loaders.augment import philox4x32
 
     def uniform(low: "np.ndarray", purpose: int, which: int, high: "np.ndarray | int" = 0) -> "np.ndarray":
-        """Four words for each counter, float64 [..., 4] in [0, 1)."""
+        """Four uniform numbers for each counter, float64 [..., 4] in [0, 1)."""
         words = philox4x32(low, high, which, 2 * purpose + split, data.seed, VERSION)
         return np.stack(words, axis=-1) * 2.0**-32
 
@@ -119,6 +128,7 @@ def _generate(data: SyntheticData, split: int, sample: "np.ndarray", labels: "np
         return (np.stack(words, axis=-1) * 2.0**-32)[labels]
 
     each, count = uniform(sample, _IMAGE, 0), 1.0 + np.floor(WAVES * kind(2))
+    # A crop or a flip changes zoom and phase, which vary anyway, so it keeps the class.
     zoom = 0.7 + 0.6 * each[:, 2]
     axis = (0.5 + np.arange(data.size)) / data.size
     across = fold((zoom * count[:, 0])[:, None] * axis + each[:, :1])[:, None, :]

@@ -1,7 +1,7 @@
-"""Where the images of a data set come from: memory, .beton files, image files. What each reader is to the rest.
+"""The interface of readers: memory, .beton files (FFCV) and image files (torchvision) implement it.
 
-A reader fetches what a Table names, crops and mirrors as it says, and normalises; nothing random is decided by it. Only
-where images differ in size it crops them itself, as a Crop says.
+A reader fetches the samples of a Table, crops, flips and normalises them. It draws nothing at random, except the crops
+of images that differ in size.
 """
 
 from collections.abc import Generator, Mapping
@@ -15,10 +15,15 @@ from fastprune.errors import InputError
 
 
 class Table(NamedTuple):
-    """What an epoch reads, in order: stored positions int64 [n], boxes int32 [n, 4] (see augment.py), mirrored or not
-    bool [n]. Where images differ in size, boxes are of what the reader has cropped, and seeds, uint64 [n], are for the
-    reader's own crops; else they are None.
+    """The samples of an epoch, in order.
+
+    samples: stored positions, int64 [n].  crop_boxes: int32 [n, 4], see augment.py.  flips: horizontal, bool [n].
+    seeds: of the reader's own crops, uint64 [n], if images differ in size, else None.
     """
+
+    # One table per epoch, drawn ahead of the reader: that is why a batch depends neither on the loader nor on its
+    # workers. Images that differ in size are cropped by the decoders of FFCV and torchvision; there crop_boxes covers
+    # the whole of the reader's output.
 
     samples: np.ndarray
     crop_boxes: np.ndarray
@@ -28,8 +33,10 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Crop:
-    """What becomes of images that differ in size: random resized crops to train on, and to validate on the middle of an
-    image whose shorter side is resized. Sizes in pixels; mean, std: per channel, as fractions of full scale.
+    """Crops of images that differ in size: random resized crops for train, resize and centre crop for val.
+
+    train_crop, val_crop: side of the output in pixels.  val_resize: shorter side before the centre crop in pixels.
+    mean, std: per channel, as fractions of full scale.  InputError if the sizes do not fit together.
     """
 
     train_crop: int
@@ -45,12 +52,15 @@ class Crop:
             raise InputError(f"--val-crop-size {self.val_crop} is larger than --val-resize-size {self.val_resize}")
 
     def size(self, split: str) -> int:
-        """Height and width of the images of a batch."""
+        """Height and width of the images of a batch, in pixels (they are square)."""
         return self.train_crop if split == "train" else self.val_crop
 
 
 class Reader(Protocol):
-    """Fetches images of one data set. labels: of each split, int64 [n], in stored order.  device: of its batches."""
+    """Reads the images of one data set.
+
+    labels: of each split, int64 [n], in stored order.  device: of the batches.
+    """
 
     @property
     def labels(self) -> Mapping[str, np.ndarray]: ...
@@ -61,6 +71,7 @@ class Reader(Protocol):
     def images(
         self, split: str, table: Table, batch_size: int, dtype: torch.dtype
     ) -> Generator[torch.Tensor, None, None]:
-        """Batches of the samples that `table` names, normalised: new tensors `dtype` [B, 3, H, W], channels-last, the
-        last perhaps smaller.
+        """Yield normalised batches of the samples in `table`: new tensors `dtype` [B, 3, H, W], channels-last.
+
+        The last batch may be smaller than `batch_size`.
         """

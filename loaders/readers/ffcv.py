@@ -1,10 +1,12 @@
-"""Images out of .beton files through FFCV, mirrored and normalised as soon as they come.
+"""The reader of .beton files: FFCV fetches and decodes images in a given order, this module augments them.
 
-FFCV's own flips are unseeded, its random order mixes seed and epoch badly, its batches are views that it overwrites,
-and when its thread fails the caller waits for ever: so it is asked for images in a given order, and everything else
-happens here. Images of one size come whole and are cropped here, too; others are cropped by FFCV's own decoders, which
-draw from a generator that cannot be seeded.
+Images of one size are cropped here. Images that differ in size are cropped by FFCV's own decoders, which draw from a
+generator that cannot be seeded.
 """
+
+# FFCV only delivers images, because the rest of its pipeline breaks the promises of a batch: its flips are unseeded,
+# its random order uses seed + epoch (so that (0, 1) and (1, 0) agree), its batches are views that it overwrites, and a
+# failure of its thread leaves the consumer waiting forever.
 
 import queue
 import warnings
@@ -25,9 +27,13 @@ from fastprune.loaders.samples import JPEG
 
 
 class FfcvReader:
-    """Reader of train.beton and val.beton: one FFCV loader a split, compiled once, for every epoch, order and batch
-    size. crop: of images that differ in size.  threads: that decode those.
+    """Reader of train.beton and val.beton.
+
+    crop: for images that differ in size, else None.  threads: that decode such images.
     """
+
+    # One FFCV loader per split serves every epoch, order and batch size: a new one for each round would
+    # compile again.
 
     device = torch.device("cpu")
 
@@ -53,7 +59,7 @@ class FfcvReader:
         return self._loaders[split]
 
     def _open(self, split: str) -> Any:
-        """FFCV's loader over the images of a file; labels and order are kept by us."""
+        """FFCV's loader over the images of a split. It reads neither labels nor an order of its own."""
         file, crop = self._files[split], self._crop
         with _quiet():
             try:
@@ -65,6 +71,7 @@ class FfcvReader:
                 raise InputError(
                     f"ffcv cannot be imported ({reason}): install it again, or use the loader torchvision"
                 ) from None
+            # Images of one size are stored raw and only copied, which needs one thread.
             threads = 1
             if crop is None:
                 decoder = rgb_image.SimpleRGBImageDecoder()
@@ -77,19 +84,19 @@ class FfcvReader:
                     decoder = _frugal(rgb_image.CenterCropRGBImageDecoder)(size, crop.val_crop / crop.val_resize)
             return Loader(
                 str(file.path),
-                batch_size=1,  # set for each epoch
+                batch_size=1,  # `fetched` sets it for each epoch
                 num_workers=threads,
                 os_cache=True,
-                seed=0,  # unused, but otherwise drawn from numpy's global generator
+                seed=0,  # unused, but FFCV would draw one from numpy's global generator
                 pipelines={name: [decoder] if name == "image" else None for name in file.fields},
                 drop_last=False,
             )
 
 
 def _frugal(decoder: Any) -> Any:
-    """FFCV's class of a cropping decoder, but with memory for one whole image at a time. FFCV's own has some for the
-    largest image of the file, for each row of five batches: 47 GB for ImageNet at batches of 256.
-    """
+    """Subclass of one of FFCV's cropping decoders that allocates memory for one decoded image at a time."""
+    # FFCV's own allocates the largest image of the file for each row of five batches: 47 GB for ImageNet at a batch
+    # size of 256.
     from ffcv.fields.rgb_image import imdecode, resize_crop
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
@@ -127,21 +134,25 @@ def _frugal(decoder: Any) -> Any:
 
 
 def open_ffcv(manifest: Manifest, folder: Path | None, crop: Crop | None, workers: int) -> FfcvReader:
-    """Check both files. InputError where one is missing, truncated, foreign, or not the manifest's."""
+    """Check both files and return their reader. InputError if one is missing, truncated or not the manifest's."""
     import numba
 
     assert folder is not None
+    # numba refuses more threads than it started with.
     threads = min(max(1, workers), numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     return FfcvReader(manifest, manifest_files(manifest, folder), crop, threads)
 
 
 @contextmanager
 def fetched(loader: Any, samples: np.ndarray, batch_size: int) -> Iterator[Iterator[np.ndarray]]:
-    """FFCV's thread over `samples`, as batches uint8 [B, H, W, 3] that are valid until the next one is asked for.
+    """Run FFCV's reading thread over `samples`, int64 [n]; the thread is joined on exit.
 
-    loader: FFCV's; its batch size is changed.  samples: int64 [n].  However it is left, the thread is ended.
+    Gives an iterator of batches uint8 [B, H, W, 3]; each is valid until the next one is requested.  loader: FFCV's; its
+    batch size is mutated.
     """
     from ffcv.loader.epoch_iterator import EpochIterator
+
+    # Created directly and not by iterating over the loader: it takes any order, and its thread can be joined.
 
     threads = torch.get_num_threads()
     loader.batch_size = batch_size
@@ -151,13 +162,14 @@ def fetched(loader: Any, samples: np.ndarray, batch_size: int) -> Iterator[Itera
         for number in range(-(-len(samples) // batch_size)):
             (images,) = _next_batch(thread)
             if number == 0:
-                torch.set_num_threads(threads)  # the thread has set it before its first batch
+                # FFCV's thread sets torch's global number of threads before its first batch.
+                torch.set_num_threads(threads)
             yield images
 
     try:
         yield batches()
     finally:
-        # A thread that waits to hand over a batch would live for ever, and keep its memory.
+        # A thread blocked on a full queue would never end and would keep its memory: empty the queue until it ends.
         thread.close()
         while thread.is_alive():
             while not thread.output_queue.empty():
@@ -167,22 +179,23 @@ def fetched(loader: Any, samples: np.ndarray, batch_size: int) -> Iterator[Itera
 
 
 def _next_batch(thread: Any) -> Any:
-    """What FFCV's EpochIterator hands over next; waits for it. RuntimeError where its thread has failed."""
+    """Wait for the next batch of FFCV's EpochIterator. RuntimeError if its thread has failed."""
     while True:
         try:
+            # With a timeout, because a failed thread puts nothing into the queue.
             batch = thread.output_queue.get(timeout=1.0)
         except queue.Empty:
             if not thread.is_alive() and thread.output_queue.empty():
                 raise RuntimeError("FFCV's reading thread failed; what it printed says why") from None
             continue
         if batch is None:
-            raise RuntimeError("FFCV delivered fewer batches than it was asked for")
+            raise RuntimeError("FFCV delivered fewer batches than requested")
         return batch[1]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without FFCV's warnings about what it imports; torch keeps its number of threads, which FFCV sets."""
+    """Suppress the warnings of FFCV's imports, and restore torch's number of threads, which FFCV sets."""
     threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings():
@@ -193,7 +206,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _import_fast() -> None:
-    """Without three seconds of compiling a typed dictionary of two constants, which then is a plain one."""
+    """Import ffcv without compiling anything."""
+    # FFCV fills a typed dictionary of two constants on import: three seconds of compilation. With the JIT disabled it
+    # is a plain dictionary.
     from numba.core import config
 
     compiling = getattr(config, "DISABLE_JIT", 0)

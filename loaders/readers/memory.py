@@ -1,7 +1,6 @@
-"""Whole splits in memory as bytes, on a CPU or a GPU, cropped from there.
+"""The resident reader: whole splits as uint8 in the memory of a CPU or a GPU, cropped there.
 
-Filled once: by the generator, from .beton files (which needs no FFCV), or from image files. A copy of a .beton file is
-bound by memory, so threads read it, straight to where the images stay; decoding takes processes.
+The memory is filled once: by the generator, from .beton files (without FFCV), or from image files.
 """
 
 import os
@@ -23,24 +22,20 @@ from fastprune.loaders.readers import Crop, Table
 from fastprune.loaders.samples import Samples, folder_samples, images_bar, read_chunks
 from fastprune.loaders.synthetic import SyntheticData
 
-AT_ONCE = 1 << 24  # bytes that a thread reads at once
-MOST_WORKERS = 8  # where the caller names no number
+AT_ONCE = 1 << 24  # bytes per job of a reading thread
+MOST_WORKERS = 8  # limit of the default number of threads or processes
 
 Done = Callable[[int], object]
-"""Called with a number of images that have arrived."""
+"""Called with the number of images that have just been read."""
 
 
 class MemoryReader:
-    """Reader of whole splits, uint8 [n, H, W, 3], all on one device, where the batches are made too.
-
-    The table of an epoch is uploaded once, before its first batch. From then on a GPU waits for nothing that the host
-    does, nor the other way round.
-    """
+    """Reader of whole splits, uint8 [n, H, W, 3], on one device, on which the batches are computed, too."""
 
     def __init__(
         self, manifest: Manifest, images: Mapping[str, torch.Tensor], labels: Mapping[str, np.ndarray]
     ) -> None:
-        """images: of each split, contiguous.  labels: of each split, int64 [n]."""
+        """images: of each split, uint8 [n, H, W, 3], contiguous.  labels: of each split, int64 [n]."""
         self._manifest, self._images = manifest, images
         self.labels = labels
         self.device = images["train"].device
@@ -48,6 +43,8 @@ class MemoryReader:
     def images(
         self, split: str, table: Table, batch_size: int, dtype: torch.dtype
     ) -> Generator[torch.Tensor, None, None]:
+        # The table of the epoch is uploaded once, before its first batch. After that neither the host nor the GPU waits
+        # for the other.
         index, crops, flips = (on_device(column, self.device) for column in table[:3])
         size = (self._manifest.height, self._manifest.width)
         for start in range(0, len(index), batch_size):
@@ -64,9 +61,10 @@ def normalised(
     constants: Manifest | Crop,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """A new batch `dtype` [B, 3, *size] of whole `images`, uint8 [N, H, W, 3], on their device.
+    """Crop, flip and normalise into a new batch `dtype` [B, 3, *size], channels-last, on the device of `images`.
 
-    index: int64 [B].  crops: int32 [B, 4].  flips: bool [B].  constants: mean and std.
+    images: uint8 [N, H, W, 3].  index: which of them, int64 [B].  crops: boxes, int32 [B, 4].  flips: bool [B].
+    constants: gives mean and std.
     """
     shape = (len(index), 3, *size)
     out = torch.empty(shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
@@ -74,17 +72,18 @@ def normalised(
 
 
 def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """`values` on the device: on a CPU their own memory if they are contiguous, on a GPU a copy that is not awaited."""
+    """`values` as a tensor: on a CPU a view if they are contiguous, on a GPU an asynchronous copy."""
     tensor = torch.from_numpy(np.ascontiguousarray(values))
+    # Only a copy from pinned memory is asynchronous.
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def open_generated(manifest: Manifest, device: torch.device) -> MemoryReader:
-    """Generate the images. InputError where they are of another version of the generator."""
+    """Generate the images of a synthetic manifest. InputError if it is of another version of the generator."""
     assert manifest.synthetic is not None
     data = SyntheticData(**manifest.synthetic)
     if data.fingerprint != manifest.fingerprint:
-        raise InputError("the generated images are of another version of fastprune: run them again from the start")
+        raise InputError("the generated images are of another version of fastprune: prepare the data again")
     arrays = {split: data.arrays(split) for split in ("train", "val")}
     images = {split: torch.from_numpy(pixels).to(device) for split, (pixels, _) in arrays.items()}
     return MemoryReader(manifest, images, {split: labels for split, (_, labels) in arrays.items()})
@@ -93,9 +92,10 @@ def open_generated(manifest: Manifest, device: torch.device) -> MemoryReader:
 def open_resident(
     manifest: Manifest, folder: Path | None, device: torch.device, workers: int, show: bool
 ) -> MemoryReader:
-    """Fill memory on `device`. InputError where files are truncated, foreign, changed or unreadable, or do not fit.
+    """Read both splits into the memory of `device`.
 
-    workers: threads or processes, 0 for one a core up to MOST_WORKERS.  show: progress on stderr.
+    workers: threads (.beton files) or processes (image files); 0 means one per core, at most MOST_WORKERS.  show:
+    progress on stderr.  InputError if files are truncated, changed or unreadable, or do not fit into memory.
     """
     workers = workers or min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     if folder is None:
@@ -118,8 +118,10 @@ def open_resident(
 def fill_from_betons(images: Mapping[str, torch.Tensor], files: Mapping[str, Beton], workers: int, done: Done) -> None:
     """Overwrite `images`, of each split uint8 [n, H, W, 3], with the pixels of its file, in `workers` threads.
 
-    InputError where a file has become shorter than its tables say, or cannot be read.
+    InputError if a file cannot be read, or is shorter than its tables say.
     """
+    # Threads, because reading releases the interpreter's lock and is limited by memory bandwidth; each reads directly
+    # into the destination.
     pool = ThreadPoolExecutor(workers)
     handles: list[int] = []
     try:
@@ -143,7 +145,7 @@ def fill_from_samples(
 ) -> None:
     """Overwrite `images`, of each split uint8 [n, H, W, 3], with decoded `data`, in `workers` processes.
 
-    InputError where an image cannot be decoded or has another size.
+    InputError if an image cannot be decoded or has changed its size.
     """
     shape = images["train"].shape[1:]
     with closing(read_chunks(data, "pixels", workers)) as chunks:
@@ -153,17 +155,18 @@ def fill_from_samples(
                 raise InputError(f"cannot read {name} ({reason}): prepare the data again")
             for i, image in enumerate(chunk.stored, start):
                 if (image.height, image.width) != shape[:2]:
-                    raise InputError(f"{data[split].name(i)} has another size than before: prepare the data again")
+                    raise InputError(f"{data[split].name(i)} has changed its size: prepare the data again")
             pixels = np.concatenate([image.content for image in chunk.stored])
             images[split][start : start + len(chunk.stored)] = torch.from_numpy(pixels).view(-1, *shape)
             done(len(chunk.stored))
 
 
 def empty_images(manifest: Manifest, split: str, device: torch.device) -> torch.Tensor:
-    """Memory for a split, uint8 [n, H, W, 3], of undefined content. InputError where there is too little memory."""
+    """Uninitialised memory for a split, uint8 [n, H, W, 3]. InputError if the device has too little free."""
     shape = (manifest.count(split), manifest.height, manifest.width, 3)
     try:
         if device.type == "cpu":
+            # numpy reports a failed allocation as MemoryError, torch as a plain RuntimeError.
             return torch.from_numpy(np.empty(shape, np.uint8))
         return torch.empty(shape, dtype=torch.uint8, device=device)
     except (MemoryError, torch.OutOfMemoryError):
@@ -181,12 +184,12 @@ def _open(path: Path) -> int:
 
 
 def _copy(handle: int, file: Beton, start: int, goal: torch.Tensor) -> int:
-    """Read the images from `start` on into `goal`, uint8 [n, H, W, 3]; returns n."""
+    """Read n images from position `start` on into `goal`, uint8 [n, H, W, 3]; returns n."""
     host = goal if goal.device.type == "cpu" else torch.empty_like(goal, device="cpu", pin_memory=True)
     pointers = file.images["pointer"][start : start + len(goal)].astype(np.int64)
     length = int(file.sizes[0])
     memory = host.numpy().reshape(-1).data
-    # Images that follow one another in the file are read as one: whole pages, except at their ends.
+    # Images that are contiguous in the file take one read together: usually a page.
     breaks = np.flatnonzero(np.diff(pointers) != length) + 1
     for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(pointers)], strict=True):
         _read(handle, int(pointers[first]), memory[first * length : last * length], file.path)
@@ -196,7 +199,8 @@ def _copy(handle: int, file: Beton, start: int, goal: torch.Tensor) -> int:
 
 
 def _read(handle: int, offset: int, memory: memoryview, path: Path) -> None:
-    """Fill `memory` from `offset` on. A mapped file would kill the process where it has become shorter."""
+    """Fill `memory` with the content of the file from `offset` on. InputError if it ends before."""
+    # Not a memory map: access beyond the end of a file that was truncated meanwhile kills the process (SIGBUS).
     while len(memory):
         try:
             count = os.preadv(handle, [memory], offset)

@@ -1,4 +1,7 @@
-"""The portable reader: image files, decoded each time by torch's DataLoader, cropped by torchvision's own functions."""
+"""The portable reader: torch's DataLoader decodes image files in every epoch, torchvision's functions crop them.
+
+It is the reference that the other readers are compared with.
+"""
 
 from collections.abc import Generator
 from pathlib import Path
@@ -18,11 +21,12 @@ from fastprune.loaders.readers.memory import normalised, on_device
 from fastprune.loaders.samples import FolderSamples, folder_samples, reason
 
 Item = tuple[int, tuple[int, int, int, int], bool, int]
-"""Stored position, box, flip and seed: what is random travels with the request, so a worker process decides nothing."""
+"""Stored position, box, flip and seed of one sample."""
+# Every random choice is part of the request, so a batch does not depend on the number of worker processes.
 
 
 class OneSizeImages(Dataset[torch.Tensor]):
-    """One split of a folder of images of one size, indexed by Items; float32 [3, H, W]."""
+    """One split of a folder with images of one size, indexed by Items; gives float32 [3, H, W], normalised."""
 
     def __init__(self, samples: FolderSamples, manifest: Manifest) -> None:
         self._samples, self._manifest = samples, manifest
@@ -35,17 +39,19 @@ class OneSizeImages(Dataset[torch.Tensor]):
         except Exception as error:  # decoders of broken files raise nearly anything
             raise InputError(f"cannot read {self._samples.name(position)} ({error}): prepare the data again") from None
         if list(pixels.shape[:2]) != size:
-            raise InputError(f"{self._samples.name(position)} has another size than before: prepare the data again")
+            raise InputError(f"{self._samples.name(position)} has changed its size: prepare the data again")
         image = F.convert_image_dtype(torch.from_numpy(pixels).permute(2, 0, 1), torch.float32)
-        # A box is never larger than the image, so there is nothing to smooth.
+        # A box is never larger than the output here, so it is never reduced: antialiasing would change nothing but
+        # time.
         image = F.resized_crop(image, top, left, box_h, box_w, size, antialias=False)
         image = F.hflip(image) if flip else image
         return F.normalize(image, list(self._manifest.mean), list(self._manifest.std))
 
 
 class AnySizeImages(Dataset[torch.Tensor]):
-    """One split of any image folder, indexed by Items, cropped as torchvision's reference script does; uint8
-    [S, S, 3].
+    """One split of any image folder, indexed by Items, cropped as in torchvision's reference script.
+
+    Gives uint8 [S, S, 3]: flip and normalisation follow per batch.
     """
 
     def __init__(self, samples: FolderSamples, split: str, crop: Crop) -> None:
@@ -62,7 +68,7 @@ class AnySizeImages(Dataset[torch.Tensor]):
         except Exception as error:  # decoders of broken files raise nearly anything
             raise InputError(f"cannot read {name} ({reason(error)}): replace it or remove it") from None
         if self._train:
-            # torchvision draws from torch's global generator, which is left as it was.
+            # RandomResizedCrop takes no generator, it draws from torch's global one: seed that and restore it.
             state = torch.get_rng_state()
             torch.default_generator.manual_seed(seed)
             image = self._random(image)
@@ -73,8 +79,9 @@ class AnySizeImages(Dataset[torch.Tensor]):
 
 
 class FolderReader:
-    """Reader of an image folder through torch's DataLoader with `workers` processes. crop: of images that differ in
-    size.
+    """Reader of an image folder through torch's DataLoader with `workers` processes.
+
+    crop: for images that differ in size, else None.
     """
 
     device = torch.device("cpu")
@@ -97,7 +104,7 @@ class FolderReader:
             batch_size=batch_size,
             sampler=items,
             num_workers=self._workers,
-            generator=torch.Generator(),  # otherwise each epoch draws from torch's global one
+            generator=torch.Generator(),  # the default draws a seed from torch's global generator in each epoch
         )
         try:
             for start, batch in zip(range(0, len(items), batch_size), batches, strict=True):
@@ -107,10 +114,11 @@ class FolderReader:
                 every, size = torch.arange(len(batch)), self._crop.size(split)
                 boxes, flips = (on_device(c[start : start + batch_size], self.device) for c in table[1:3])
                 yield normalised(batch, every, boxes, flips, (size, size), self._crop, dtype)
-        except InputError as error:  # from a worker process it comes with a traceback in its message
+        except InputError as error:
+            # The DataLoader raises an error of a worker process again with its traceback as the message.
             raise InputError(str(error).splitlines()[-1].removeprefix("fastprune.errors.InputError: ")) from None
 
 
 def open_torchvision(manifest: Manifest, folder: Path | None, crop: Crop | None, workers: int) -> FolderReader:
-    """Scan the image folder. InputError where it is not what was prepared."""
+    """Scan the image folder and return its reader. InputError if its files have changed since they were prepared."""
     return FolderReader(manifest, folder_samples(unchanged_source(manifest, folder)), crop, workers)

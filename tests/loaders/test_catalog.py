@@ -58,7 +58,7 @@ def test_generated_images_as_beton_once(tmp_path, monkeypatch):
     assert folder == tmp_path / "data" / DATA.fingerprint[:16]
     untouched(monkeypatch)
     assert find_or_prepare(DATA, tmp_path, loader="ffcv", show=False) == (manifest, folder)
-    assert choose_loader(manifest, folder) == LoaderChoice("ffcv", "the fastest here")
+    assert choose_loader(manifest, folder) == LoaderChoice("ffcv", "the fastest available")
 
 
 @needs_ffcv
@@ -101,7 +101,7 @@ def test_without_ffcv_a_raw_folder_is_read_as_it_is(raw, tmp_path, monkeypatch):
     assert choice == LoaderChoice("torchvision", "not ffcv: there are no .beton files")
     untouched(monkeypatch)
     assert find_or_prepare(raw, store, show=False) == (manifest, folder)
-    with pytest.raises(InputError, match="ffcv needs ffcv, which is not installed here"):
+    with pytest.raises(InputError, match="ffcv needs ffcv, which is not installed"):
         find_or_prepare(raw, store, loader="ffcv", show=False)
 
 
@@ -283,7 +283,7 @@ BAD = {
         lambda d: [next(d.glob("val*")).rename(d / "val_a.ffcv"), shutil.copy(d / "val_a.ffcv", d / "val_b.ffcv")],
         "it holds val_a.ffcv, val_b.ffcv",
     ),
-    "truncated": (lambda d: next(d.glob("val*")).write_bytes(b"\2\0" + bytes(100)), "truncated|no .beton file"),
+    "truncated": (lambda d: next(d.glob("val*")).write_bytes(b"\2\0" + bytes(100)), "truncated|not a .beton file"),
     "gone": (lambda d: shutil.rmtree(d), "no such data folder|no such file"),
 }
 
