@@ -420,7 +420,7 @@ def _search_kernel(candidates, ranges, wanted, state, counts, D: tl.constexpr, B
 
 @triton.jit
 def _settle_kernel(wanted, state, counts, out):
-    """One program per group: store the threshold, how many keys equal it and how many of those are pruned."""
+    """One program per group: store the threshold, how many keys equal it and are pruned; its bits to `out`."""
     group = tl.program_id(0).to(tl.int64)
     known, rank = state + group * _FIELDS, tl.load(wanted + group)
     if rank == 0:

@@ -215,7 +215,7 @@ def open_data(
     """
     choice = choose_loader(manifest, folder, loader, device=str(device))
     if manifest.one_size != (crop is None):
-        raise ValueError("crop is required for images that differ in size, and only for those")
+        raise ValueError("crop is required if images differ in size, and must be None otherwise")
     reader = _open_reader(choice, manifest, folder, crop, torch.device(device), workers, show)
     return DataSource(manifest, choice, reader, crop)
 

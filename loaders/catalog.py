@@ -80,7 +80,9 @@ def find_or_prepare(
     layout = scan(path)
     if any_size and layout.name not in DISTRIBUTED:
         if loader == "resident":
-            raise InputError(f"loader resident needs images of one size, not {path} with crops: use another loader")
+            raise InputError(
+                f"loader resident needs images of one size, but {path} is read with crops: use another loader"
+            )
         if loader == "torchvision" or (loader == "auto" and not ffcv_is_there()):
             return _unread(layout), layout.root
         return _find_folder(layout, root, "files", workers, show)

@@ -50,7 +50,7 @@ def choose_loader(
         obstacle = _OBSTACLES[name](manifest, folder)
         if obstacle is None:
             return LoaderChoice(name, "; ".join(passed) or "the fastest available")
-        # That real images are not generated is no news to the user.
+        # Omitted, because a remark that real images are not generated tells the user nothing.
         if name != "synthetic":
             passed.append(f"not {name}: {obstacle}")
     raise InputError(f"no loader can read the data in {folder}: {'; '.join(passed)}")

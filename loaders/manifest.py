@@ -98,7 +98,7 @@ class Subset:
         """InputError if the subset does not fit `manifest`."""
         if self.classes is not None and not 1 <= self.classes <= len(manifest.classes):
             raise InputError(
-                f"{self.classes} classes requested, {manifest.name} has {len(manifest.classes)}: ask for fewer"
+                f"{self.classes} classes requested, {manifest.name} has {len(manifest.classes)}: request fewer"
             )
         for most in (self.train_per_class, self.val_per_class):
             if most is not None and most < 1:

@@ -81,7 +81,7 @@ def resize_chunk(pairs: Sequence[tuple[str, str]], size: int) -> list[tuple[str,
         except Exception as error:  # decoders of broken files raise nearly anything
             unreadable.append((path, reason(error)))
             continue
-        # Lossless, so that the copy adds no second JPEG loss. Level 1: more compression costs more time than resizing.
+        # Lossless, so that the copy adds no second JPEG loss. Level 1: speed counts more than size here.
         small.save(copy, compress_level=1)
     return unreadable
 

@@ -194,8 +194,8 @@ def in_processes(
 
     InputError if a process is killed.  The processes end when this generator or this process ends.
     """
-    # Processes, because decoding holds the interpreter's lock. Spawned, because after a fork the threads that numba
-    # starts for FFCV can keep the parent from exiting.
+    # Processes, because the interpreter's lock leaves threads no gain here. Spawned, because after a fork the threads
+    # that numba starts for FFCV can keep the parent from exiting.
     waiting: deque[Future[Any]] = deque()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_parent)
     try:

@@ -118,9 +118,9 @@ def last_image_field(offset: int, value: int):
 
 
 BAD = {
-    "empty": (cut(0), "truncated or no .beton"),
-    "only part of the header": (cut(10), "truncated or no .beton"),
-    "only the header": (cut(HEADER.itemsize), "truncated or no .beton"),
+    "empty": (cut(0), "truncated or not a .beton"),
+    "only part of the header": (cut(10), "truncated or not a .beton"),
+    "only the header": (cut(HEADER.itemsize), "truncated or not a .beton"),
     "cut in the tables": (cut(TABLE + 7), "truncated or damaged"),
     "cut in the pixels": (cut(1 << 21), "truncated or damaged"),
     "last byte missing": (cut(-1), "truncated or damaged"),
