@@ -1,6 +1,8 @@
-"""Each operation against its floor and against what a user would write, on the weights of whole networks.
+"""Benchmark of each kernel on the weights of whole networks, against its floor and common alternatives.
 
-make bench ARGS="bench/bench_kernels.py [--device cuda]"
+    make bench ARGS="bench/bench_kernels.py [--device cuda]"
+
+A test checks that the compared pruning rows keep the same weights.
 """
 
 from typing import Any
@@ -27,11 +29,12 @@ def test_speed(measure: Any, network: str, group: str, row: Row) -> None:
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
 def test_the_same_weights_survive_as_in_torch(network: str, local: bool, device: torch.device) -> None:
-    """What is compared does the same work: as many go, and only elements tied with the threshold may differ."""
+    """The compared rows do the same work: equal counts are pruned, and masks differ only at ties with the threshold."""
     w = Weights(segments_of(network, small=False), device)
     ours = keep_top(w.scores, w.dense, w.each if local else sum(w.each), w.segments)
     w.k = sum(w.each)
     theirs = w.torch_local_prune() if local else w.torch_global_prune()
+    # The largest pruned score. Which of the weights tied with it go is for each implementation to choose.
     threshold = w.scores[w.dense & ~ours].max()
     assert int(ours.sum()) == w.total - sum(w.each) == sum(int(m.sum()) for m in theirs)
     for s, number, mask in zip(w.segments, w.each, theirs, strict=True):

@@ -1,9 +1,8 @@
-"""A training step, masked and dense, and images a second from loaders, on one core.
+"""Benchmark of a training step, masked and dense, and of the throughput of loaders, on one core.
 
     FASTPRUNE_TINY_IMAGENET=path/to/tiny-imagenet-200 make bench ARGS="bench/bench_steps.py [--device cuda]"
 
-Those that are compared take turns, so that a busy neighbour hits all of them, and each is given with its wall time and
-the time that its threads had a core, which a neighbour changes less. pytest-benchmark's own table shows ours only.
+Prints medians of wall time and of processor time, with ratios. pytest-benchmark's own table has fastprune's row only.
 """
 
 import os
@@ -23,8 +22,8 @@ from fastprune.loaders import find_or_prepare, open_data
 
 TURNS = 7
 REAL = "FASTPRUNE_TINY_IMAGENET"
+# Of Tiny ImageNet: 40 classes, 20,000 images. torchvision reads 2,500 of them: it is some 30 times slower.
 CLASSES, TAKEN = 40, 2500
-"""Of Tiny ImageNet: 20,000 images through our loaders, and as many as that through torchvision, which is slow."""
 
 
 @pytest.mark.parametrize(
@@ -36,18 +35,20 @@ CLASSES, TAKEN = 40, 2500
     ],
 )
 def test_step(network: str, precision: str, device: torch.device, benchmark: Any, capsys: Any) -> None:
-    """At full width. The target: masked over dense at most 1.05."""
+    """Networks of full width. Target: masked over dense at most 1.05."""
     if network == "resnet50" and device.type == "cpu":
         pytest.skip("takes minutes on a CPU")
     size = Size.of(device, small=False)
     compared = ways(network, precision, device, size)
     turns: Turns = {name: [] for name in compared}
 
+    # The ways take turns within one run, so that load on the machine hits all alike: ratios hold where times do not.
+    # pytest-benchmark times one function, so the others run in its set-up.
     def others() -> None:
         for name, way in compared.items():
             if name != MASKED:
                 turns[name].append(way.timed())
-        compared[MASKED].before()
+        compared[MASKED].before()  # sets the mask, here outside the measured time
 
     def masked() -> None:
         turns[MASKED].append(Way(compared[MASKED].call).timed())
@@ -55,7 +56,8 @@ def test_step(network: str, precision: str, device: torch.device, benchmark: Any
     benchmark.group = group_name(network, precision, size)
     benchmark.pedantic(masked, setup=others, rounds=TURNS, warmup_rounds=1)
     images = {name: each[0][2] for name, each in turns.items()}
-    found = medians({name: each[-TURNS:] for name, each in turns.items()})  # without the warm-up
+    # The warm-up turn compiles. Medians, because a turn that another process interrupts is an outlier.
+    found = medians({name: each[-TURNS:] for name, each in turns.items()})
     wall, cpu = (found[MASKED][i] / found[DENSE][i] for i in (0, 1))
     benchmark.extra_info.update(what=MASKED, images=images, medians=found, masked_over_dense=[wall, cpu])
     with capsys.disabled():
@@ -64,7 +66,8 @@ def test_step(network: str, precision: str, device: torch.device, benchmark: Any
 
 
 def show(found: dict[str, tuple[float, float]], base: str, images: dict[str, int]) -> None:
-    """images: of one turn; ratios are for each image."""
+    """Prints a table. images: by name, in one turn. Ratios are to `base`, per image."""
+    # Per image, since a turn of torchvision reads fewer of them. Processor time excludes waits for a busy core.
     print(f"  {'':<44}{'wall':>10}{'x':>7}{'processor':>12}{'x':>7}{'images/s':>12}{'a core':>10}")
     for name, (wall, cpu) in found.items():
         ratios = [t / found[base][i] * images[base] / images[name] for i, t in enumerate((wall, cpu))]
@@ -76,10 +79,11 @@ def show(found: dict[str, tuple[float, float]], base: str, images: dict[str, int
 
 @contextmanager
 def one_core() -> Iterator[None]:
-    """This thread, and those that it starts, on one core, where the system can."""
+    """Pins this thread, and the threads that it starts, to one core; no effect where the system cannot (macOS)."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
+    # FFCV reads and decodes in threads of its own: without the pin it would have more cores than torchvision.
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(before)})
     try:
@@ -90,7 +94,7 @@ def one_core() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: Any) -> Path:
-    """The first classes of Tiny ImageNet as a data set of its own."""
+    """A folder laid out as Tiny ImageNet with its first CLASSES classes."""
     given = Path(os.environ.get(REAL, ""))
     if REAL not in os.environ or not (given / "train").is_dir():
         pytest.skip(f"{REAL} names no unpacked Tiny ImageNet")
@@ -109,12 +113,12 @@ def real(tmp_path_factory: Any) -> Path:
 
 
 def consume(batches: Iterable[Any]) -> int:
-    """Images in them."""
+    """Reads all batches; the number of images."""
     return sum(len(labels) for _, labels in batches)
 
 
 def test_loaders(real: Path, tmp_path: Path, device: torch.device, benchmark: Any, capsys: Any) -> None:
-    """Random crops and flips of real images at 64x64. The target: FFCV 20 times torchvision's ImageFolder."""
+    """Random crops and flips of real images, 64x64. Target: FFCV at 20 times the rate of torchvision's ImageFolder."""
     if device.type != "cpu":
         pytest.skip("loaders work on a CPU")
     pytest.importorskip("ffcv")
@@ -131,7 +135,7 @@ def test_loaders(real: Path, tmp_path: Path, device: torch.device, benchmark: An
     )
     usual = torch.utils.data.DataLoader(
         datasets.ImageFolder(str(real / "train"), theirs), 500, shuffle=True, drop_last=True, num_workers=0
-    )
+    )  # in this process: on one core worker processes only add copies
     manifest, prepared = find_or_prepare(real, tmp_path, show=False)
     ours = {
         name: open_data(manifest, prepared, loader=name).train(seed=0, batch_size=500) for name in ("ffcv", "resident")
@@ -150,7 +154,7 @@ def test_loaders(real: Path, tmp_path: Path, device: torch.device, benchmark: An
 
     benchmark.group = f"loader, {len(usual.dataset):,} real images, 64 px, one core"  # type: ignore[arg-type]
     for name in ours:
-        once(name)  # compiles
+        once(name)  # numba compiles the crop and FFCV its pipeline: seconds, once a process
     for turns in times.values():
         turns.clear()
     with one_core():

@@ -1,7 +1,8 @@
-"""One thread, the device, and after the benchmarks a table: each against what a user would write and its floor."""
+"""Fixtures of the benchmarks, and the table that follows them, with ratios to the floor and to fastprune."""
 
 import os
 
+# Read when OpenMP loads, so before torch. Threads that spin between calls would take the core from what is timed.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections import defaultdict
@@ -13,6 +14,7 @@ import torch
 
 from bench.rows import Group, Row, compare, copy_group, facts_of, prepared, table, time_row
 
+# Runs use one thread a process, and one thread varies less than several that wait for each other.
 torch.set_num_threads(1)
 
 
@@ -33,7 +35,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Ratios within one run: pytest-benchmark's own table has the spread, there of `calls` calls."""
+    """Writes a table a group. pytest-benchmark's own table has the spread, there of `calls` calls."""
+    # Ratios of medians within one run are what compares across machines and days; absolute times do not.
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, dict[str, Any]] = defaultdict(dict)
     for bench in session.benchmarks if session else ():
@@ -47,7 +50,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             terminalreporter.write_line(line)
 
 
-@lru_cache(maxsize=1)  # what is compared shares its buffers; the next group has its own
+# Rows of a group run one after another on the same inputs. Only one group is kept: ResNet-50's buffers take over 1 GB.
+@lru_cache(maxsize=1)
 def inputs_of(make: Any, *arguments: Any) -> tuple[Group, list[Any]]:
     group = make(*arguments)
     return group, group.inputs(arguments[-1])
@@ -55,7 +59,8 @@ def inputs_of(make: Any, *arguments: Any) -> tuple[Group, list[Any]]:
 
 @pytest.fixture(scope="session")
 def copy_rate(device: torch.device) -> float:
-    """GB/s of a large copy, read and written bytes counted."""
+    """GB/s of a large copy; bytes that are read and bytes that are written count."""
+    # Floors of bytes are counted at this rate, not at the data sheet's, which no kernel reaches.
     group = copy_group(device)
     inputs = group.inputs(device)
     facts = time_row(group.rows[0], inputs, device, rounds=5)
@@ -64,7 +69,7 @@ def copy_rate(device: torch.device) -> float:
 
 @pytest.fixture
 def measure(benchmark: Any, device: torch.device, copy_rate: float) -> Any:
-    """measure(row, make, *arguments): the median of five rounds of a row of the group `make(*arguments, device)`."""
+    """measure(row, make, *arguments) times a row of the group `make(*arguments, device)` in five rounds."""
 
     def run(row: Row, make: Any, *arguments: Any) -> None:
         if row.cpu_only and device.type != "cpu":

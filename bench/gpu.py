@@ -1,12 +1,12 @@
-"""One command for a CUDA machine, without network, FFCV or pytest's plug-ins: checks everything, then times it.
+"""Checks, then times, everything on a CUDA machine. Needs no network, FFCV or plug-ins of pytest.
 
     python bench/gpu.py [--only checks kernels steps share] [--cache FOLDER] [--json FILE]
 
-Parts: `checks` are the tests of kernels and training with `--device cuda`; `kernels` and `steps` are the rows of
-bench/rows.py and bench/training.py; `share`, only when named, runs several trainings at once. Results are merged into
-one JSON file for each device, which holds those of one commit. A part starts nothing new after --limit seconds: the
-same command then goes on where it stopped. Nothing is timed if a check failed on this commit.
-`--device cpu --small` does the same on a laptop. Exits with 1 if something failed, with 2 on bad usage.
+Parts: `checks` runs the tests of kernels and training with `--device cuda`; `kernels` and `steps` time the rows of
+bench/rows.py and bench/training.py; `share`, which must be named, times several trainings at once. Results are merged
+into one JSON file for each device, which holds the results of one commit. A part starts no task after --limit seconds;
+the same command then continues with the rest. Nothing is timed if a check failed on this commit.
+`--device cpu --small` does the same on a laptop. Exit code: 1 if a check or a row failed, 2 for bad usage.
 """
 
 import argparse
@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("checks", "kernels", "steps", "share")
 TESTS = ("tests/kernels", "tests/training")
 STEPS = tuple((network, precision) for network in ("resnet18", "resnet50") for precision in ("bf16", "fp16"))
-# (group, row, figure, limit): at most the limit, or at least minus the limit where that is negative.
+# (group, row, figure, limit). A positive limit is an upper bound; a negative one, without its sign, a lower bound.
+# Ratios, where possible: they carry over from one GPU to the next. Reasons and predictions: bench/NOTES.md.
 TARGETS: tuple[tuple[str, str, str, float], ...] = (
     *((f"cast, {network}", "masked_cast to bf16", "over_floor", 1.3) for network in rows.NETWORKS),
     *((f"SGD step, {network}", "masked_sgd_ with a bf16 copy", "over_floor", 1.3) for network in rows.NETWORKS),
@@ -52,13 +53,17 @@ Task = Callable[[], None]
 
 
 class Record:
-    """The JSON file. checks: "passed", or "failed: ..." or "skipped: ..." by test. rows: figures by group and row.
-    errors: one line by what could not be timed. left: by part the tasks that --limit left undone."""
+    """The JSON file of results.
+
+    checks: by test "passed", "failed: ..." or "skipped: ...". rows: figures by group and row. errors: a line for each
+    task or row that could not be timed. left: by part the tasks that --limit left.
+    """
 
     def __init__(self, file: Path, facts: dict[str, Any]) -> None:
-        """Goes on with what the file holds of the same commit, device and size."""
+        """Continues from the results in the file that are of the same device, commit and size; ignores others."""
         self.file, self.small = file, bool(facts["small"])
         before = json.loads(file.read_text()) if file.exists() else {}
+        # A row of another commit beside rows of this one would give ratios of two programs.
         if any(before.get(name) != facts[name] for name in ("device", "commit", "small")):
             before = {}
         self.facts = facts
@@ -67,7 +72,8 @@ class Record:
         self.checks, self.rows, self.errors, self.left, self.targets = (before.get(name, {}) for name in names)
 
     def save(self) -> None:
-        """After every result: a run that is cut off keeps what it has."""
+        """Writes the file."""
+        # JSON has no NaN: null until the copy is timed.
         content = self.facts | {"copy_gb_per_s": None if math.isnan(self.copy_rate) else self.copy_rate}
         content |= {"checks": self.checks, "rows": self.rows, "errors": self.errors}
         content |= {"left": self.left, "targets": self.targets}
@@ -79,42 +85,47 @@ class Record:
         return [f"{test}: {result}" for test, result in self.checks.items() if result.startswith("failed")]
 
     def put(self, group: str, found: dict[str, dict[str, Any]], errors: dict[str, str]) -> None:
-        """Keeps a group's rows, and what could not be timed of it, and prints its table."""
+        """Records the rows of a group and the errors of those that failed, and prints the table."""
         self.rows[group] = found
         self.errors |= {f"{group}: {row}": error for row, error in errors.items()}
         print("", *rows.table(group, found), sep="\n", flush=True)
 
 
 def pytest_command(path: str, device: torch.device, report: Path) -> list[str]:
-    """pytest on a file, with the project's settings; warnings of libraries in other versions are no failures."""
+    """The command line that runs a test file with the project's settings."""
     command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-q"]
+    # The project's settings make warnings errors, but other versions of libraries give other warnings.
     return [*command, "-W", "default", "-p", "no:cacheprovider", f"--junitxml={report}", "--device", str(device), path]
 
 
 def outcome(case: ElementTree.Element) -> str:
+    """Passed, failed or skipped; for the latter two with the first line of the message."""
     for kind, word in (("failure", "failed"), ("error", "failed"), ("skipped", "skipped")):
         found = case.find(kind)
         if found is not None:
             text = (found.get("message") or "").strip()
-            if text == "collection failure":  # pytest says no more there than that
+            if text == "collection failure":  # the message says no more; the reason is in the text
                 text = "\n".join(line[1:].strip() for line in (found.text or "").splitlines() if line.startswith("E "))
             return f"{word}: {text.partition(chr(10))[0]}"[:200]
     return "passed"
 
 
 def check(path: str, device: torch.device, record: Record) -> None:
-    """Runs the tests of a file and records each."""
+    """Runs the tests of a file and records the outcome of each."""
+    # In a process of its own: a test that corrupts the CUDA context or crashes must not end this one.
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = pytest_command(path, device, report)
-        # No plug-in is loaded even where there are some: the checks are the same everywhere.
+        # No plug-in is loaded even if installed, so that the checks are the same on every machine.
         path_of_children = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": path_of_children}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
+    # A test that was renamed or deleted must not stay in the file.
     for old in [test for test in record.checks if test.startswith(f"{path}::")]:
         del record.checks[old]
     found = {f"{path}::{case.get('name')}": outcome(case) for case in cases}
+    # 5: no test was collected. Otherwise pytest itself failed, which no test case reports.
     if done.returncode not in (0, 5) and not any(map(failing, found.values())):
         lines = (done.stderr or done.stdout).strip().splitlines()
         found[f"{path}::"] = f"failed: pytest ended with {done.returncode}: {lines[-1] if lines else ''}"[:200]
@@ -147,9 +158,10 @@ def time_group(group: rows.Group, device: torch.device, record: Record) -> None:
             continue
         try:
             found[row.what] = rows.time_row(row, inputs, device, rounds=3 if record.small else 7)
-        except Exception as error:  # a row that fails must not cost the others
+        except Exception as error:  # recorded: time on a GPU is scarce, and the other rows can still be timed
             errors[row.what] = one_line(error)
     if group.name == "copy":
+        # Kept in the record: a later call that times other groups counts their floors at the same rate.
         record.copy_rate = max((f["bytes"] / f["ms"] / 1e6 for f in found.values()), default=math.nan)
     rows.compare(found, record.copy_rate)
     record.put(group.name, found, errors)
@@ -162,6 +174,7 @@ def kernel_tasks(device: torch.device, record: Record, blocks: bool) -> Iterator
 
 def time_steps(network: str, precision: str, device: torch.device, record: Record) -> None:
     size = training.Size.of(device, record.small)
+    # torch counts recompilations over all networks of a process, and beyond its limit runs uncompiled.
     torch.compiler.reset()
     compared = training.ways(network, precision, device, size)
     found, errors = training.time_turns(compared, 2 if record.small else 7)
@@ -202,26 +215,28 @@ def share_tasks(device: torch.device, record: Record) -> Iterator[tuple[str, Tas
 
 
 def one_line(error: Exception) -> str:
-    """Its type and the first line that says something, at most 200 characters."""
+    """The type of an error and its first line that is not blank, at most 200 characters."""
     first = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
     return f"{type(error).__name__}: {first}"[:200]
 
 
 def run_part(part: str, tasks: Iterable[tuple[str, Task]], record: Record, limit: float) -> None:
-    """Runs what the last call left of the part, or all of it; after `limit` seconds nothing new is started."""
+    """Runs the tasks that the last call left of the part, or all of them. Starts none after `limit` seconds."""
     began = time.perf_counter()
     left = record.left.pop(part, None)
     waiting = [(name, task) for name, task in tasks if left is None or name in left]
     print(f"\n{part}:", flush=True)
     while waiting and time.perf_counter() - began < limit:
         name, task = waiting.pop(0)
+        # A task that is repeated replaces its errors of last time.
         for error in [e for e in record.errors if e == name or e.startswith(f"{name}: ")]:
             del record.errors[error]
         try:
             task()
-        except Exception as error:  # what fails must not cost the rest
+        except Exception as error:  # recorded, and reported by the exit code
             record.errors[name] = one_line(error)
-        if waiting:  # before the next one: a run that is cut off goes on there
+        # Saved after every task, so that a run that is killed continues with the next one.
+        if waiting:
             record.left[part] = [name for name, _ in waiting]
         else:
             record.left.pop(part, None)
@@ -231,7 +246,7 @@ def run_part(part: str, tasks: Iterable[tuple[str, Task]], record: Record, limit
 
 
 def judge(record: Record, on_gpu: bool) -> None:
-    """Records and prints whether each target is met by what was measured."""
+    """Records and prints for each target whether it is met."""
     print("\ntargets:")
     for group, row, figure, limit in TARGETS:
         measured = record.rows.get(group, {}).get(row, {}).get(figure)
@@ -259,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("gpu.py: no CUDA device here; `--device cpu --small` runs the same on a CPU", file=sys.stderr)
         return 2
-    if args.cache is not None:  # both libraries read these when they compile
+    if args.cache is not None:  # read by both libraries when they compile, here and in the processes of the checks
         os.environ["TRITON_CACHE_DIR"] = str(args.cache.resolve() / "triton")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(args.cache.resolve() / "inductor")
     facts = rows.environment(device) | {"small": args.small}
@@ -274,6 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "share": share_tasks(device, record),
     }
     timed = [part for part in tasks if part in args.only]
+    # A time of a kernel that computes something else means nothing.
     if timed and (record.failed or os.environ.get("TRITON_INTERPRET") == "1"):
         why = "a check failed on this commit" if record.failed else "kernels are interpreted"
         print(f"\nnothing is timed: {why}")
@@ -296,5 +312,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # As a worker runs; on a GPU the host only launches.
     torch.set_num_threads(1)
     sys.exit(main())

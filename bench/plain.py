@@ -1,7 +1,7 @@
-"""What a careful user writes with PyTorch alone: `mask * weight` in the forward, torch.optim.SGD, kthvalue, DataLoader.
+"""The baseline of training.py and rounds.py: pruning and training in plain PyTorch, as a careful user writes them.
 
-The yardstick of training.py and rounds.py. Careful: channels-last, autocast, fused optimiser, images
-decoded into memory beforehand, pinned and copied without waiting, no `.item()` inside an epoch.
+`mask * weight` in the forward pass, torch.optim.SGD, kthvalue, DataLoader. The usual advice is followed: channels-last,
+autocast, a fused optimiser, images decoded beforehand, pinned memory, asynchronous copies, no `.item()` in an epoch.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from torchvision.transforms import v2
 
 from fastprune.specs import OptimizerSpec
 
+# By precision: the dtype of autocast; None is without.
 LOW = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class ProductConv2d(nn.Conv2d):
-    """A conv that computes with `mask * weight`; mask: a float buffer, 1 keeps and 0 prunes, ones at first."""
+    """A conv that computes with `mask * weight`. mask: buffer of the weight's shape and dtype, 1 keeps, 0 prunes."""
 
     mask: Tensor
 
     @classmethod
     def wrap(cls, module: nn.Conv2d) -> ProductConv2d:
+        """Turns a conv into a ProductConv2d with a mask of ones. Mutates and returns `module`."""
+        # The class alone changes: parameters, their order and the random state stay those of the plain network.
         module.__class__ = cls
         module.register_buffer("mask", torch.ones_like(module.weight))
         return module  # type: ignore[return-value]
@@ -39,10 +42,10 @@ class ProductConv2d(nn.Conv2d):
 
 
 class Plain:
-    """A training loop. The model is moved to the device and, if `masked`, its convs get masks.
+    """A training loop. Mutates the model: moves it to the device and, if `masked`, adds masks to its convs.
 
-    compile: the network goes through torch.compile, perhaps with the backend named. fused: the optimiser's kind, None
-    for torch's own choice.
+    precision: "fp32", "bf16" or "fp16". compile: True or the backend's name for torch.compile. fused: as in
+    torch.optim.SGD; None is torch's own choice. sgd: momentum, weight decay and nesterov.
     """
 
     def __init__(
@@ -65,13 +68,13 @@ class Plain:
         self._network: Any = self.model
         if compile:
             self._network = torch.compile(self.model, backend=compile if isinstance(compile, str) else "inductor")
+        # Loss times images, hits, images. On the device: a step that read its loss would wait for the GPU.
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        """loss times images, hits, images."""
         self.fresh(lr)
         self._start: dict[str, Any] = {}
 
     def fresh(self, lr: float) -> None:
-        """A new optimiser."""
+        """Replaces the optimiser and the gradient scaler by new ones: momentum is zero."""
         s = self._spec
         self.sgd = torch.optim.SGD(
             self.model.parameters(),
@@ -84,18 +87,20 @@ class Plain:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def step(self, images: Tensor, labels: Tensor) -> None:
+        """One training step on a batch, float [n, 3, H, W] and int64 [n]."""
         images, labels = self._moved(images, labels)
         with self._autocast():
             logits = self._network(images)
             loss = F.cross_entropy(logits, labels)
         self.sgd.zero_grad()
+        # The scaler passes everything through unless the precision is fp16.
         self.scaler.scale(loss).backward()
         self.scaler.step(self.sgd)
         self.scaler.update()
         self._count(loss, logits, labels)
 
     def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
-        """One epoch; (mean loss, accuracy, images)."""
+        """One epoch: (mean loss in nats, accuracy in [0, 1], images)."""
         self.model.train()
         self.sums.zero_()
         for images, labels in batches:
@@ -104,6 +109,7 @@ class Plain:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float, int]:
+        """(mean loss in nats, accuracy in [0, 1], images) in eval mode."""
         self.model.eval()
         self.sums.zero_()
         for images, labels in batches:
@@ -116,7 +122,10 @@ class Plain:
 
     @torch.no_grad()
     def prune(self, fraction: float) -> int:
-        """Prunes the smallest `fraction` of what remains over all convs, ties at the threshold too; what is kept."""
+        """Prunes the smallest `fraction` of the remaining weights of all convs, by magnitude; the number kept.
+
+        Weights tied with the threshold are pruned, too.
+        """
         remaining = torch.cat([c.weight.abs()[c.mask > 0] for c in self.convs])
         threshold = remaining.kthvalue(round(fraction * len(remaining))).values
         for c in self.convs:
@@ -124,12 +133,13 @@ class Plain:
         return int(sum(c.mask.sum() for c in self.convs))
 
     def save_rewind_point(self) -> None:
-        """Keeps the weights and statistics as they are now."""
+        """Copies the present weights and batch-norm statistics, without the masks."""
         state = {name: value for name, value in self.model.state_dict().items() if not name.endswith(".mask")}
         self._start = copy.deepcopy(state)
 
     def rewind(self, lr: float) -> None:
-        """Weights and statistics of the last `save_rewind_point`, and a new optimiser; masks stay."""
+        """Restores weights and statistics of the last `save_rewind_point`; a new optimiser. Masks stay."""
+        # strict=False: the saved state has no masks.
         self.model.load_state_dict(self._start, strict=False)
         self.fresh(lr)
 
@@ -152,7 +162,7 @@ class Plain:
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Decoded images, uint8 [n, 3, H, W], each transformed when it is asked for."""
+    """Decoded images, uint8 [n, 3, H, W], and labels; an image is transformed when it is read."""
 
     def __init__(self, images: Tensor, labels: Sequence[int], transform: v2.Transform) -> None:
         self.images, self.labels, self.transform = images, labels, transform
@@ -173,7 +183,10 @@ def loaders(
     workers: int = 0,
     pin: bool = False,
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """New DataLoaders of decoded images uint8 [n, 3, H, W] and labels, augmented by torchvision image by image."""
+    """New DataLoaders (train, val) of decoded images, uint8 [n, 3, H, W], and labels, transformed by torchvision.
+
+    norm: (mean, standard deviation) of each channel, of pixels in [0, 1]. workers, pin: as in DataLoader.
+    """
     normal = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(norm[0]), list(norm[1]))]
     size = train[0].shape[-2:]
     crop = [v2.RandomResizedCrop(list(size), antialias=True), v2.RandomHorizontalFlip()]
@@ -185,12 +198,14 @@ def loaders(
 
 
 class DeviceBatches:
-    """Images that lie on the device, uint8 [n, 3, H, W], cropped and mirrored a batch at a time by `grid_sample`, as
-    one writes it who finds that the DataLoader is what takes the time. Nothing waits for the device.
+    """Batches of images on the device, uint8 [n, 3, H, W], cropped and flipped a batch at a time by `grid_sample`.
 
-    Boxes are drawn as RandomResizedCrop draws them, but clamped to the image where it draws again. steps: batches in an
-    epoch, at most.
+    Boxes are drawn as by RandomResizedCrop, but clamped to the image where it draws again. norm: as of `loaders`.
+    steps: at most so many batches in an epoch.
     """
+
+    # On a GPU a DataLoader would be the bottleneck by far, and a step would be compared with a wait. This is the common
+    # remedy without custom kernels; drawing on the device as well keeps the host from waiting for it.
 
     def __init__(
         self,
@@ -214,14 +229,17 @@ class DeviceBatches:
             yield self._augment(self.images[index]), self.labels[index]
 
     def _augment(self, images: Tensor) -> Tensor:
-        """float32, normalised."""
+        """float32 [n, 3, H, W], normalised."""
         draw = torch.rand(5, len(images), device=images.device)
+        # RandomResizedCrop's defaults: area uniform in [0.08, 1], aspect ratio log-uniform in [3/4, 4/3].
         area, stretch = 0.08 + 0.92 * draw[0], ((2 * draw[1] - 1) * math.log(4 / 3)).exp()
-        wide, tall = ((area * stretch).sqrt().clamp(max=1), (area / stretch).sqrt().clamp(max=1))
+        box_w, box_h = ((area * stretch).sqrt().clamp(max=1), (area / stretch).sqrt().clamp(max=1))
         theta = torch.zeros(len(images), 2, 3, device=images.device)
-        theta[:, 0, 0] = torch.where(draw[4] < 0.5, wide, -wide)
-        theta[:, 1, 1] = tall
-        theta[:, 0, 2], theta[:, 1, 2] = (2 * draw[2] - 1) * (1 - wide), (2 * draw[3] - 1) * (1 - tall)
+        # The edges of the image are at -1 and 1, and centres are drawn so that the box stays within. A negative scale
+        # mirrors.
+        theta[:, 0, 0] = torch.where(draw[4] < 0.5, box_w, -box_w)
+        theta[:, 1, 1] = box_h
+        theta[:, 0, 2], theta[:, 1, 2] = (2 * draw[2] - 1) * (1 - box_w), (2 * draw[3] - 1) * (1 - box_h)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         planes = images.float().to(memory_format=torch.channels_last) / 255
         return (F.grid_sample(planes, grid, padding_mode="border", align_corners=False) - self.mean) / self.std

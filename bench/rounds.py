@@ -1,16 +1,16 @@
-"""What a round of iterative magnitude pruning costs, part by part, beside the same rounds in plain PyTorch.
+"""Time of the parts of a round of iterative magnitude pruning, beside the same rounds in plain PyTorch.
 
     python bench/rounds.py --rounds 5 --epochs 1 --model resnet18 --size 64 --batch 128 --train 2000 --out FOLDER
 
-A round: train under the present mask, evaluating after each epoch; store; prune; rewind to the initial weights. Ours is
-one Trainer over all rounds, fed by fastprune.loaders, storing what the run store keeps (weights, momentum, metrics, a
-bit mask, all flushed to disk). Theirs is bench/plain.py: `mask * weight` in the forward, torch.optim.SGD, kthvalue,
-load_state_dict, torch.save, a new DataLoader a round over images decoded beforehand. The two take turns, round by
-round. Writes rounds.json, rounds.png and rounds.pdf.
+A round: train with the present mask and evaluate after each epoch; store; prune; rewind to the initial weights.
+fastprune uses one Trainer for all rounds and its own loaders, and stores what the run store keeps (weights, momentum,
+metrics, a bit mask, all flushed to disk). Plain PyTorch is bench/plain.py: `mask * weight` in the forward pass,
+torch.optim.SGD, kthvalue, load_state_dict, torch.save, a new DataLoader each round over images decoded beforehand.
+Writes rounds.json, rounds.png and rounds.pdf. Exit code 2 for bad input.
 
-Parts: "loading" is the time that a loop waits for its loader; steps and evaluation are the rest of their epochs, and
-the device is waited for at every border. "compilation" is told by difference: what the first epoch's steps, evaluation
-and loading, and the first pruning, took beyond the median of the later ones. "other" is what no part accounts for.
+Parts: "loading" is the time that a loop waits for its loader; "steps" and "evaluation" are the rest of their epochs.
+"compilation" is a difference: the first time of steps, evaluation, loading and pruning, less the median of their later
+times. "other" is the rest of the round.
 """
 
 import argparse
@@ -63,16 +63,17 @@ _STYLES = {
     "other": ("#ffffff", ""),
 }
 PARTS = tuple(_STYLES)
+# The lower axes leave these out: beside them the parts that differ most between the loops could not be seen.
 _LARGE = ("steps", "evaluation", "compilation")
 _SMALL = tuple(part for part in PARTS if part not in _LARGE)
 _RC = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.5, "pdf.fonttype": 42}
+# Parts in which torch, Triton, numba or FFCV compile at first use.
 COMPILED = ("steps", "evaluation", "loading", "pruning")
-"""Parts whose first time is longer because something compiles."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What both loops do, `rounds` times."""
+    """The settings of both loops."""
 
     model: ModelSpec
     data: DataSpec
@@ -86,8 +87,9 @@ class Work:
 
 @dataclass
 class Row:
-    """One round of one loop. seconds: by part, in all `wall`. cpu: seconds of this process's threads, in which a busy
-    neighbour counts for little. kept: weights after pruning. stored: bytes."""
+    """One round of one loop. who: OURS or THEIRS. seconds: by part; their sum is `wall`. cpu: processor seconds of this
+    process. kept: weights after pruning. images: trained on. loss, accuracy: of the last epoch. stored: bytes on disk.
+    """
 
     who: str
     round: int
@@ -102,13 +104,14 @@ class Row:
 
 
 class Clock:
-    """Seconds by part, the device idle at every border."""
+    """Records seconds by part."""
 
     def __init__(self, device: str) -> None:
         self._cuda = device.startswith("cuda")
         self.events: dict[str, list[float]] = defaultdict(list)
 
     def now(self) -> float:
+        # Kernels run asynchronously: without a wait the time of a part would count for the part that waits next.
         if self._cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -121,7 +124,7 @@ class Clock:
 
 
 class Timed:
-    """Batches, and for how long they were waited for: one number an epoch."""
+    """Batches that record the time their consumer waits for them. waits: seconds, one entry an epoch."""
 
     def __init__(self, batches: Any) -> None:
         self.batches, self.images = batches, 0
@@ -135,6 +138,8 @@ class Timed:
             self.batches.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # Without waiting for the device, unlike Clock: between batches that would take away the overlap of loading with
+        # computing, which is what a loader is for.
         began, waited, self.images = time.perf_counter(), 0.0, 0
         for images, labels in self.batches:
             waited += time.perf_counter() - began
@@ -144,12 +149,11 @@ class Timed:
         self.waits.append(waited + time.perf_counter() - began)
 
 
-Loaders = Callable[[], tuple[Any, Any]]
-"""Gives (train, val): iterables of batches."""
+Loaders = Callable[[], tuple[Any, Any]]  # gives (train, val): iterables of batches
 
 
 class Ours:
-    """The Trainer, in which nothing is built twice."""
+    """The loop by fastprune: one Trainer and one pair of loaders for all rounds."""
 
     def __init__(self, work: Work, batches: Loaders) -> None:
         self.work = work
@@ -162,6 +166,7 @@ class Ours:
         """(weights kept, images trained on, loss, accuracy)."""
         w, trainer, store = self.work, self.trainer, RunStore(folder)
         train, val = Timed(self.train), Timed(self.val)
+        # fit trains and evaluates in one call. Its own times and the waits for the loaders split it into parts.
         began = clock.now()
         history = trainer.fit(train, val, w.optimizer, w.schedule)
         whole, stepping = clock.now() - began, 0.0
@@ -171,7 +176,7 @@ class Ours:
             clock.events["evaluation"].append(m.seconds - training - val_wait)
             clock.events["loading"].append(wait + val_wait)
             stepping += m.seconds
-        clock.events["steps"][-1] += whole - stepping  # what fit does about its epochs
+        clock.events["steps"][-1] += whole - stepping  # set-up and checks around the epochs
         node = Train(w.data, Init(w.model, 0), self.node, w.optimizer, w.schedule, w.schedule.epochs, 0, w.precision)
         with clock("storing"):
             state = f"state-{w.schedule.epochs}.safetensors"
@@ -199,15 +204,17 @@ class Ours:
         return kept, train.images * len(history), history[-1].train_loss, history[-1].val_accuracy
 
     def mask(self) -> dict[str, Tensor]:
-        """By parameter name, bool: what is kept."""
+        """By parameter name: bool, True keeps."""
         return Mask(self.trainer.flat.mask, self.trainer.flat.segments).tensors()
 
 
 class Theirs:
-    """Plain PyTorch. On a CPU torch's default optimiser, whose bits are those of ours; fused on a GPU."""
+    """The loop in plain PyTorch."""
 
     def __init__(self, work: Work, batches: Loaders) -> None:
         self.work, self.batches = work, batches
+        # On a CPU torch's default optimiser, which fastprune's equals to the bit: both loops prune the same weights. On
+        # a GPU the fused one, which is faster.
         self.plain = plain.Plain(
             initial_model(Init(work.model, 0)),
             device=work.device,
@@ -220,6 +227,7 @@ class Theirs:
 
     def round(self, clock: Clock, folder: Path) -> tuple[int, int, float, float]:
         w, loop, history = self.work, self.plain, []
+        # New loaders each round, as a script that trains a round per call makes them; the time counts as loading.
         began = clock.now()
         train, val = (Timed(batches) for batches in self.batches())
         building = clock.now() - began
@@ -246,18 +254,21 @@ class Theirs:
         return kept, images * w.schedule.epochs, loss, accuracy
 
     def mask(self) -> dict[str, Tensor]:
+        """As Ours.mask."""
         buffers = dict(self.plain.model.named_buffers())
         return {f"{n.removesuffix('.mask')}.weight": b > 0 for n, b in buffers.items() if n.endswith(".mask")}
 
 
 def measure(work: Work, ours: Ours, theirs: Theirs, folder: Path, show: Callable[[Row], None]) -> list[Row]:
-    """All rounds of both, by turns; compilation told apart at the end. `folder` is for what they store."""
+    """The rows of all rounds of both loops. folder: for stored files. show: is called with each row once measured."""
+    # In turns, round by round: load on the machine affects both alike, and ratios hold.
     loops: tuple[tuple[str, Ours | Theirs], ...] = ((OURS, ours), (THEIRS, theirs))
     rows: list[Row] = []
     events: dict[str, dict[str, list[float]]] = {who: defaultdict(list) for who, _ in loops}
     for number in range(work.rounds):
         for who, loop in loops:
             clock = Clock(work.device)
+            # On the disk of --out, not in /tmp, which may be memory: flushing is part of what storing costs.
             with tempfile.TemporaryDirectory(dir=folder) as stored:
                 began, cpu = clock.now(), time.process_time()
                 kept, images, loss, accuracy = loop.round(clock, Path(stored))
@@ -277,7 +288,8 @@ def measure(work: Work, ours: Ours, theirs: Theirs, folder: Path, show: Callable
 
 
 def tell_compilation(first: Row, events: dict[str, list[float]]) -> None:
-    """Moves what each part's first time took beyond the median of its later times to "compilation"."""
+    """Moves the excess of each part's first time over the median of the later ones to "compilation", in `first`."""
+    # By difference, because compilers run inside the first call, where no clock can separate them.
     first.seconds["compilation"] = 0.0
     for part, times in events.items():
         excess = max(0.0, times[0] - statistics.median(times[1:])) if len(times) > 1 else 0.0
@@ -294,21 +306,23 @@ def header() -> str:
 
 
 def line(row: Row) -> str:
-    """Seconds by part; images/s over the whole round."""
+    """A line of the table. images/s: training images over the wall time of the round."""
     cells = "".join(f"{row.seconds[p]:12.3f}" if p in row.seconds else " " * 12 for p in PARTS)
     last = f"{row.wall:10.2f}{row.cpu:10.2f}{row.images / row.wall:10,.0f}{row.kept:12,}"
     return f"{row.round:>4}  {row.who:<14}{cells}{last}"
 
 
 def medians(rows: Sequence[Row], who: str) -> dict[str, float]:
-    """Median seconds over the rounds but the first: by part, of a whole round ("wall"), of the processor ("cpu")."""
+    """Median seconds of the rounds after the first: by part, "wall" and "cpu"."""
+    # Without round 0, which pays for compilation and for first touches of memory and files.
     later = [row for row in rows if row.who == who and row.round > 0]
     found = {part: statistics.median(row.seconds[part] for row in later) for part in PARTS}
     return found | {name: statistics.median(getattr(row, name) for row in later) for name in ("wall", "cpu")}
 
 
 def decoded(manifest: Manifest, folder: Path | None, subset: Subset) -> dict[str, tuple[Tensor, list[int]]]:
-    """Of each split the images, uint8 [n, 3, H, W], and labels: the same that our loaders serve."""
+    """By split (images uint8 [n, 3, H, W], labels): those that fastprune's loaders serve."""
+    # Decoded before the clock starts: the comparison is with a user who already avoids decoding JPEGs in each epoch.
     samples: dict[str, Samples]
     if manifest.synthetic is not None:
         arrays = {split: SyntheticData(**manifest.synthetic).arrays(split) for split in ("train", "val")}
@@ -327,21 +341,21 @@ def decoded(manifest: Manifest, folder: Path | None, subset: Subset) -> dict[str
 
 
 def open_both(args: argparse.Namespace, store: Path) -> tuple[DataSpec, Loaders, Loaders]:
-    """The data, and where each loop gets its batches. InputError where there is no such data."""
+    """(data, loaders of fastprune, loaders of plain PyTorch). InputError if the data is not there."""
     each, val_each = (max(1, n // args.classes) for n in (args.train, args.val))
     data: Data = SyntheticData(args.classes, each, val_each, args.size) if args.data == "synthetic" else args.data
     manifest, folder = find_or_prepare(data, store)
     classes = min(args.classes, len(manifest.classes))
     subset = Subset(classes, each, val_each)
     source = open_data(manifest, folder, loader=args.loader, device=args.device, show=True)
-    low = plain.LOW[args.precision] or torch.float32
+    dtype = plain.LOW[args.precision] or torch.float32
     images = decoded(manifest, folder, subset)
     spec = DataSpec(
         manifest.name, manifest.fingerprint, classes, each, val_each, *(len(images[s][1]) for s in ("train", "val"))
     )
 
     def ours() -> tuple[Any, Any]:
-        how: Any = {"batch_size": args.batch, "subset": subset, "dtype": low}
+        how: Any = {"batch_size": args.batch, "subset": subset, "dtype": dtype}
         return source.train(seed=0, **how), source.val(**how)
 
     def theirs() -> tuple[Any, Any]:
@@ -353,7 +367,7 @@ def open_both(args: argparse.Namespace, store: Path) -> tuple[DataSpec, Loaders,
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Medians of the later rounds, and theirs over ours."""
+    """Lines: medians of the rounds after the first, and the ratio of plain PyTorch to fastprune."""
     ours, theirs = medians(rows, OURS), medians(rows, THEIRS)
     lines = [f"{'median after round 0':<24}{OURS:>14}{THEIRS:>16}{'ratio':>9}"]
     for part in (*PARTS, "wall", "cpu"):
@@ -376,10 +390,11 @@ def save(args: argparse.Namespace, rows: list[Row], facts: dict[str, Any]) -> No
 
 
 def draw(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], title: str, path: Path) -> None:
-    """Writes `path`.png and `path`.pdf: stacked bars of what a round costs, the parts told apart in grey as well.
+    """Writes `path`.png and `path`.pdf: stacked bars of the seconds of each round, by part.
 
-    rows: with who (one of the two names), round, seconds by part.
+    rows: with who (one of the two names), round, seconds (by part).
     """
+    # Imported here: only drawing needs matplotlib.
     from matplotlib import style
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -415,7 +430,7 @@ def _bars(ax: "Axes", rows: Sequence[Mapping[str, Any]], names: tuple[str, str],
         bottom = 0.0
         for part in parts:
             color, hatch = _STYLES[part]
-            height = max(0.0, row["seconds"][part])
+            height = max(0.0, row["seconds"][part])  # "other" is a difference, and may be just below zero
             ax.bar(x, height, width, bottom, color=color, hatch=hatch, edgecolor="black", linewidth=0.5)
             bottom += height
 
@@ -435,15 +450,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--lr", type=float, default=0.05)
     p.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     p.add_argument("--data", default="synthetic", help="a data set's folder, or synthetic")
-    p.add_argument("--store", type=Path, help="where prepared data is kept, by default in --out")
-    p.add_argument("--loader", default="auto", help="of ours")
-    p.add_argument("--workers", type=int, default=None, help="processes of their DataLoader: 0 on a CPU, 8 on a GPU")
+    p.add_argument("--store", type=Path, help="folder for prepared data (default: --out)")
+    p.add_argument("--loader", default="auto", help="of fastprune")
+    p.add_argument("--workers", type=int, default=None, help="of the plain DataLoader (default: 8 on a GPU, else 0)")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     args = p.parse_args(arguments)
     if args.rounds < 2:
-        p.error("--rounds: at least 2, for compilation is told by comparing rounds")
+        p.error("--rounds: at least 2, since compilation is the difference between rounds")
     if args.workers is None:
         args.workers = 8 if args.device.startswith("cuda") else 0
     return args
@@ -458,7 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data, ours, theirs = open_both(args, args.store or args.out)
         model = ModelSpec(args.model, data.classes, width=args.width)
         with torch.device("meta"):
-            build(model)  # an unknown name is told now
+            build(model)  # an unknown name is an input error; allocates nothing
     except (InputError, OSError) as error:
         print(f"rounds.py: {error}", file=sys.stderr)
         return 2
@@ -468,7 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(" ".join(f"{k}={v}" for k, v in facts.items()), header(), sep="\n", flush=True)
     with tempfile.TemporaryDirectory(dir=args.out) as folder:
         rows = measure(work, Ours(work, ours), Theirs(work, theirs), Path(folder), lambda r: print(line(r), flush=True))
-    print("with compilation told apart:", header(), *map(line, rows), summary(rows), sep="\n")
+    print("with compilation as a part of its own:", header(), *map(line, rows), summary(rows), sep="\n")
     save(args, rows, facts)
     return 0
 

@@ -1,8 +1,8 @@
-"""What is timed, once for every suite: operations on the weights of whole networks, and crops of batches.
+"""The timed operations, shared by all suites: kernels on the weights of whole networks, and crops of batches.
 
-A row is one call. Rows in a group do the same work on the same inputs: ours, what a user would write, and a floor. On a
-CPU a row is one call on one input set, with one thread. On a GPU it is a CUDA graph of one call on each of several
-sets, which together do not fit into the cache, replayed until launches and waiting no longer count.
+A row is one call. Rows of a group do the same work on the same inputs: fastprune's, common alternatives, and a floor, a
+simple operation that moves about as many bytes. On a CPU a run is one call on one input set. On a GPU a run replays a
+CUDA graph of one call on each of several input sets.
 """
 
 import math
@@ -42,17 +42,20 @@ from fastprune.specs import ModelSpec
 from fastprune.training.models import build
 
 BF16 = torch.bfloat16
-CACHE = 256e6  # bytes: several times the last-level cache of a GPU
-LONG = 0.02  # seconds of GPU work in a timed run, beside which launches and waiting are nothing
+# Bytes: five times the L2 cache of an H100 or H200. Calls rotate through input sets that together exceed it, because in
+# training other kernels evict the weights between two calls. A single set would be read from the cache.
+CACHE = 256e6
+# Seconds of GPU work in a timed run: launching a graph and waiting for it, some 10 us each, are then below 1 %.
+LONG = 0.02
 
 
 @dataclass(frozen=True)
 class Row:
-    """One timed call. call: of an input set; `prepared` makes what it needs by calling it once.
+    """One timed call. call: takes an input set.
 
-    ours: the others' times are given over this one's. bytes: the fewest that it must move, of an input set. images: in
-    one call. floor: name of the row that is its floor; without one that is a copy of as many bytes. waits: it waits
-    for the device, so no CUDA graph holds it.
+    ours: the reference of its group, to which the times of the others are given as ratios. bytes: the fewest that the
+    call must move, by input set. images: in one call. floor: name of the row that is its floor; None: a copy of as many
+    bytes. waits: the call waits for the device, which a CUDA graph cannot capture. cpu_only: has no form for a GPU.
     """
 
     what: str
@@ -67,24 +70,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are compared, and what makes their input sets, each in memory of its own, from a seed."""
+    """Rows that are compared. make: allocates an input set from a seed."""
 
     name: str
     rows: tuple[Row, ...]
     make: Callable[[int], Any]
 
     def inputs(self, device: torch.device) -> list[Any]:
-        """As many sets as the device's cache does not hold."""
+        """On a CPU one input set; on a GPU as many as exceed its cache, at least 2 and at most 32."""
         first = self.make(0)
+        # One buffer of ResNet-18's weights, 45 MB, exceeds the cache of a CPU core.
         if device.type == "cpu":
             return [first]
+        # By the row that moves least: its sets too must be evicted before their next turn.
         size = min(row.bytes(first) for row in self.rows if row.bytes)
         return [first, *map(self.make, range(1, max(2, min(32, math.ceil(CACHE / size)))))]
 
 
 class Weights:
-    """The conv weights of a network in a flat buffer of n elements and as tensors by layer; made when first used."""
+    """The conv weights of a network, flat [n] and as a tensor for each layer. Buffers are allocated at first use."""
 
+    # Cached properties, because each group uses a few of the buffers, and a GPU holds several sets of them.
     SGD: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}  # noqa: RUF012
 
     def __init__(self, segments: tuple[Segment, ...], device: torch.device, seed: int = 0) -> None:
@@ -97,7 +103,8 @@ class Weights:
         self._optimizers: dict[str, torch.optim.SGD] = {}
 
     def _normal(self) -> Tensor:
-        """float32 [n], in each layer as large as the initialisation makes it."""
+        """float32 [n], normal; in each layer the standard deviation of He initialisation (fan out)."""
+        # Layers differ in scale as in a real network: a threshold search that relies on one scale would look too good.
         buffer = torch.zeros(self.n, device=self.device)
         for s in self.segments:
             buffer[s.span].normal_(0, (2 / (s.shape[0] * math.prod(s.shape[2:]))) ** 0.5, generator=self._generator)
@@ -109,7 +116,7 @@ class Weights:
 
     @cached_property
     def mask(self) -> Tensor:
-        """bool [n], 80 % kept."""
+        """bool [n]; 80 % kept."""
         drawn = torch.rand(self.n, device=self.device, generator=self._generator)
         return self.dense & (drawn < 0.8)
 
@@ -131,7 +138,7 @@ class Weights:
 
     @cached_property
     def powers(self) -> Tensor:
-        """What the bits of a byte are worth."""
+        """uint8 [8]: the values of the bits of a byte, lowest first."""
         return 2 ** torch.arange(8, dtype=torch.uint8, device=self.device)
 
     @cached_property
@@ -158,7 +165,10 @@ class Weights:
         return parameters
 
     def torch_sgd(self, kind: str, *, mask: bool = False, copy: bool = False) -> None:
-        """A step of torch's SGD ("fused", "foreach" or "single"), then perhaps `weight *= mask` and a bf16 copy."""
+        """A step of torch.optim.SGD. kind: "fused", "foreach" or "single".
+
+        mask: then multiplies each weight by its mask. copy: then copies the weights to bf16.
+        """
         if kind not in self._optimizers:
             how = {"fused": {"fused": True}, "foreach": {"foreach": True}, "single": {"foreach": False}}[kind]
             self._optimizers[kind] = torch.optim.SGD(self.parameters, **self.SGD, **how)
@@ -170,20 +180,21 @@ class Weights:
                 half.copy_(p)
 
     def torch_modules(self) -> list[nn.Module]:
-        """A module for each weight, as torch's pruning wants them; the weights are shared."""
+        """A module for each weight: torch.nn.utils.prune works on modules. Weights are shared, not copied."""
+        # New ones for each call: torch stacks the masks of repeated pruning, so the second call would do other work.
         modules = [nn.Module() for _ in self.parts]
         for module, part in zip(modules, self.parts, strict=True):
             module.weight = nn.Parameter(part)
         return modules
 
     def torch_global_prune(self) -> list[Tensor]:
-        """torch's masks with the k smallest weights of all layers pruned."""
+        """torch's masks; the k smallest weights over all layers are pruned."""
         modules = self.torch_modules()
         torch_prune.global_unstructured([(m, "weight") for m in modules], torch_prune.L1Unstructured, amount=self.k)
         return [m.weight_mask for m in modules]  # type: ignore[misc]
 
     def torch_local_prune(self) -> list[Tensor]:
-        """torch's masks with a fifth of each layer pruned."""
+        """torch's masks; a fifth of each layer is pruned."""
         modules = self.torch_modules()
         for module, number in zip(modules, self.each, strict=True):
             torch_prune.l1_unstructured(module, "weight", amount=number)
@@ -195,6 +206,7 @@ def segments_of(network: str, small: bool) -> tuple[Segment, ...]:
     return layout(prunable(build(ModelSpec(network, 200, width=8 if small else 64))))
 
 
+# Bytes a weight that a call must read or write once: 4 for float32, 2 for bf16, 1 for a mask, 1/8 for a packed mask.
 READ = "floor: vector_norm(w, 1), one read"
 COMPARED = "floor: scores > threshold, one read and write"
 COUNTED = "floor: np.count_nonzero(mask), one read"
@@ -204,7 +216,7 @@ OPERATIONS: dict[str, tuple[Row, ...]] = {
             "kth_smallest_magnitude",
             lambda w: kth_smallest_magnitude(w.weight, w.dense, w.k),
             ours=True,
-            bytes=lambda w: 5 * w.n,
+            bytes=lambda w: 5 * w.n,  # weight and mask, read once; the floor reads the weight alone
             floor=READ,
         ),
         Row(READ, lambda w: torch.linalg.vector_norm(w.weight, 1), bytes=lambda w: 4 * w.n),
@@ -213,6 +225,7 @@ OPERATIONS: dict[str, tuple[Row, ...]] = {
             lambda w: np.partition(np.abs(w.weight.numpy()), w.k - 1)[w.k - 1],
             cpu_only=True,
         ),
+        # Not captured in a graph: torch does not document whether these three synchronise.
         Row("w.abs().kthvalue(k)", lambda w: w.weight.abs().kthvalue(w.k), waits=True),
         Row("w.abs().sort()", lambda w: w.weight.abs().sort(), waits=True),
         Row("w.abs().topk(k, largest=False)", lambda w: w.weight.abs().topk(w.k, largest=False), waits=True),
@@ -244,7 +257,7 @@ OPERATIONS: dict[str, tuple[Row, ...]] = {
             "masked_sgd_",
             lambda w: masked_sgd_(w.weight, w.grad, w.momentum, w.mask, **w.SGD),
             ours=True,
-            bytes=lambda w: 21 * w.n,
+            bytes=lambda w: 21 * w.n,  # reads weight, gradient, momentum and mask; writes weight and momentum
         ),
         Row(
             "masked_sgd_ with a bf16 copy",
@@ -260,7 +273,7 @@ OPERATIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "floor with a copy: SGD fused, dense, then copy to bf16",
             lambda w: w.torch_sgd("fused", copy=True),
-            bytes=lambda w: 26 * w.n,
+            bytes=lambda w: 26 * w.n,  # 20, then the copy reads 4 and writes 2
         ),
         Row("SGD foreach, then weight *= mask", lambda w: w.torch_sgd("foreach", mask=True)),
         Row("SGD for each tensor, then weight *= mask", lambda w: w.torch_sgd("single", mask=True)),
@@ -327,7 +340,7 @@ NETWORKS = ("resnet18", "resnet50")
 
 
 def by_block(call: Callable[..., Any], bytes: Callable[[Any], float], powers: range) -> tuple[Row, ...]:
-    """A row for each block size, 2 to the powers: elements that one program handles."""
+    """A row for each block size 2**power: the elements of one Triton program."""
     return tuple(Row(f"block {2**i}", partial(call, block=2**i), bytes=bytes) for i in powers)
 
 
@@ -346,16 +359,21 @@ BLOCKS: dict[str, tuple[Row, ...]] = {
 }
 
 
+# Tiny ImageNet, per channel.
 MEAN, STD = (0.4802, 0.4481, 0.3975), (0.2764, 0.2689, 0.2816)
 
 
 class Crops:
-    """A batch out of many images of side x side pixels, and the boxes of one epoch, as RandomResizedCrop draws them."""
+    """A batch of indices into many images, uint8 [N, side, side, 3], with random boxes and flips.
+
+    Boxes have the distribution of torchvision's RandomResizedCrop.
+    """
 
     def __init__(self, side: int, dtype: torch.dtype, device: torch.device, small: bool, epoch: int = 0) -> None:
         self.side, self.dtype, self.device, self.epoch = side, dtype, device, epoch
         self.batch = 16 if small else 512
-        # On a CPU enough that a batch is not found in the cache, on a GPU a whole data set.
+        # A loader gathers a batch from all over the data set, so most of its images are not in the cache: here on a CPU
+        # four batches suffice for that, on a GPU it takes a whole data set.
         number = 4 * self.batch if small or device.type == "cpu" else {64: 100_000, 128: 30_000}[side]
         self.images = pixels(number, side, device)
         self.index_on_host = epoch_order(0, epoch, number)[: self.batch]
@@ -364,6 +382,7 @@ class Crops:
         shape = (self.batch, 3, side, side)
         self.out = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
         written = self.out.numel() * dtype.itemsize
+        # Bytes: the kernel reads the pixels of the boxes only, the floor whole images.
         self.least = written + 3 * int((self.box[:, 2] * self.box[:, 3]).sum())
         self.whole = written + self.out.numel()
 
@@ -398,7 +417,7 @@ class Crops:
         return v2.Compose([*first, *self.transform.transforms[2:]])
 
     def grid_sample(self) -> Tensor:
-        """The same batch but for the pixels at a box's edges, which here blend with what lies outside the box."""
+        """The same batch as `crop` but for pixels at the edge of a box, which blend with pixels outside the box."""
         planes = self.images[self.index].permute(0, 3, 1, 2).float().div_(255.0)
         top, left, height, width = (self.box / self.side).unbind(1)  # in units of the image, which is square
         zero = torch.zeros_like(top)
@@ -411,7 +430,8 @@ class Crops:
 
 @cache
 def pixels(number: int, side: int, device: torch.device) -> Tensor:
-    """A data set of random images, uint8 [number, side, side, 3]."""
+    """Random images, uint8 [number, side, side, 3], the same at each call."""
+    # Cached: the input sets of a group share the data set, which at 128 pixels takes 1.5 GB. Their indices differ.
     generator = torch.Generator(device).manual_seed(0)
     shape = (number, side, side, 3)
     return torch.randint(256, shape, dtype=torch.uint8, device=device, generator=generator)
@@ -426,6 +446,7 @@ CROPS = (
         bytes=lambda c: c.least,
         images=lambda c: c.batch,
     ),
+    # Boxes are drawn on the host and copied to the device, which no CUDA graph captures.
     Row("crop_flip_normalize, boxes drawn as well", lambda c: c.crop(*c.draw()), images=lambda c: c.batch, waits=True),
     Row(
         "floor: uint8 batch to float, one read and write",
@@ -473,7 +494,8 @@ class Buffers:
 
 
 def copy_group(device: torch.device, small: bool = False) -> Group:
-    """The copy whose rate the floors are counted at: every byte read once and written once."""
+    """The copy at whose rate floors are counted; each byte is read once and written once."""
+    # 64 MB on a CPU and 512 MB on a GPU: beyond the caches, so that this is the rate of memory.
     n = 100_000 if small else 1 << 24 if device.type == "cpu" else 1 << 27
     row = Row("one buffer to another", lambda c: c.b.copy_(c.a), ours=True, bytes=lambda c: 8 * c.n)
     return Group("copy", (row,), lambda seed: Buffers(n, device))
@@ -492,22 +514,24 @@ def crop_group(
 
 
 def kernel_groups(device: torch.device, small: bool = False, blocks: bool = False) -> list[Group]:
-    """All groups, the copy first; blocks: those that compare block sizes as well."""
+    """All groups. blocks: also those that compare block sizes."""
+    # The copy comes first: the floors of all others are counted at its rate.
     found = [copy_group(device, small)]
     found += [operation_group(name, network, device, small) for network in NETWORKS for name in OPERATIONS]
     found += [crop_group(side, dtype, device, small) for side in SIDES for dtype in DTYPES]
     if device.type == "cpu":
         found.append(TABLE)
     if blocks:
+        # The largest network and the usual precision: what a default block size is chosen for.
         found += [operation_group(name, "resnet50", device, small) for name in BLOCKS]
         found.append(crop_group(64, BF16, device, small, CROP_BLOCKS))
     return found
 
 
 def prepared(row: Row, inputs: Sequence[Any], device: torch.device) -> tuple[Callable[[], None], int]:
-    """(run, calls): `run()` makes so many calls of the row, on the inputs in turn, and waits until they are done."""
+    """(run, calls): `run()` calls the row `calls` times, on the inputs in turn, and waits for the device."""
     for each in inputs:
-        row.call(each)  # makes what it needs, and compiles
+        row.call(each)  # allocates the buffers that the row uses, and compiles
     if device.type == "cpu":
         (only,) = inputs
         return lambda: row.call(only), 1
@@ -518,12 +542,14 @@ def prepared(row: Row, inputs: Sequence[Any], device: torch.device) -> tuple[Cal
 
     replay = once
     torch.cuda.synchronize(device)
+    # A launch from Python takes longer than a small kernel runs. The replay of a graph measures the device alone, and
+    # the Trainer replays its step in the same way.
     if not row.waits:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             once()
         replay = graph.replay
-    replay()
+    replay()  # the first replay uploads the graph
     torch.cuda.synchronize(device)
     began = time.perf_counter()
     replay()
@@ -539,7 +565,7 @@ def prepared(row: Row, inputs: Sequence[Any], device: torch.device) -> tuple[Cal
 
 
 def facts_of(row: Row, inputs: Sequence[Any], calls: int) -> dict[str, Any]:
-    """What a row's time is judged by; bytes are the mean over the inputs."""
+    """What a row's time is compared with. bytes: the mean over the inputs, whose boxes differ in size."""
     size = statistics.mean(map(row.bytes, inputs)) if row.bytes else None
     images = row.images(inputs[0]) if row.images else None
     return {
@@ -553,8 +579,10 @@ def facts_of(row: Row, inputs: Sequence[Any], calls: int) -> dict[str, Any]:
 
 
 def time_row(row: Row, inputs: Sequence[Any], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Its facts with `ms`, the mean of two medians over the rounds, and `spread`, their difference as a fraction."""
+    """The row's facts with `ms`, the mean of two medians of `rounds` runs, and `spread`, their relative difference."""
     run, calls = prepared(row, inputs, device)
+    # A median ignores single runs that another process slowed down. Two medians, one after the other, show drift of the
+    # clock rate, which the spread of the runs within one would not.
     medians = []
     for _ in range(2):
         times = []
@@ -568,9 +596,10 @@ def time_row(row: Row, inputs: Sequence[Any], device: torch.device, rounds: int)
 
 
 def compare(found: dict[str, dict[str, Any]], copy_rate: float) -> None:
-    """Adds to a group's rows, in place, what follows from their times.
+    """Adds rates and ratios to the rows of a group; mutates `found`.
 
-    gb_per_s, images_per_s; over_floor: over the floor row or `bytes` at the copy rate (GB/s); over_ours.
+    gb_per_s, images_per_s; over_floor: the time over that of the floor row, or over `bytes` at `copy_rate` (GB/s);
+    over_ours: the time over that of fastprune's row.
     """
     ours = next((facts["ms"] for facts in found.values() if facts["ours"]), None)
     for facts in found.values():
@@ -580,6 +609,7 @@ def compare(found: dict[str, dict[str, Any]], copy_rate: float) -> None:
             facts["over_floor"] = ms / (facts["bytes"] / copy_rate / 1e6)
         if facts["images"]:
             facts["images_per_s"] = 1e3 * facts["images"] / ms
+        # A floor that is measured replaces the counted one: on a CPU a read runs at another rate than a copy.
         if facts["floor"] in found:
             facts["over_floor"] = ms / found[facts["floor"]]["ms"]
         if ours is not None:
@@ -597,7 +627,7 @@ COLUMNS = (
 
 
 def table(name: str, found: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """Lines: a group's rows, the fastest first; what is not known is left blank."""
+    """Lines of a table: the rows of a group, fastest first. Unknown values are blank."""
     yield f"{name:<58}" + "".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS)
     for what, facts in sorted(found.items(), key=lambda item: item[1]["ms"]):
         cells = (f"{facts[k]:>{w}{form}}" if facts.get(k) is not None else " " * w for k, _, w, form in COLUMNS)
@@ -605,12 +635,12 @@ def table(name: str, found: dict[str, dict[str, Any]]) -> Iterable[str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit, date: what a figure means nothing without."""
+    """Device, versions, commit and date, which identify a measurement."""
 
     def git(*words: str) -> str:
         try:
             done = subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent)
-        except OSError:
+        except OSError:  # no git on this machine
             return ""
         return done.stdout.strip()
 

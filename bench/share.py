@@ -1,4 +1,4 @@
-"""Whether several runs at once on one device pay: images/s of all together, through the real worker processes."""
+"""Throughput of several training runs that share one device: images/s of all together, in worker processes."""
 
 import tempfile
 import time
@@ -25,12 +25,14 @@ WORKERS = (1, 2, 4)
 
 
 class _EnoughError(Exception):
-    """Measured: the runs need not end."""
+    """The measurement is complete. Ends the runs early."""
 
 
 class _Meter:
-    """A View that measures for `window` seconds from when all workers are past their first epoch: all is compiled then.
-    seen: (seconds, training images) of each report."""
+    """A View that counts images for `window` seconds once all workers are past their first epoch.
+
+    seen: (seconds, training images) of each report.
+    """
 
     def __init__(self, workers: int, window: float) -> None:
         self.workers, self.window = workers, window
@@ -40,7 +42,8 @@ class _Meter:
     def started(self, worker: int, node: Runnable, place: str) -> None: ...
 
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None:
-        """_EnoughError when the window is over."""
+        """Raises _EnoughError when the window is over."""
+        # The first epoch imports, compiles and captures. Until every worker is past it they do not compete in full.
         if epoch >= 1:
             self.warm.add(worker)
         if len(self.warm) == self.workers:
@@ -58,13 +61,15 @@ class _Meter:
 
     @property
     def rate(self) -> float:
-        """Images/s; what the first report brings was computed before it."""
+        """Images/s of all workers within the window."""
+        # The images of the first report were computed before the window began.
         return sum(images for _, images in self.seen[1:]) / (self.seen[-1][0] - self.seen[0][0])
 
 
 def networks(small: bool) -> dict[str, Settings]:
-    """A small network and the paper's, by a name for each."""
+    """Settings by name: a small network, too small to fill a GPU, and the paper's."""
     base = preset(load("A2").protocol, "smoke").override(seeds=max(WORKERS), precision="fp32" if small else "bf16")
+    # More epochs than any window takes: a run that ended would stop competing.
     size: dict[str, Any] = {"train_per_class": 100, "batch_size": 50, "epochs": 1000, "width": 4, "image_size": 32}
     if small:
         return {"ResNet-18 of width 4 at 32 px": base.override(**size)}
@@ -74,12 +79,14 @@ def networks(small: bool) -> dict[str, Settings]:
 
 
 def time_shared(settings: Settings, workers: int, device: torch.device, window: float) -> dict[str, Any]:
-    """A row: images/s of so many runs together; ms: a batch at that rate. RuntimeError if one of them fails."""
+    """A row: images/s of `workers` runs together, and ms a batch at that rate. RuntimeError if a run fails."""
     data = SyntheticData(10, settings.train_per_class or 500, 10, size=settings.image_size)
     with tempfile.TemporaryDirectory() as folder:
         manifest, found = find_or_prepare(data, Path(folder), loader="auto")
         spec = data_spec(manifest, settings)
+        # One node a worker, told apart by seed: equal nodes would be trained once.
         graph = Graph.of([Chains(settings, spec, seed).dense(0.1) for seed in range(workers)])
+        # Batches from memory, so that runs compete for the device and not for a loader.
         images = Images(manifest, found, "resident" if device.type == "cuda" else "synthetic")
         config = WorkConfig(Path(folder) / "store", {manifest.fingerprint: images}, device=str(device))
         meter = _Meter(workers, window)

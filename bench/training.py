@@ -1,7 +1,7 @@
-"""Training as it is timed, once for every suite: the Trainer, masked and dense, beside plain PyTorch.
+"""The timed training steps, shared by all suites: the Trainer, masked and dense, and plain PyTorch.
 
-The ways take turns, so that clocks and neighbours treat all alike. On a CPU a turn is one step on one batch; on a GPU
-an epoch of a data set that lies on the device, from drawing its crops to its loss on the host.
+A way is one implementation of the step; the ways take turns. On a CPU a turn is one step on one batch. On a GPU it is
+an epoch of a data set on the device, from the drawing of its crops until its loss is on the host.
 """
 
 import gc
@@ -31,17 +31,18 @@ from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
 from fastprune.training.models import initial_model
 from fastprune.training.trainer import Trainer
 
+# Round 7 at 20 % a round. The value hardly matters: unstructured sparsity leaves the work of a step as it is.
 SPARSITY, CLASSES = 0.8, 200
 MASKED, DENSE = "Trainer, masked", "Trainer, dense"
 PLAIN, PRODUCT = "plain PyTorch, dense", "plain PyTorch, mask * weight"
 COMPILED = "plain PyTorch, mask * weight, torch.compile"
-PLAIN_STEPS = 40  # in an epoch of what is slower
-SCHEDULE = ScheduleSpec(0.01, 1 << 20)
+PLAIN_STEPS = 40  # an epoch of the plain loops on a GPU: they are slower, and time on the machine is scarce
+SCHEDULE = ScheduleSpec(0.01, 1 << 20)  # a constant rate, and more epochs than any benchmark takes
 
 
 @dataclass(frozen=True)
 class Size:
-    """images: of the data set, of random pixels on the device; as many as one batch: a fixed batch."""
+    """side: pixels. images: in the data set; equal to `batch`: one fixed batch. width: of the network."""
 
     batch: int
     side: int
@@ -50,6 +51,9 @@ class Size:
 
     @classmethod
     def of(cls, device: torch.device, small: bool) -> "Size":
+        """The size for a device. small: for a quick check on any machine."""
+        # On a CPU a step takes 0.3 s, beside which loading is nothing: one fixed batch. On a GPU crops and launches
+        # count: an epoch of a data set as large as Tiny ImageNet.
         if small:
             return cls(16, 32, 16 if device.type == "cpu" else 200, 8)
         return cls(32, 64, 32) if device.type == "cpu" else cls(512, 64, 100_000)
@@ -57,13 +61,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Way:
-    """call trains a turn, waits for the device and returns the number of images; before is not timed."""
+    """call: trains for a turn, waits for the device, returns the number of images. before: runs untimed before it."""
 
     call: Callable[[], int]
     before: Callable[[], None] = field(default=lambda: None)
 
     def timed(self) -> tuple[float, float, int]:
-        """(wall, processor) seconds of a turn, images."""
+        """(wall seconds, processor seconds, images) of a turn."""
         self.before()
         wall, cpu = time.perf_counter(), time.process_time()
         images = self.call()
@@ -71,7 +75,7 @@ class Way:
 
 
 class Around:
-    """Batches that are read, and trained on, inside the context that `enter` makes."""
+    """Batches that are read and trained on inside a new context of `enter` for each epoch."""
 
     def __init__(self, batches: Any, enter: Callable[[], AbstractContextManager[Any]]) -> None:
         self.batches, self.enter = batches, enter
@@ -84,12 +88,13 @@ class Around:
             self.batches.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        # A generator stays in the context while its consumer works on what it yielded.
         with self.enter():
             yield from self.batches
 
 
 def resident(device: torch.device, number: int, side: int, classes: int = CLASSES) -> DataSource:
-    """A data set of random pixels on the device, `number` images or a few less, the same each time."""
+    """Random images on the device, the same at each call: `number`, rounded down to a multiple of `classes`."""
     manifest = SyntheticData(classes, number // classes, 1, side).manifest()
     g = torch.Generator(device).manual_seed(0)
     shape = (manifest.train_count, side, side, 3)
@@ -100,7 +105,8 @@ def resident(device: torch.device, number: int, side: int, classes: int = CLASSE
 
 
 def masks(trainer: Trainer) -> tuple[Mask, Mask]:
-    """(dense, pruned at random), on the Trainer's device."""
+    """(dense, pruned at random) masks on the Trainer's device."""
+    # At random: the time of a step does not depend on which weights are pruned, and no training is needed first.
     dense = Mask.dense(trainer.flat.segments)
     pruned = prune(random_scores(dense, 0, 1), dense, SPARSITY)
     device = trainer.flat.mask.device
@@ -108,7 +114,7 @@ def masks(trainer: Trainer) -> tuple[Mask, Mask]:
 
 
 def data(device: torch.device, precision: str, size: Size) -> tuple[Any, Any]:
-    """Batches for the Trainer and for plain PyTorch: one batch for both, or a data set, which each augments its way."""
+    """(batches for the Trainer, batches for plain PyTorch): one batch for both, or one data set, augmented by each."""
     if size.images == size.batch:
         images = torch.randn(size.batch, 3, size.side, size.side).contiguous(memory_format=torch.channels_last)
         return (batch := [(images, torch.arange(size.batch) % CLASSES)]), batch
@@ -121,15 +127,18 @@ def data(device: torch.device, precision: str, size: Size) -> tuple[Any, Any]:
 
 
 def trainer_ways(trainer: Trainer, batches: Any, size: Size) -> dict[str, Way]:
-    """Masked and dense, of one Trainer: nothing is compiled twice."""
+    """The ways MASKED and DENSE."""
+    # One Trainer for both. Dense is a mask of ones: the ratio then shows what sparsity costs, not what masks cost; the
+    # latter is the ratio to plain PyTorch.
     few = list(islice(batches, 1))
-    trainer.fit(few, few, OptimizerSpec(size.batch), SCHEDULE, stop=1)  # sets the optimiser
+    trainer.fit(few, few, OptimizerSpec(size.batch), SCHEDULE, stop=1)  # sets up the optimiser
     epochs = itertools.count()
 
     def epoch() -> int:
         number = next(epochs)
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(number)
+        # Not fit: that would evaluate after each epoch.
         return trainer._epoch(batches, SCHEDULE, number, None)[2]
 
     dense, pruned = masks(trainer)
@@ -140,13 +149,14 @@ def trainer_ways(trainer: Trainer, batches: Any, size: Size) -> dict[str, Way]:
 
 
 def plain_way(loop: Plain, batches: Any, mask: Mask) -> Way:
+    """A way that trains `loop` for an epoch; if it is masked, with `mask`."""
     for conv, keep in zip(loop.convs, mask.tensors().values(), strict=bool(loop.convs)):
         conv.mask.copy_(keep)
     return Way(lambda: loop.train(batches)[2])
 
 
 def ways(network: str, precision: str, device: torch.device, size: Size) -> dict[str, Way]:
-    """What is compared. fp16 is the Trainer's alone."""
+    """The ways by name, the Trainer's first. fp16: the Trainer's only."""
     init = Init(ModelSpec(network, CLASSES, width=size.width), 0)
     how: dict[str, Any] = {"device": device, "precision": precision}
     batches, theirs = data(device, precision, size)
@@ -154,6 +164,7 @@ def ways(network: str, precision: str, device: torch.device, size: Size) -> dict
     found = trainer_ways(trainer, batches, size)
     if precision != "fp16":
         pruned = masks(trainer)[1]
+        # Compiled on a GPU only: on a CPU the convs, most of a step, are oneDNN's either way.
         for name in (PLAIN, PRODUCT, *[COMPILED] * (device.type == "cuda")):
             loop = Plain(initial_model(init), masked=name != PLAIN, compile=name == COMPILED, **how)
             found[name] = plain_way(loop, theirs, pruned)
@@ -168,15 +179,13 @@ Turns = dict[str, list[tuple[float, float, int]]]
 
 
 def medians(turns: Turns) -> dict[str, tuple[float, float]]:
-    """(wall, processor) seconds of a turn."""
+    """By way the medians of (wall seconds, processor seconds) of a turn."""
     return {name: tuple(statistics.median(t[i] for t in each) for i in (0, 1)) for name, each in turns.items()}  # type: ignore[misc]
 
 
 def time_turns(compared: dict[str, Way], turns: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """(a row for each way, one line for each that failed), from turns after two that warm up.
-
-    Compilation, capture and the choice of algorithms fall into the first two.
-    """
+    """(a row for each way, an error line for each that failed). `turns` are timed, after two untimed ones."""
+    # Compilation, graph capture and cuDNN's choice of algorithms happen in the first two turns.
     found: Turns = {}
     errors: dict[str, str] = {}
     for name, way in compared.items():
@@ -184,8 +193,9 @@ def time_turns(compared: dict[str, Way], turns: int) -> tuple[dict[str, dict[str
             for _ in range(2):
                 way.timed()
             found[name] = []
-        except Exception as error:  # a row that fails must not cost the others
+        except Exception as error:  # recorded: the other ways can still be timed
             errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    # In turns, so that clock rates and load on the machine affect all ways alike.
     for _ in range(turns):
         for name in found:
             found[name].append(compared[name].timed())
@@ -201,17 +211,19 @@ def time_turns(compared: dict[str, Way], turns: int) -> tuple[dict[str, dict[str
             "spread": (max(rates) - min(rates)) / statistics.median(rates),
         }
     if MASKED in rows:
+        # Of rates, not of times: an epoch of the plain loops has fewer images.
         for row in rows.values():
             row["over_ours"] = rows[MASKED]["images_per_s"] / row["images_per_s"]
     return rows, errors
 
 
 def extra_memory(network: str, size: Size, device: torch.device) -> float:
-    """Bytes a weight that the peak of a masked Trainer lies above a dense plain loop's with the fused optimiser.
+    """Peak memory of a masked Trainer less that of a dense plain loop with the fused optimiser, in bytes a conv weight.
 
-    CUDA only; both in bf16, from making them to the end of an epoch of six batches.
+    CUDA only. Both in bf16, from construction to the end of an epoch of six batches.
     """
     init = Init(ModelSpec(network, CLASSES, width=size.width), 0)
+    # The same batches, made beforehand: data and crops must not count on either side.
     batches = list(islice(data(device, "bf16", size)[0], 6))
     how: dict[str, Any] = {"device": device, "precision": "bf16"}
 
@@ -227,7 +239,7 @@ def extra_memory(network: str, size: Size, device: torch.device) -> float:
         return loop
 
     def peak(run: Callable[[], Any]) -> int:
-        gc.collect()
+        gc.collect()  # a network of the run before may be held by a cycle
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -239,7 +251,7 @@ def extra_memory(network: str, size: Size, device: torch.device) -> float:
 
 
 def profiled(network: str, size: Size, device: torch.device, most: int = 15) -> Iterator[str]:
-    """Lines: what the device spends a masked step in bf16 on."""
+    """Lines: the `most` kernels that take the most time of a masked step in bf16; operations on a CPU."""
     trainer = Trainer(
         initial_model(Init(ModelSpec(network, CLASSES, width=size.width), 0)), device=device, precision="bf16"
     )
@@ -255,7 +267,7 @@ def profiled(network: str, size: Size, device: torch.device, most: int = 15) -> 
         trainer.fit(around, batches[:1], OptimizerSpec(size.batch), SCHEDULE, stop=1)
     events = [e for e in profiles[0].key_averages() if not on_gpu or e.device_type == DeviceType.CUDA]
     spent = {e: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3 / len(batches) for e in events}
-    total = sum(spent.values()) or math.nan
+    total = sum(spent.values()) or math.nan  # nan if the profiler saw no kernel
     yield f"{total:.3f} ms a step of {network} in {'kernels' if on_gpu else 'operations'}"
     for e in sorted(spent, key=lambda e: -spent[e])[:most]:
         yield f"  {spent[e]:8.3f} ms {spent[e] / total:6.1%} {e.count / len(batches):6.1f} x  {e.key[:90]}"
