@@ -1,4 +1,4 @@
-"""`scripts/store.py`: shows what is in a run store, verifies it, clears it up, exports it, merges another into it."""
+"""`scripts/store.py`: lists, verifies, cleans up and exports a run store, and merges another one into it."""
 
 import argparse
 import json
@@ -19,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         allow_abbrev=False,
         prog="store.py",
-        description="Look after a store of runs.",
-        epilog="Exit codes: 0 all is well, 1 something is corrupt, differs or was left out, 2 bad usage or input.",
+        description="Manage a store of runs.",
+        epilog="Exit codes: 0 done, 1 a node is corrupt, differs or was left out, 2 bad usage or input.",
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
@@ -29,42 +29,46 @@ def parser() -> argparse.ArgumentParser:
         c.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="the store (default runs)")
         return c
 
-    c = command("ls", "one line a node, totals, running and failed nodes")
+    c = command("ls", "list one line a node, totals, running and failed nodes")
     c.add_argument("--kind", choices=["train", "prune", "channels"], help="nodes of this kind only")
-    c.add_argument("--json", action="store_true", help="a list of records: seconds, bytes, Unix time")
-    c = command("show", "all that is known of one node")
+    c.add_argument("--json", action="store_true", help="print a list of records: seconds, bytes, Unix time")
+    c = command("show", "show everything recorded about one node")
     c.add_argument("key", metavar="KEY", help="its key, or a unique prefix of it")
     c = command("verify", "read every file and compare it with its checksum")
     c.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a tar that export wrote, in place of --store")
-    c.add_argument("--delete", action="store_true", help="delete what is corrupt: the next run computes it again")
+    c.add_argument("--delete", action="store_true", help="delete corrupt nodes; the next run computes them again")
     c = command("gc", "remove leftovers: temporary files, checkpoints of finished runs, old caches")
     c.add_argument("--unneeded", action="store_true", help="list also the nodes that no recorded figure needs")
     c.add_argument("--states", action="store_true", help="list also weights and momentum that only finished nodes read")
-    c.add_argument("--forget", metavar="NAME", help="as if this figure were not recorded")
+    c.add_argument("--forget", metavar="NAME", help="ignore the record of this figure, and list it")
     c.add_argument("--yes", action="store_true", help="remove what is listed")
     c = command("export", "write the nodes to one tar file")
     c.add_argument("file", type=Path, metavar="FILE")
     c.add_argument("--figure", action="append", default=[], metavar="NAME", help="only what it needs (may be repeated)")
     c.add_argument("--no-states", action="store_true", help="without weights and momentum")
-    c = command("merge", "adopt the nodes of another store's folder, or of such a tar file; the first published wins")
+    c = command("merge", "adopt the nodes of another store's folder or of an exported tar file; published nodes stay")
     c.add_argument("source", type=Path, metavar="FOLDER|FILE")
     return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0 all is well, 1 something is corrupt, differs or was left out, 2 bad
-    usage or input, 130 interrupted."""
+    """Runs the command; returns the exit code: 0 done, 1 a node is corrupt, differs or was left out, 2 bad usage or
+    input, 130 interrupted."""
 
     def work() -> int:
         args = parser().parse_args(argv)
+        # merge may create the store, and a tar is verified without one.
         if args.command != "merge" and not (args.command == "verify" and args.file is not None):
             existing_store(args.store)
         try:
             return _COMMANDS[args.command](args)
-        except RecursionError:
-            raise InputError("a file is nested too deeply; see verify") from None
+        except RecursionError:  # printing or walking a corrupt node.json, which json.loads could still read
+            raise InputError("a node.json is nested too deeply; run verify to find it") from None
 
     return run_command("store.py", work, "what was done is complete")
+
+
+# Each command imports what it needs when it is called: --help and bad usage answer at once.
 
 
 def _ls(args: argparse.Namespace) -> int:
@@ -97,7 +101,7 @@ def _verify(args: argparse.Namespace) -> int:
 
     if args.file is not None:
         if args.delete:
-            raise InputError("--delete is for a store, not for a file")
+            raise InputError("--delete requires a store; no node can be deleted from a tar file")
         with opened(args.file) as folder:
             found = check_store(folder)
             _print(*(printable(f"{path.relative_to(folder)}: {why}") for path, why in found.corrupt.items()))
@@ -105,6 +109,7 @@ def _verify(args: argparse.Namespace) -> int:
         found = check_store(args.store)
         _print(*(printable(f"{path}: {why}; {remedy(args.store, path, why)}") for path, why in found.corrupt.items()))
         if args.delete and found.corrupt:
+            # The exit code stays 1: the store was corrupt, and the deleted nodes are still to be computed.
             _print(*map(printable, delete_corrupt(RunStore(args.store), found)))
     _print(str(found))
     return CORRUPT if found.corrupt else OK
@@ -117,6 +122,7 @@ def _gc(args: argparse.Namespace) -> int:
     removed = collect(
         RunStore(args.store), unneeded=args.unneeded, states=args.states, forget=args.forget, yes=args.yes
     )
+    # Leftovers are removed without --yes: no run can use them. Published files are results: the user must confirm.
     _print(*(printable(f"removed {path} ({size(count)})") for path, count in removed.leftovers.items()))
     done = "removed" if args.yes else "would remove"
     _print(*(printable(f"{done} {path} ({size(count)})") for path, count in removed.published.items()))
@@ -137,7 +143,7 @@ def _export(args: argparse.Namespace) -> int:
     except CorruptError as error:
         print("store.py:", printable(error), file=sys.stderr)
         return CORRUPT
-    rest = f", {of - count:,} are not there yet" if count < of else ""
+    rest = f", {of - count:,} are not published yet" if count < of else ""
     _print(f"{count:,} nodes in {args.file} ({size(args.file.stat().st_size)}){rest}")
     return OK
 

@@ -1,4 +1,4 @@
-"""The run store: what is published (run_store.py), who computes what (lease.py), and what looks after it."""
+"""The run store: published nodes (run_store.py), leases on nodes (lease.py), listing, verification, merge and gc."""
 
 from fastprune.store.run_store import FORMAT, RequestedOutputs, RunStore, check_format, gain, lpr_name, write_csv
 

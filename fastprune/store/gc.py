@@ -1,6 +1,6 @@
-"""Removes from a store what is worthless, and, when the user confirms it, what no recorded command needs.
+"""Garbage collection: removes leftovers and, when the user confirms it, what no recorded figure needs.
 
-Everything that belongs to a node is removed under its lease, so what a process computes stays.
+A node's files are removed only under its lease: the files of a node that a process computes stay.
 """
 
 import contextlib
@@ -24,8 +24,8 @@ from fastprune.store.run_store import RunStore
 
 @dataclass
 class Removed:
-    """By path how many bytes. leftovers: were removed. published: of nodes, were removed if that was confirmed. left:
-    nodes left alone, a line each."""
+    """Bytes by path. leftovers: removed. published: of published nodes, removed only if the user confirmed it. left:
+    one line for each node that was not touched because a process computes it."""
 
     leftovers: dict[Path, int] = field(default_factory=dict)
     published: dict[Path, int] = field(default_factory=dict)
@@ -41,19 +41,21 @@ def collect(
     yes: bool = False,
     seconds: float = SECONDS,
 ) -> Removed:
-    """Removes temporary files, checkpoints of what is published, leases of processes that died, logs of what has
-    succeeded since, caches of other machines or copies.
+    """Removes temporary files, checkpoints of published runs, leases of dead processes, logs of nodes that have
+    succeeded since, and compiler caches of other machines or copies.
 
-    Of what is published, only with `yes`. unneeded: nodes (and checkpoints) that no recorded command needs; states:
-    weights and momentum that no unpublished node of such a command reads; forget: the record of a figure, as if it were
-    not there. seconds: how long a lease is untouched until its holder is dead. InputError where no record tells what is
-    needed. Not to be asked for what is unneeded while a run is being started.
+    unneeded: lists also nodes and checkpoints that no recorded figure needs. states: lists also weights and momentum
+    that no unpublished node of a recorded figure reads. forget: ignores the record of this figure, and lists it. yes:
+    removes what these three list. seconds: a lease untouched for so long is abandoned. InputError if `unneeded` or
+    `states` is asked for and no figure is recorded. Do not use `unneeded` while another process starts a run: its
+    record may not be written yet.
     """
+    # A corrupt record might need everything, so it is an error wherever published files may be removed.
     needs = read_needs(store.root) if unneeded or states or forget is not None else _readable_needs(store.root)
     if (unneeded or states) and not needs:
         raise InputError(
-            f"store {store.root}: no figure is recorded, so nothing is known to be unneeded; run the figures to keep "
-            "once more (what is there is not trained again)"
+            f"store {store.root}: no figure is recorded, so what is unneeded is unknown; rerun the figures to keep "
+            "(published nodes are not computed again)"
         )
     forgotten = named(needs, [forget] if forget is not None else [])
     collection = _Collection(store, [n for n in needs if n not in forgotten], yes, seconds)
@@ -63,13 +65,13 @@ def collect(
 
 
 def _readable_needs(root: Path) -> list[Needs]:
-    with contextlib.suppress(InputError):  # it decides only which checkpoints of published runs are kept
+    with contextlib.suppress(InputError):  # the records decide here only which checkpoints of published runs stay
         return read_needs(root)
     return []
 
 
 class _Collection:
-    """First all that may be removed, by key; then each key's part under its lease."""
+    """`plan` lists what may be removed, by key; `run` removes each key's part under its lease."""
 
     def __init__(self, store: RunStore, needs: list[Needs], yes: bool, seconds: float) -> None:
         self.store, self.needs, self.yes, self.seconds = store, needs, yes, seconds
@@ -102,7 +104,8 @@ class _Collection:
             if path.name.startswith("."):
                 self._leftover(path, key)
             elif KEY.fullmatch(key):
-                self.of_node[key].append(lambda: None)  # taking its lease and giving it back is all
+                # Acquiring an abandoned lease and releasing it removes the file; there is no more to do.
+                self.of_node[key].append(lambda: None)
         for path in sorted((root / "logs").glob("*.log")):
             if _is_older(path, node_folder(root, path.stem) / "node.json"):
                 self._leftover(path, path.stem)
@@ -114,30 +117,33 @@ class _Collection:
         with Leases(root / "leases", self.seconds) as leases:
             busy = [key for key in sorted(self.of_node) if not self._under_lease(leases, key)]
             silent = [key for key in busy if self._is_untouched(root / "leases" / key)]
-            if silent:  # only watching tells whether a process on another machine is alive
+            # A process on another machine cannot be asked whether it lives: only a lease that stays untouched while
+            # this process watches tells that it is dead.
+            if silent:
                 print(
-                    f"waiting {self.seconds:.0f} s for a sign of the holders of {len(silent)} leases", file=sys.stderr
+                    f"waiting {self.seconds:.0f} s: do the holders of {len(silent)} leases still live?", file=sys.stderr
                 )
                 time.sleep(self.seconds + 1.0)
                 busy = [key for key in busy if key not in silent or not self._under_lease(leases, key)]
         for key in busy:
             self.removed.left.append(
-                f"left alone: {key}, which {read_holder(root / 'leases' / key) or 'a process'} computes"
+                f"left alone: {key} is being computed by {read_holder(root / 'leases' / key) or 'a process'}"
             )
-        if not busy:  # a process that computes may run code from there
+        if not busy:  # a busy process may load compiled code from a cache
             own = self.store.cache().name
             self.others += [self._removal(path) for path in sorted((root / "cache").iterdir()) if path.name != own]
         for remove in self.others:
             remove()
 
     def _under_lease(self, leases: Leases, key: str) -> bool:
-        """Whether all that is planned for the node could be done."""
+        """Does all that is planned for the node if no other process holds its lease; whether it did."""
         try:
             mine, _ = leases.acquire(key)
         except OSError as error:
+            # gc must work on a full disk, which takes no lease file: making room is what it is for.
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            mine = not (self.store.root / "leases" / key).exists()  # no other process can take it either
+            mine = not (self.store.root / "leases" / key).exists()  # no other process can create one either
         if mine:
             for remove in self.of_node[key]:
                 remove()
@@ -151,10 +157,10 @@ class _Collection:
             return False
 
     def _leftover(self, path: Path, key: str) -> None:
-        """Plans to remove it: under the lease of `key`, or, where it is no node's, if it has not just been written."""
+        """Plans to remove a leftover: under the lease of `key`, or, if it belongs to no node, once it is old."""
         if KEY.fullmatch(key):
             self.of_node[key].append(self._removal(path))
-        elif self._is_untouched(path):
+        elif self._is_untouched(path):  # a younger one may still be written: no lease protects it
             self.others.append(self._removal(path))
 
     def _removal(self, path: Path) -> Callable[[], None]:
@@ -162,7 +168,7 @@ class _Collection:
             is_folder = path.is_dir() and not path.is_symlink()
             try:
                 size = tree_bytes(path) if is_folder else path.lstat().st_size
-            except FileNotFoundError:  # its owner has removed it meanwhile
+            except FileNotFoundError:  # its writer has removed or renamed it meanwhile
                 return
             shutil.rmtree(path) if is_folder else path.unlink(missing_ok=True)
             self.removed.leftovers[path] = size
@@ -170,7 +176,7 @@ class _Collection:
         return remove
 
     def _removal_of_published(self, path: Path) -> Callable[[], None]:
-        """A node's folder at once, or a file."""
+        """Removes a node's folder at once, or a file; without `yes` it only counts the bytes."""
 
         def remove() -> None:
             if path.is_dir():
@@ -185,7 +191,7 @@ class _Collection:
         return remove
 
     def _removal_of_states(self, folder: Path) -> Callable[[], None]:
-        """The list of checksums is rewritten first: what is not in it does not count."""
+        """Removes the weights and momentum that no unpublished node reads."""
 
         def remove() -> None:
             node = read_node(folder)
@@ -193,11 +199,13 @@ class _Collection:
                 sums = read_sums(folder)
                 epochs = int(node.result["epochs"]) if isinstance(node, Found) and node.kind == "train" else None
             except (OSError, ValueError, KeyError, TypeError):
-                return  # corrupt: that is for verify to say
+                return  # corrupt: verify reports it
             if epochs is None:
                 return
             keep = awaited(self.store.root, self.needs, folder.name, epochs)
             unread = sorted(n for n in sums if n.startswith(("state-", "momentum-")) and n not in keep)
+            # The list of checksums comes first: killed in between, this leaves unlisted files, which the next gc
+            # removes; the other way round it would leave a node whose listed files are missing, which is corrupt.
             if unread and self.yes:
                 write_sums(folder, {name: d for name, d in sums.items() if name not in unread})
             for name in unread:
@@ -206,7 +214,7 @@ class _Collection:
         return remove
 
     def _not_listed(self, folder: Path) -> list[Path]:
-        """Half-written files, and complete ones whose writer died before they counted."""
+        """Half-written files, and complete ones whose writer died before it listed them in SHA256SUMS."""
         names = os.listdir(folder)
         hidden = [folder / name for name in names if name.startswith(".")]
         try:
@@ -216,7 +224,7 @@ class _Collection:
         return hidden + [folder / n for n in names if n not in sums and n != SUMS and not n.startswith(".")]
 
     def _is_finished(self, key: str) -> bool:
-        """Whether a run is published with all that others still read of it, so that no process continues it."""
+        """Whether a run is published with all outputs that others still read, so that no process resumes it."""
         if not KEY.fullmatch(key) or not is_published(self.store.root, key):
             return False
         folder = node_folder(self.store.root, key)
@@ -224,7 +232,7 @@ class _Collection:
         try:
             epochs, sums = int(node.result["epochs"]), read_sums(folder)  # type: ignore[union-attr]
         except (AttributeError, OSError, ValueError, KeyError, TypeError):
-            return False  # corrupt: it may be computed again from there
+            return False  # corrupt: when it is computed again, this checkpoint saves epochs
         wanted = awaited(self.store.root, self.needs, key, epochs)
         wanted |= {name for n in self.needs for name in n.histories.get(key, ())}
         return wanted <= sums.keys()

@@ -1,7 +1,7 @@
-"""Who computes which node: a file that its holder creates exclusively and touches from a thread.
+"""Leases: which process computes which node. A lease is a file that its holder creates exclusively and touches.
 
-A lease saves work, it does not guard the store: of two processes that compute the same node the first to publish wins,
-and both would publish the same. So nothing here needs file locks or an atomic exchange, which network disks lack.
+A lease saves work; it does not protect the store. Two processes that compute the same node publish the same result, and
+the first to publish wins. So leases need neither file locks nor an atomic exchange of names, which network disks lack.
 """
 
 import json
@@ -15,15 +15,15 @@ from functools import cache
 from pathlib import Path
 
 SECONDS = 90.0
-"""A lease that was not touched for so long is abandoned. Equal for all processes that share a store."""
+"""A lease untouched for so long is abandoned. All processes that share a store must use the same value."""
 
 _TOUCHES = 6
-"""How often a lease is touched in that time: a disk that hangs for a moment costs no lease."""
+"""Touches of a lease in SECONDS: several, so that a disk that hangs for a moment costs no lease."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that has, or had, a lease. since: Unix time. token: tells two leases of one process apart."""
+    """The process that holds, or held, a lease. since: Unix time. token: distinguishes two leases of one process."""
 
     host: str
     machine: str
@@ -36,22 +36,23 @@ class Holder:
 
     @property
     def has_died(self) -> bool:
-        """Whether it ran on this machine, and does no more. A process of another machine cannot be asked."""
+        """Whether the process ran on this machine and has ended. False for a process of another machine."""
         if not self.machine or self.machine != this_machine():
             return False
         try:
             os.kill(self.pid, 0)
         except ProcessLookupError:
             return True
-        except (OSError, OverflowError):
+        except (OSError, OverflowError):  # another user's process lives; a pid from a damaged file is no proof of death
             pass
         return False
 
 
 @cache
 def this_machine() -> str:
-    """Tells machines of one name apart, one machine from itself before a reboot, and containers that count their
-    processes apart; "" where the system does not say."""
+    """Identifies the kernel's boot and the pid namespace in which a pid is valid; "" where /proc does not tell."""
+    # A host name is not enough: cluster images share names, pids restart after a reboot, and containers of one machine
+    # number their processes independently.
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -60,7 +61,7 @@ def this_machine() -> str:
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Whose lease the file is; None where there is none, or its holder has created it just now."""
+    """The holder of the lease in the file; None if there is no file, or its holder has not finished writing it."""
     try:
         found = json.loads(path.read_bytes())
         types = {"host": str, "machine": str, "pid": int, "since": float, "token": str}
@@ -70,9 +71,10 @@ def read_holder(path: Path) -> Holder | None:
 
 
 class Leases:
-    """The leases that this process holds, by key: files in `folder`, touched by one thread. A context manager.
+    """The leases that this process holds, by key: files in `folder`, touched by one thread. A context manager that
+    releases them.
 
-    seconds: after which an untouched lease is abandoned, by the clock of the process that looks at it.
+    seconds: a lease untouched for so long is abandoned, by the clock of the process that looks at it.
     """
 
     def __init__(self, folder: Path, seconds: float = SECONDS) -> None:
@@ -83,9 +85,9 @@ class Leases:
         self._thread: threading.Thread | None = None
 
     def acquire(self, key: str) -> tuple[bool, Holder | None]:
-        """(whether the lease is now ours, its holder; or, where it is ours, the one that died with it). Does not wait.
+        """(whether this process holds the lease now, the other holder if not, else the dead one that it replaced).
 
-        OSError where the folder takes no files.
+        Does not wait. OSError if the folder cannot be written.
         """
         path, holder = self._folder / key, None
         mine = self._create(key)
@@ -101,16 +103,16 @@ class Leases:
         return mine, holder
 
     def release(self, key: str) -> bool:
-        """Gives a lease back; whether it was still ours."""
+        """Releases a lease; False if another process had taken it over."""
         token, path = self._held.pop(key, None), self._folder / key
         holder = read_holder(path)
         if token is None or holder is None or holder.token != token:
-            return False
+            return False  # the file is another process's lease: it stays
         path.unlink(missing_ok=True)
         return True
 
     def close(self) -> None:
-        """Gives all back."""
+        """Stops touching, and releases all leases."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -134,14 +136,14 @@ class Leases:
         try:
             with file:
                 json.dump(asdict(holder), file)
-        except OSError:  # a full disk
+        except OSError:  # a full disk: an empty file would keep all others waiting until it is abandoned
             path.unlink(missing_ok=True)
             raise
         self._held[key] = token
         return True
 
     def _is_abandoned(self, key: str, holder: Holder | None) -> bool:
-        """Its process has died, or it has been the same, whenever this process looked, for as long as a lease lasts."""
+        """Whether the holder has died, or the file has not changed for `seconds` since this process first saw it so."""
         if holder is not None and holder.has_died:
             return True
         try:
@@ -149,6 +151,8 @@ class Leases:
                 look = holder, os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return False
+        # Both instants are of this process's monotonic clock: the modification time comes from the clock of the disk's
+        # server, so it is only compared for equality.
         before, since = self._seen.get(key, (None, 0.0))
         if look != before:
             self._seen[key] = look, time.monotonic()
@@ -156,10 +160,11 @@ class Leases:
         return time.monotonic() - since >= self._seconds
 
     def _remove(self, path: Path, holder: Holder | None) -> bool:
-        """Takes an abandoned lease away; False where another process was quicker, and has it now."""
+        """Removes an abandoned lease; False if another process was faster and holds the lease now."""
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            os.rename(path, aside)  # of several processes one succeeds
+            os.rename(path, aside)  # of several contenders exactly one succeeds
+            # Between the look and the rename another contender may have removed the old lease and created its own.
             if read_holder(aside) != holder:
                 os.rename(aside, path)
                 return False
@@ -176,5 +181,5 @@ class Leases:
                 if holder is not None and holder.token == token:
                     try:
                         os.utime(path)
-                    except OSError:  # the disk hangs or is full: the next touch may succeed
+                    except OSError:  # the disk hangs: the next touch may succeed
                         continue

@@ -1,5 +1,4 @@
-"""What is in a store, read as it lies there: nodes by key, without the records they were made from; and said, for the
-user or a script, in a line a node."""
+"""Lists a store: reads its nodes by key, from their node.json alone, and describes each in one line or one record."""
 
 import json
 import os
@@ -21,7 +20,7 @@ KEY = re.compile("[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class Found:
-    """A published node. about: its node.json, found to have the fields that every node has. size: bytes on disk."""
+    """A published node. about: its node.json, checked for the fields that every node has. size: bytes on disk."""
 
     key: str
     folder: Path
@@ -58,7 +57,7 @@ def existing_store(root: Path) -> None:
     """InputError unless there is a store of this format at `root`."""
     check_format(root)
     if not (root / "store.json").is_file():
-        raise InputError(f"no store at {root}: say where it is with --store DIR")
+        raise InputError(f"no store at {root}; name its folder with --store DIR")
 
 
 def node_folders(root: Path) -> Iterator[Path]:
@@ -78,15 +77,16 @@ def is_published(root: Path, key: str) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """OSError for a file that cannot be read, ValueError for one that is not JSON, however it is not."""
+    """The parsed file. OSError if it cannot be read, ValueError if it is not JSON or is nested too deeply."""
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())  # bytes: text that is not UTF-8 is a ValueError, too
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def read_node(folder: Path) -> Found | Corrupt:
-    """A node as its node.json describes it. Fast: checksums are verify's business."""
+    """A node as its node.json describes it, or why that cannot be read. Checks no checksum."""
+    # A store may hold terabytes, and ls reads every node: hashing files is left to verify.
     try:
         about = read_json(folder / "node.json")
         check_about(about, folder.name)
@@ -104,7 +104,8 @@ def read_all(root: Path) -> Iterator[Found | Corrupt]:
 
 
 def keys_in(spec: Any) -> set[str]:
-    """The keys that a spec names, initial weights among them, which are never stored."""
+    """All keys in a spec: of parents, and of initial weights, which are never stored."""
+    # By the form of a key, not by field: a new kind of node needs no change here.
     keys, left = set(), [spec]
     while left:
         part = left.pop()
@@ -121,14 +122,14 @@ _COLUMNS = ("key", "kind", "what", "result", "cost", "device", "size", "date")
 
 
 class Listing:
-    """All nodes of a store, and what can be told of each from the others."""
+    """All nodes of a store, with what a node's record takes from other nodes: round, density, criterion of its mask."""
 
     def __init__(self, root: Path) -> None:
         self.nodes = list(read_all(root))
         self.by_key = {n.key: n for n in self.nodes if isinstance(n, Found)}
 
     def record(self, node: Found | Corrupt) -> dict[str, Any]:
-        """A node as plain values: seconds, bytes, Unix time. {"key", "corrupt": why} where it cannot be read."""
+        """A node as plain values: seconds, bytes, Unix time. {"key", "corrupt": why} if it cannot be read."""
         if isinstance(node, Corrupt):
             return {"key": node.key, "corrupt": node.why}
         try:
@@ -136,7 +137,8 @@ class Listing:
             made = node.provenance
             how = {name: _number(made.get(name)) for name in ("wall_seconds", "images_per_second", "at")}
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
-            return {"key": node.key, "corrupt": "node.json: fields are missing"}
+            # A damaged or foreign node is one line of ls; the others must still be listed.
+            return {"key": node.key, "corrupt": "node.json: fields are missing or have the wrong type"}
         return {
             "key": node.key,
             "kind": node.kind,
@@ -170,9 +172,10 @@ class Listing:
         }
 
     def _mask(self, key: str | None) -> tuple[int | None, float | None, float | None]:
-        """(round, density, fraction of filters removed) of a training, as far as its mask is there to tell."""
+        """(round, density, fraction of filters removed) of a training, None for what its mask does not tell."""
         if key is None:
             return 0, 1.0, None
+        # A mask may be missing: an unneeded one is removed by gc, and merge takes nodes without their parents.
         try:
             mask = self.by_key[key]
             if mask.kind == "channels":
@@ -182,10 +185,12 @@ class Listing:
             return None, None, None
 
     def _source(self, key: str | None) -> str | None:
-        """What the mask of a prune step was found with, as far as that is there to tell."""
+        """The criterion of a prune step, or for magnitude the learning rate of the run that was pruned; None if the
+        nodes that tell it are missing."""
         if key is None or (prune := self.by_key.get(key)) is None or prune.kind != "prune":
             return None
         spec = prune.spec
+        # Figures compare masks found at different learning rates: for magnitude the rate tells more than the name.
         if spec["criterion"] != "magnitude" or not isinstance(spec["source"], dict):
             return _criterion(spec["criterion"])
         run = self.by_key.get(spec["source"]["node"])
@@ -213,7 +218,7 @@ class Listing:
 
 
 def _criterion(spec: Any) -> str:
-    """A built-in criterion is its name; a user's has a version."""
+    """The name of a built-in criterion; name and version of a user's."""
     return spec if isinstance(spec, str) else f"{spec['name']} v{spec['version']}"
 
 
@@ -222,8 +227,9 @@ def _number(value: Any) -> float | None:
 
 
 def table(records: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Lines, the first of them the head; a corrupt node is a line that says so."""
+    """The lines of a table with a head; a line that says why for each corrupt node, below."""
     records = list(records)
+    # printable: the text of a merged node comes from elsewhere, and may hold control sequences of a terminal.
     rows = [_COLUMNS, *(tuple(map(printable, _row(r))) for r in records if "corrupt" not in r)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -258,7 +264,7 @@ def _row(r: dict[str, Any]) -> tuple[str, ...]:
 
 
 def totals(records: list[dict[str, Any]], disk: int) -> str:
-    """disk: bytes of all that is in the store."""
+    """One line: nodes by kind, bytes, computing time. disk: bytes of all files in the store."""
     complete = [r for r in records if "corrupt" not in r]
     counts = {kind: sum(r["kind"] == kind for r in complete) for kind in ("train", "prune", "channels")}
     seconds = sum(r["seconds"] or 0.0 for r in complete)
@@ -267,16 +273,17 @@ def totals(records: list[dict[str, Any]], disk: int) -> str:
         said += f", {counts['channels']:,} channel selections"
     if len(complete) < len(records):
         said += f", {len(records) - len(complete):,} corrupt"
-    return f"{said}; {size(disk)} on disk; {duration(seconds)} of computing"
+    return f"{said}; {size(disk)} on disk; {duration(seconds)} of computing time"
 
 
 def going_on(root: Path) -> list[str]:
-    """Which process computes what, what unfinished runs have kept, and what failed; a line each."""
+    """One line for each lease with its process, each checkpoint of an unfinished run, and each log of a failed node."""
     said = []
     for path in sorted((root / "leases").iterdir()):
         if KEY.fullmatch(path.name):
             holder = read_holder(path)
             by = "a process" if holder is None else f"{holder}, {_since(holder.since)}"
+            # On another machine a dead holder cannot be told from a living one: the line only gives its age.
             by += ", which died" if holder is not None and holder.has_died else ""
             said.append(f"lease {path.name[:8]}: {by}")
     for path in sorted((root / "partial").glob("*.checkpoint.safetensors")):
@@ -298,7 +305,8 @@ def _first_line(path: Path) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, in units of 1000."""
+    """Bytes, in units of 1000, with two or three digits."""
+    # 999.5 rounds to 1000, and 99.95 to 100.0: each limit is where rounding would add a digit.
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
@@ -307,13 +315,16 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Seconds in s, min or h, with at least two digits."""
+    # The limits lie where rounding would give "100 s" or "100 min".
     if seconds < 99.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:,.1f} h"
 
 
 def date(at: float | None) -> str:
-    """Local time."""
+    """Unix time as local date and time; "" for None, "?" for no valid time."""
+    # Another machine's node.json may hold any number.
     try:
         return "" if at is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
     except (OverflowError, OSError, ValueError):
@@ -325,6 +336,7 @@ def _since(at: float) -> str:
 
 
 def _stat(path: Path) -> os.stat_result | None:
+    """None if the file is gone: ls holds no lease, and runs publish and remove files while it reads."""
     try:
         return path.stat()
     except FileNotFoundError:
@@ -332,8 +344,10 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def show(root: Path, prefix: str) -> tuple[list[str], bool]:
-    """(lines: everything that is known of a node, or of what there is of one that is not published; whether it is
-    complete). prefix: what its key, and no other, begins with; InputError for none or several."""
+    """(lines on a node, or on the leftovers of an unpublished one; whether its files match their checksums).
+
+    prefix: the beginning of its key and of no other. InputError if no key or several begin with it.
+    """
     found = [folder for folder in node_folders(root) if folder.name.startswith(prefix.lower())]
     if not found and (unpublished := _unpublished(root, prefix.lower())) is not None:
         return unpublished, True
@@ -343,7 +357,12 @@ def show(root: Path, prefix: str) -> tuple[list[str], bool]:
         raise InputError(f"{count} a key that begins with {prefix!r}{several}; see ls")
     node = read_node(found[0])
     if isinstance(node, Corrupt):
-        return [f"{node.folder}: {node.why}; delete this folder to make it again", "", "files", *_files(node)[0]], False
+        return [
+            f"{node.folder}: {node.why}; delete this folder to recompute the node",
+            "",
+            "files",
+            *_files(node)[0],
+        ], False
     said = [f"{node.kind} {node.key}", str(node.folder), ""]
     for part in ("about", "spec", "result", "provenance"):
         said += [part, *_tree(node.about[part]), ""]
@@ -355,7 +374,8 @@ def show(root: Path, prefix: str) -> tuple[list[str], bool]:
 
 
 def _unpublished(root: Path, prefix: str) -> list[str] | None:
-    """What a node has left that failed or is not finished: leases, checkpoints, its log."""
+    """Lines on a node that failed or is not finished: its lease, checkpoints and log; None if no such node has this
+    prefix."""
     names = [name for folder in ("leases", "partial", "logs") for name in os.listdir(root / folder)]
     keys = {name[:32] for name in names if KEY.fullmatch(name[:32]) and name.startswith(prefix)}
     if len(keys) != 1:
@@ -364,6 +384,7 @@ def _unpublished(root: Path, prefix: str) -> list[str] | None:
     said = [f"{key}: not published", *(line for line in going_on(root) if line.split()[1].startswith(key[:8]))]
     for path in sorted((root / "partial").glob(f"{key}.*")):
         said.append(f"  {path}")
+    # The log of an exception may quote text of a user's module or data: printable removes control sequences.
     log = root / "logs" / f"{key}.log"
     if log.exists():
         said += ["", *(f"  {printable(line)}" for line in log.read_text(errors="replace").splitlines())]
@@ -380,7 +401,7 @@ def _tree(content: dict[str, Any], indent: str = "  ") -> Iterator[str]:
 
 
 def _files(node: Found | Corrupt) -> tuple[list[str], bool]:
-    """(a line each, whether all are as they were written)."""
+    """(one line for each file, whether all files match their checksums)."""
     said, complete = [], True
     try:
         sums = read_sums(node.folder)
@@ -400,6 +421,8 @@ def _files(node: Found | Corrupt) -> tuple[list[str], bool]:
 
 
 def _neighbours(root: Path, node: Found) -> Iterator[str]:
+    """Lines on a node's published parents and children."""
+    # No file names a node's children, as published nodes never change: all other nodes are searched for its key.
     parents, text = keys_in(node.spec), node.key.encode()
     for title, keys in (
         ("depends on", sorted(k for k in parents if is_published(root, k))),
@@ -415,7 +438,7 @@ def _neighbours(root: Path, node: Found) -> Iterator[str]:
 
 def _names(folder: Path, text: bytes, key: str) -> bool:
     try:
-        if text not in (folder / "node.json").read_bytes():  # most: parsing takes longer
+        if text not in (folder / "node.json").read_bytes():  # rules out most nodes without parsing them
             return False
     except OSError:
         return False

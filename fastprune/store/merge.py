@@ -1,7 +1,7 @@
-"""Takes a store elsewhere as one tar, and merges the nodes of another store, or of such a tar, into this one.
+"""Exports a store as one tar; merges the nodes of another store, or of such a tar, into a store.
 
-Nothing that comes from elsewhere is trusted: a tar is unpacked by tarfile's "data" filter, each node is verified before
-it is adopted, and nothing that is read is run.
+A source is not trusted: tarfile's "data" filter unpacks a tar, each node is verified before it is adopted, and no
+content is executed.
 """
 
 import hashlib
@@ -30,18 +30,18 @@ from fastprune.store.verify import check_node, line
 _STATES = ("state-", "momentum-")
 
 _PROVENANCE = {"node.json", "times.csv", SUMS}
-"""Files that differ between machines that compute the same. The result in node.json does not."""
+"""Files that may differ between machines that compute the same node. The result in node.json may not."""
 
 
 class CorruptError(Exception):
-    """A node of the own store is not as it was written: one line, with what to do."""
+    """A node of the exported store does not match its checksums: one line, with what to do."""
 
 
 def export(root: Path, target: Path, figures: list[str], *, states: bool = True) -> tuple[int, int]:
-    """Writes a tar of the published nodes, or of those that the `figures` named need; returns how many, of how many.
+    """Writes a tar of all published nodes, or of those that `figures` need; returns (nodes written, nodes needed).
 
-    The same content gives the same bytes. states: with weights and momentum. CorruptError if a file is not as it was
-    written, and InputError if a figure is not recorded; then there is no file, or still the one there was.
+    The same content gives the same bytes. states: include weights and momentum. CorruptError if a file does not match
+    its checksum, InputError if a figure is not recorded or `target` cannot be a file; `target` is not changed then.
     """
     needs = named(read_needs(root), figures) if figures else read_needs(root)
     if figures:
@@ -51,9 +51,9 @@ def export(root: Path, target: Path, figures: list[str], *, states: bool = True)
         present = list(node_folders(root))
         keys = [folder.name for folder in present]
     if target.is_dir():
-        raise InputError(f"{target} is a folder: name a file")
+        raise InputError(f"{target} is a folder; name a file")
     if not target.resolve().parent.is_dir():
-        raise InputError(f"{target}: there is no folder {target.parent}")
+        raise InputError(f"{target}: there is no folder {target.parent}; create it first")
 
     def write(path: Path) -> None:
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
@@ -72,14 +72,14 @@ def _add_node(archive: tarfile.TarFile, folder: Path, states: bool) -> None:
     within = f"nodes/{folder.name[:2]}/{folder.name}"
     try:
         sums = read_sums(folder)
-        if not states:
+        if not states:  # the tar's list of checksums must not name files that it lacks
             sums = {name: d for name, d in sums.items() if not name.startswith(_STATES)}
         if "node.json" not in sums:
             raise ValueError(f"node.json is not in {SUMS}")
         _add(archive, f"{within}/{SUMS}", sums_text(sums).encode())
         for name, expected in sorted(sums.items()):
             with (folder / name).open("rb") as file:
-                reader = _Hashing(file)
+                reader = _Hashing(file)  # states are large: they are read once, for the tar and the checksum
                 _add_stream(archive, f"{within}/{name}", os.fstat(file.fileno()).st_size, reader)
             if reader.sum.hexdigest() != expected:
                 raise ValueError(f"{name}: its checksum is not that in {SUMS}")
@@ -90,7 +90,7 @@ def _add_node(archive: tarfile.TarFile, folder: Path, states: bool) -> None:
 
 
 class _Hashing:
-    """A file that is hashed as it is read."""
+    """A file whose SHA-256 is computed while it is read."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.sum = file, hashlib.sha256()
@@ -106,46 +106,50 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _add_stream(archive: tarfile.TarFile, name: str, size: int, content: Any) -> None:
-    info = tarfile.TarInfo(name)  # owner 0, time 0, mode 0644: the same everywhere
+    info = tarfile.TarInfo(name)  # owner 0, time 0, mode 0644: the same bytes on each machine
     info.size = size
     archive.addfile(info, content)
 
 
 @contextmanager
 def opened(source: Path) -> Iterator[Path]:
-    """The folder of a store, or of a tar that export wrote, unpacked into a temporary folder (see TMPDIR).
+    """The folder of a store; a tar that export wrote is unpacked into a temporary folder (see TMPDIR), removed at exit.
 
-    InputError for what is neither, or of another format.
+    InputError if `source` is neither, or of another format.
     """
     if source.is_dir():
         existing_store(source)
         yield source
         return
     if not source.is_file():
-        raise InputError(f"{source}: neither a folder nor a file")
-    if not hasattr(tarfile, "data_filter"):
-        raise InputError(f"{source}: to unpack it safely takes Python 3.11.4 or newer")
+        raise InputError(f"{source}: no such folder or file; name a store's folder or a tar that export wrote")
+    if not hasattr(tarfile, "data_filter"):  # without it a member's name may lead out of the folder
+        raise InputError(f"{source}: unpacking it safely requires Python 3.11.4 or newer")
     with tempfile.TemporaryDirectory(prefix="fastprune-") as folder:
         try:
             with source.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
                 archive.extractall(folder, filter="data")
                 file.seek(-2 * tarfile.BLOCKSIZE, os.SEEK_END)
-                if any(file.read()):  # tarfile takes one that was cut between two files for complete
-                    raise ValueError("it has no end")
+                # tarfile accepts a tar that was cut between two members; a complete one ends with two empty blocks.
+                if any(file.read()):
+                    raise ValueError("its end is missing")
         except (tarfile.TarError, ValueError) as error:
             raise InputError(f"{source}: not a complete tar that export wrote ({line(error)})") from error
         try:
             existing_store(Path(folder))
         except InputError as error:
-            why = str(error).partition(";")[0].replace(folder, "in it")
+            why = str(error).partition(";")[0].replace(folder, "its root folder")
             raise InputError(f"{source}: {why}") from None
         yield Path(folder)
 
 
 @dataclass
 class Merged:
-    """What became of the nodes of another store, by key. conflicts, corrupt, busy: a line each; a conflict is another
-    result for the same node, and ours is kept. records: how many figures are newly recorded."""
+    """What merge did with each node of the source: keys, and for conflicts, corrupt and busy a line each.
+
+    new: adopted. gained: this store's node got files that it lacked. conflicts: nodes with different results; ours is
+    kept. busy: nodes that a process computes, left out. records: number of figures newly recorded.
+    """
 
     new: list[str] = field(default_factory=list)
     same: list[str] = field(default_factory=list)
@@ -157,20 +161,25 @@ class Merged:
 
 
 def merge(root: Path, source: Path) -> Merged:
-    """Adopts the nodes of a store's folder, or of a tar that export wrote, that this store lacks; the first published
-    wins. Each is verified before, and what is corrupt is left out."""
+    """Adopts nodes that this store lacks from a store's folder or from a tar that export wrote.
+
+    Verifies each node first, and leaves out corrupt ones. A published node of this store stays; it only gains files.
+    """
     merged = Merged()
     with opened(source) as folder:
         if root.exists() and root.samefile(folder):
-            raise InputError(f"{source} is this very store")
+            raise InputError(f"{source} is the store itself; name another one")
         store = RunStore(root)
         with Leases(root / "leases") as leases:
             nodes = list(node_folders(folder))
             with progress_bar("merge", len(nodes), " nodes", nodes) as bar:
                 for theirs in bar:
+                    # A process that computes the node will publish its own, perhaps hours later: merge does not wait.
                     mine, holder = leases.acquire(theirs.name)
                     if not mine:
-                        merged.busy.append(f"{theirs.name}, which {holder or 'a process'} computes; merge again later")
+                        merged.busy.append(
+                            f"{theirs.name} is being computed by {holder or 'a process'}; merge again later"
+                        )
                         continue
                     try:
                         _merge_node(store, theirs, merged)
@@ -183,12 +192,14 @@ def merge(root: Path, source: Path) -> Merged:
 
 def _merge_node(store: RunStore, theirs: Path, merged: Merged) -> None:
     key, ours = theirs.name, node_folder(store.root, theirs.name)
+    # A link could point at any folder of this machine, whose files would be copied into the store.
     corrupt = {} if theirs.is_symlink() else check_node(theirs, key)[1]
     if theirs.is_symlink() or corrupt:
         why = "; ".join(f"{name}: {why}" for name, why in sorted(corrupt.items())) or "a link"
         merged.corrupt.append(f"{key}: {why}")
         return
     if not is_published(store.root, key):
+        # A copy, even on the same disk: a hard link would share later damage between the two stores.
         aside = store.aside(key)
         try:
             for name in (*read_sums(theirs), SUMS):
@@ -203,7 +214,7 @@ def _merge_node(store: RunStore, theirs: Path, merged: Merged) -> None:
 
 
 def _compare(theirs: Path, ours: Path, merged: Merged) -> None:
-    """Ours stays as it is, but for files that it lacks."""
+    """Reports a conflict, or adds to our node the files that it lacks and theirs has."""
     their_node, our_node = read_node(theirs), read_node(ours)
     try:
         if not isinstance(our_node, Found) or not isinstance(their_node, Found):
@@ -214,6 +225,7 @@ def _compare(theirs: Path, ours: Path, merged: Merged) -> None:
         return
     both = their_sums.keys() & our_sums.keys() - _PROVENANCE
     differ = sorted(name for name in both if their_sums[name] != our_sums[name])
+    # node.json as a whole holds provenance, so its checksum tells nothing: only its results are compared.
     if not differ and their_node.result != our_node.result:
         differ = ["node.json"]
     if differ:
@@ -229,7 +241,8 @@ def _compare(theirs: Path, ours: Path, merged: Merged) -> None:
 
 
 def _by(node: Found) -> str:
-    """What computed a node."""
+    """The machine, device and torch version that computed a node."""
+    # Nothing checks the fields of provenance: a foreign node may lack any.
     made = node.provenance
     versions = made.get("versions")
     torch = f", torch {versions['torch']}" if isinstance(versions, dict) and "torch" in versions else ""
@@ -237,6 +250,7 @@ def _by(node: Found) -> str:
 
 
 def _merge_record(store: RunStore, record: Path, merged: Merged) -> None:
+    # A record's name ends with a hash of its nodes: one of the same name needs the same ones.
     path = store.root / "figures" / record.name
     if path.exists() or not RECORD_NAME.fullmatch(record.name):
         return
@@ -244,7 +258,7 @@ def _merge_record(store: RunStore, record: Path, merged: Merged) -> None:
     try:
         Needs.of(path, json.loads(content))
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
-        merged.corrupt.append(f"{record.name}: no record of a figure")
+        merged.corrupt.append(f"{record.name}: not a record of a figure")
         return
     write_atomically(path, lambda p: p.write_bytes(content))
     merged.records += 1

@@ -1,4 +1,7 @@
-"""What figures need of a store, recorded in its folder figures/ by each call that asks for one."""
+"""Records of what each figure needs from a store, in its folder figures/. gc and export read them.
+
+A run writes the record of each figure that it is asked for.
+"""
 
 import hashlib
 import json
@@ -17,6 +20,7 @@ from fastprune.store import RunStore, lpr_name
 from fastprune.store.listing import KEY, is_published, read_json
 
 RECORD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}[.]json")
+# In records the words of the library, in file names those of the store.
 _WHAT = {"weights": "state", "momentum": "momentum"}
 
 
@@ -28,13 +32,13 @@ def record_figure(
     histories: Sequence[LprHistory],
     command: str,
 ) -> Path:
-    """Writes down what the figure needs: the nodes of its graph and the histories it shows; returns the file.
+    """Records the nodes of a figure's graph and the LPR histories that it shows; returns the file.
 
-    To be called before its nodes are computed.
-
-    "nodes": their keys. "reads": by the key of a run what others read of it: by epoch the keys of those that
-    read its "weights" or "momentum", and the fractions of its "histories".
+    "nodes": their keys. "reads": for the key of each run whose outputs are read, the keys of the readers of its
+    "weights" and "momentum", by epoch, and the fractions of its "histories". Call it before the nodes are computed: a
+    node without a record is unneeded to gc.
     """
+    # By reader: once all readers of a state are published, gc may remove it.
     reads: dict[str, dict[str, Any]] = defaultdict(dict)
     for node in nodes:
         for source, momentum in states_read(node):
@@ -51,6 +55,7 @@ def record_figure(
         "nodes": keys,
         "reads": reads,
     }
+    # The nodes' hash keeps apart records of one figure with other data or settings: each call needs its own nodes.
     name = f"{figure}-{preset}-{hashlib.sha256(''.join(keys).encode()).hexdigest()[:8]}"
     path = store.root / "figures" / f"{name}.json"
     text = json.dumps(described, indent=1, sort_keys=True) + "\n"
@@ -60,7 +65,8 @@ def record_figure(
 
 @dataclass(frozen=True)
 class Needs:
-    """A record of record_figure. states: by key, (weights or momentum's file prefix, epoch) and who reads them."""
+    """A record that record_figure wrote. states: by a run's key and (file prefix, epoch), the keys of the readers.
+    histories: by a run's key, file names."""
 
     path: Path
     figure: str
@@ -70,15 +76,15 @@ class Needs:
 
     @classmethod
     def read(cls, path: Path) -> "Needs":
-        """InputError for a file that is no such record."""
+        """The record in a file. InputError if it is not one that record_figure wrote."""
         try:
             return cls.of(path, read_json(path))
         except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-            raise InputError(f"{path}: corrupt or foreign ({type(error).__name__}); run its figure again") from None
+            raise InputError(f"{path}: not a record of a figure ({type(error).__name__}); rerun the figure") from None
 
     @classmethod
     def of(cls, path: Path, content: Any) -> "Needs":
-        """KeyError, TypeError, AttributeError or ValueError for what is no such record."""
+        """The record in parsed JSON. KeyError, TypeError, AttributeError or ValueError if it is none."""
         states: dict[str, dict[tuple[str, int], list[str]]] = {}
         histories: dict[str, list[str]] = {}
         for key, products in content["reads"].items():
@@ -95,18 +101,20 @@ class Needs:
 
 
 def _key(text: str) -> str:
+    # merge takes records from elsewhere, and keys become parts of paths.
     if KEY.fullmatch(text) is None:
-        raise ValueError("no key")
+        raise ValueError("not a key")
     return text
 
 
 def read_needs(root: Path) -> list[Needs]:
-    """All that is recorded. InputError where a record is corrupt: what it needs is not known."""
+    """All records of a store. InputError if one is corrupt."""
+    # Skipping a corrupt one would let gc remove what it needs.
     return [Needs.read(p) for p in sorted((root / "figures").glob("*.json")) if not p.name.startswith(".")]
 
 
 def named(needs: Iterable[Needs], names: Iterable[str]) -> list[Needs]:
-    """The records of figures, by the figure's name or the file's. InputError for a name that none has."""
+    """The records whose figure or file (without suffix) has one of `names`. InputError for a name without a record."""
     needs, found = list(needs), []
     for name in names:
         matching = [n for n in needs if name in (n.figure, n.path.stem)]
@@ -118,9 +126,9 @@ def named(needs: Iterable[Needs], names: Iterable[str]) -> list[Needs]:
 
 
 def awaited(root: Path, needs: Iterable[Needs], key: str, epochs: int) -> set[str]:
-    """The files of a published run of `epochs` epochs that a node still reads which is not published. A run that
-    diverged before an epoch stands there with its last state."""
+    """The state and momentum files of a published run of `epochs` epochs that unpublished nodes still read."""
     return {
+        # A run that diverged before the epoch has stored its last state in place of that epoch's.
         f"{prefix}-{min(epoch, epochs)}.safetensors"
         for each in needs
         for (prefix, epoch), readers in each.states.get(key, {}).items()

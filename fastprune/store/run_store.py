@@ -1,4 +1,4 @@
-"""The run store: a folder of published nodes, each complete or not there, and never changed but for what it gains."""
+"""The run store: a folder of published nodes. A node appears complete, and never changes, but may gain files."""
 
 import csv
 import hashlib
@@ -30,28 +30,29 @@ _RESULTS: dict[str, dict[str, tuple[type, ...]]] = {
         "spared": (list,),
     },
 }
-"""By kind of node what its result has at least."""
+"""The fields that a result must have, with their types, by kind of node."""
 
 
 def check_about(about: Any, key: str) -> None:
-    """ValueError unless it is what a node.json holds, for the node `key`."""
+    """Checks the content of a node.json of the node `key`. ValueError if a field is missing or wrong."""
     if not isinstance(about, dict):
-        raise ValueError("it describes no node")
+        raise ValueError("it does not describe a node")
     if not isinstance(about.get("kind"), str) or not isinstance(about.get("semantics"), int):
         raise ValueError("kind or semantics are missing")
     for name in ("about", "spec", "result", "provenance"):
         if not isinstance(about.get(name), dict):
             raise ValueError(f"{name} is missing")
     if about.get("key") != key:
-        raise ValueError(f"it is of the node {str(about.get('key'))[:40]!r}")
+        raise ValueError(f"it describes another node, {str(about.get('key'))[:40]!r}")
     for name, types in _RESULTS.get(about["kind"], {}).items():
         value = about["result"].get(name, "missing")
+        # bool is a subclass of int: true must not pass for a number.
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise ValueError(f"its result's {name} is {str(value)[:40]}")
 
 
 def in_words(node: Runnable) -> dict[str, str]:
-    """What a node's spec names by keys and fingerprints only: {"network", "data"}; no data where none was used."""
+    """{"network", "data"}: what a spec gives as keys and fingerprints only, in words; no "data" if none was used."""
     model, run = node.model, node
     if not isinstance(node, Train):
         run = node.source.node if isinstance(node.source, StateRef) else node
@@ -66,13 +67,16 @@ FORMAT = 3
 FOLDERS = ("nodes", "partial", "figures", "leases", "tmp", "logs", "data", "cache")
 
 _APPEAR_SECONDS = 60.0
-"""How long another machine may go on not seeing a new folder: what NFS remembers of a name that was not there."""
+"""How long another machine may not see a new folder: NFS clients cache that a name did not exist."""
 
 
 @dataclass(frozen=True)
 class RequestedOutputs:
-    """What is asked of a training run beside its metrics: epochs after which its weights (with batch-norm statistics)
-    or its momentum are kept, and fractions whose LPR is traced."""
+    """What a training run stores beside its metrics.
+
+    weights, momentum: epochs after which the weights (with batch-norm statistics) or the momentum are stored.
+    histories: fractions for which the LPR of a magnitude prune is recorded at each epoch.
+    """
 
     weights: tuple[int, ...] = ()
     momentum: tuple[int, ...] = ()
@@ -80,9 +84,9 @@ class RequestedOutputs:
 
 
 class RunStore:
-    """A folder of published nodes. Opening it creates it, unless it is only to be read.
+    """A folder of published nodes. Opening it creates it, unless `read_only`.
 
-    InputError for one that cannot be written or is of another format.
+    InputError if it cannot be written or is of another format.
     """
 
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
@@ -97,21 +101,23 @@ class RunStore:
             if not marker.exists():
                 about = json.dumps({"format": FORMAT, "id": secrets.token_hex(8)}) + "\n"
                 write_atomically(marker, lambda p: p.write_text(about))
+            # A disk that cannot be written is better found here than at the end of the first training.
             with tempfile.TemporaryFile(dir=root / "tmp"):
                 pass
         except OSError as error:
             raise InputError(f"store {root}: cannot be written ({error.strerror}); choose another --store") from error
 
     def cache(self) -> Path:
-        """A folder for what compilers cache. Some of it is code that they will run, so a store that was brought from
-        elsewhere must not bring it along: the folder's name is that of this very store.json on this very disk."""
+        """The folder for caches of compilers, not created."""
+        # Caches hold code that will be executed. A store copied from elsewhere must not bring its own, so the name
+        # depends on the store.json of this disk: device, inode and change time differ in any copy.
         found = os.stat(self.root / "store.json")
         name = hashlib.sha256(f"{found.st_dev} {found.st_ino} {found.st_ctime_ns}".encode()).hexdigest()[:16]
         return self.root / "cache" / name
 
     @property
     def id(self) -> str:
-        """Tells whether another machine sees the same store at the same path."""
+        """A random identifier: another machine that reads the same one at this path sees the same store."""
         return str(json.loads((self.root / "store.json").read_text())["id"])
 
     def path(self, node: Node) -> Path:
@@ -119,10 +125,12 @@ class RunStore:
         return self.root / "nodes" / node.key[:2] / node.key
 
     def has(self, node: Node) -> bool:
+        """Whether the node is published."""
+        # A folder alone does not count: a user may have deleted the files in it.
         return (self.path(node) / "node.json").exists()
 
     def holds(self, node: Node, products: RequestedOutputs) -> bool:
-        """Whether the node is published with all of `products`."""
+        """Whether the node is published with all outputs in `products`."""
         if not self.has(node):
             return False
         wanted = {lpr_name(fraction) for fraction in products.histories}
@@ -131,14 +139,14 @@ class RunStore:
         return wanted <= self.files(node).keys()
 
     def files(self, node: Node) -> dict[str, str]:
-        """By name the SHA-256 of a published node's files. InputError if that list is corrupt."""
+        """The SHA-256 of each file of a published node, by name. InputError if SHA256SUMS is corrupt."""
         try:
             return read_sums(self.path(node))
         except (OSError, ValueError) as error:
             raise self.corrupt(self.path(node) / SUMS, error) from error
 
     def file(self, node: Node, name: str) -> Path:
-        """A file of a published node, found to be as it was written; InputError if it is not."""
+        """The path of a published node's file, whose checksum was compared; InputError if it does not match."""
         path = self.path(node) / name
         try:
             if digest(path) != self.files(node)[name]:
@@ -150,34 +158,35 @@ class RunStore:
         return path
 
     def await_node(self, node: Node, seconds: float = _APPEAR_SECONDS) -> None:
-        """Returns when this machine sees a node that another one has published. InputError after `seconds`."""
+        """Waits until this machine sees a node that another one has published. InputError after `seconds`."""
         deadline, pause = time.monotonic() + seconds, 0.05
         while not self.has(node):
             if time.monotonic() > deadline:
-                raise InputError(f"{self.path(node)} is not there: do all machines see the same store, at this path?")
+                raise InputError(f"{self.path(node)} is missing; all machines must see the same store at this path")
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
-            for folder in (self.root / "nodes", self.path(node).parent):  # listing makes NFS look again
+            # Listing a folder makes an NFS client ask the server again.
+            for folder in (self.root / "nodes", self.path(node).parent):
                 if folder.is_dir():
                     os.listdir(folder)
 
     def state(self, ref: StateRef, what: str = "state") -> Path | None:
-        """The file of a state or "momentum", checked, or None. A run that diverged before the epoch stands there with
-        its last state."""
+        """The file of a "state" or "momentum", its checksum compared; None if it is not stored."""
         if not self.has(ref.node) or (name := self._state_name(ref, what)) not in self.files(ref.node):
             return None
         return self.file(ref.node, name)
 
     def _state_name(self, ref: StateRef, what: str) -> str:
+        # A run that diverged before the epoch has stored its last state in place of that epoch's.
         epoch = min(ref.epoch, self.node(ref.node)["result"]["epochs"])
         return f"{what}-{epoch}.safetensors"
 
     def metrics(self, node: Train) -> dict[int, dict[str, float]]:
-        """By epoch (from 1) what a published run measured. InputError if the file is corrupt."""
+        """The metrics of a published run, by epoch (from 1). InputError if the file is corrupt."""
         return self._numbers(node, "metrics.csv")
 
     def lpr_history(self, history: LprHistory) -> dict[int, dict[str, float]]:
-        """By epoch (0: before the first) the LPR of each layer, up to the epoch in which the run diverged."""
+        """The LPR of each layer, by epoch (0: before the first), up to the epoch in which the run diverged."""
         return self._numbers(history.node, lpr_name(history.fraction))
 
     def _numbers(self, node: Node, name: str) -> dict[int, dict[str, float]]:
@@ -190,7 +199,7 @@ class RunStore:
             raise self.corrupt(path, error) from error
 
     def node(self, node: Node) -> dict[str, Any]:
-        """node.json of a published node. InputError if it is corrupt."""
+        """The content of a published node's node.json. InputError if it is corrupt."""
         path = self.file(node, "node.json")
         try:
             found = json.loads(path.read_text())
@@ -200,21 +209,23 @@ class RunStore:
         return dict(found)
 
     def corrupt(self, path: Path, why: Any) -> InputError:
-        """What to raise for a file of a node that is not what it should be."""
+        """The error to raise for a corrupt or missing file of a node."""
         return InputError(
-            f"{path}: corrupt or missing ({why}); delete the folder {path.parent} to make it again "
-            "(scripts/store.py verify --delete does so with all that is corrupt)"
+            f"{path}: corrupt or missing ({why}); delete the folder {path.parent} to recompute the node "
+            "(scripts/store.py verify --delete deletes all corrupt nodes)"
         )
 
     def mask(self, node: Prune) -> Path:
-        """The mask of a published prune step, checked."""
+        """The mask file of a published prune step, its checksum compared."""
         return self.file(node, "mask.safetensors")
 
     def channels(self, node: ChannelSelection) -> Path:
+        """The file of a published channel selection, its checksum compared."""
         return self.file(node, "channels.json")
 
     def partial_path(self, node: Train, name: str) -> Path:
-        """What a run in progress keeps: its "checkpoint", and what it passed ("state-<epoch>", "momentum-<epoch>")."""
+        """A file of a run in progress: "checkpoint", or an output of an epoch behind it ("state-<epoch>",
+        "momentum-<epoch>")."""
         return self.root / "partial" / f"{node.key}.{name}.safetensors"
 
     def publish(
@@ -224,9 +235,9 @@ class RunStore:
         provenance: dict[str, Any],
         files: dict[str, Callable[[Path], Any]],
     ) -> None:
-        """Makes the node's folder appear complete: written aside, flushed to disk, renamed. The first published wins.
+        """Publishes a node: writes its folder aside, flushes it to disk, renames it. The first to publish wins.
 
-        files: name -> function that writes it at the path it is given. A node that is there already only gains the
+        files: name -> function that writes the file at a given path. A node that is published already only gains the
         files that it lacks.
         """
         described = {
@@ -240,6 +251,7 @@ class RunStore:
         }
         final = self.path(node)
         if self.has(node):
+            # The earlier result stays: other nodes may have been computed from it.
             self._add(node, files)
             return
         folder = self.aside(node.key)
@@ -258,17 +270,21 @@ class RunStore:
         gain(self.path(node), self.files(node), files)
 
     def aside(self, key: str) -> Path:
-        """A new folder in which a node is put together."""
+        """Creates a folder, on the store's disk, in which a node is written before it is published."""
         folder = self.root / "tmp" / f"{key}-{secrets.token_hex(4)}"
         folder.mkdir()
         return folder
 
     def adopt(self, folder: Path, final: Path) -> bool:
-        """Moves a complete node, flushed to disk, to its place; False where it was published meanwhile."""
+        """Renames the folder of a complete node to `final`; False if the node was published meanwhile.
+
+        The files must be flushed to disk already.
+        """
         flush(folder)
         final.parent.mkdir(exist_ok=True)
-        if final.exists() and not (final / "node.json").exists():  # a user has removed it: the rest is of no use
+        if final.exists() and not (final / "node.json").exists():  # a user deleted files in it
             self.remove(final)
+        # A rename replaces an empty folder only: where another process has published, it raises and changes nothing.
         try:
             os.rename(folder, final)
         except OSError:
@@ -279,7 +295,8 @@ class RunStore:
         return True
 
     def remove(self, folder: Path) -> None:
-        """Removes a published node's folder at once, or not at all. For the holder of its lease."""
+        """Removes a node's folder at once, or not at all. Only the holder of its lease may call it."""
+        # A rename first: other processes never see a node of which some files are deleted.
         aside = self.aside(folder.name)
         try:
             os.rename(folder, aside / "removed")
@@ -287,16 +304,16 @@ class RunStore:
             shutil.rmtree(aside, ignore_errors=True)
 
     def save_partial(self, node: Train, name: str, write: Callable[[Path], Any]) -> None:
-        """Writes or replaces a file of a run in progress, atomically."""
+        """Writes or replaces a file of a run in progress, atomically. write: writes it at a given path."""
         write_atomically(self.partial_path(node, name), write)
 
     def drop_partial(self, node: Train) -> None:
-        """Removes what a run in progress kept, once it is published."""
+        """Removes the checkpoint and the outputs of a run in progress, once it is published."""
         for path in (self.root / "partial").glob(f"{node.key}.*"):
             path.unlink(missing_ok=True)
 
     def tidy(self, node: Node) -> None:
-        """Removes what a process that died left half-written of a node. For the holder of its lease."""
+        """Removes a node's half-written files of dead processes. Only the holder of its lease may call it."""
         for folder in (self.root / "tmp").glob(f"{node.key}-*"):
             shutil.rmtree(folder, ignore_errors=True)
         half_written = [*(self.root / "partial").glob(f".{node.key}.*"), *self.path(node).glob(".*")]
@@ -304,35 +321,36 @@ class RunStore:
             path.unlink(missing_ok=True)
 
     def log(self, node: Node, text: str) -> Path:
-        """Keeps what a failed node said; returns the file."""
+        """Writes the log of a failed node, over an earlier one; returns its path."""
         path = self.root / "logs" / f"{node.key}.log"
-        write_atomically(path, lambda p: p.write_text(text))  # over that of another user, too
+        write_atomically(path, lambda p: p.write_text(text))  # by a rename, which replaces a file of another user, too
         return path
 
 
 def gain(folder: Path, sums: dict[str, str], files: dict[str, Callable[[Path], Any]]) -> list[str]:
-    """Adds to a published node, whose checksums are `sums`, those files that it lacks; returns their names."""
+    """Adds to a published node the `files` that `sums`, its checksums, do not list; returns their names."""
     digests: dict[str, str] = {}
 
     def written(name: str, path: Path) -> None:
         files[name](path)
-        digests[name] = digest(path)  # before it is seen, so that it is listed as soon as possible
+        digests[name] = digest(path)  # before the file appears, so that it is unlisted as briefly as possible
 
     for name in sorted(files.keys() - sums.keys()):
         write_atomically(folder / name, partial(written, name))
     if digests:
-        # Read again: a process that was taken for dead may have added something meanwhile.
+        # Read again: a process that was wrongly taken for dead may have added files meanwhile.
         write_sums(folder, read_sums(folder) | digests)
     return list(digests)
 
 
 def lpr_name(fraction: float) -> str:
-    """The file of an LPR at each epoch."""
+    """The name of the file with the LPR at each epoch for a fraction."""
+    # repr reads back as the same float, so that two fractions never share a file.
     return f"ratios-{fraction!r}.csv"
 
 
 def check_format(root: Path) -> None:
-    """InputError if a store of another format stands at `root`; nothing is written."""
+    """InputError if `root` holds a store of another format. Writes nothing."""
     marker = root / "store.json"
     if not marker.exists():
         return
@@ -347,7 +365,8 @@ def check_format(root: Path) -> None:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows of one shape, floats so that they read back exactly."""
+    """Writes rows with equal columns; floats read back exactly."""
+    # The same line end on each system: equal results have equal bytes.
     with path.open("w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()

@@ -1,5 +1,5 @@
-"""Whether every file of a store is as it was written. What is corrupt is named, and deleted when that is asked for; the
-next run computes it again. Runs nothing that it reads."""
+"""Verifies a store: compares each file with its checksum and reads its content. Deletes corrupt nodes on request; the
+next run computes them again. Executes no content."""
 
 import csv
 import os
@@ -26,11 +26,11 @@ FILE_NAME = re.compile(
     "node[.]json|SHA256SUMS|(metrics|times|layers|ratios-[0-9][0-9.e-]{0,31})[.]csv|channels[.]json|"
     f"(mask|(state|momentum)-{_NUMBER})[.]safetensors"
 )
-"""What a node's file may be called."""
+"""The names that a node's file may have. A name from another store becomes part of a path here."""
 
 _PARTIAL_NAME = re.compile(rf"([0-9a-f]{{32}})[.](checkpoint|(state|momentum)-{_NUMBER})[.]safetensors")
 
-_LARGE = 1 << 20
+_LARGE = 1 << 20  # bytes: SHA-256 of a file of this size takes longer than handing it to a thread
 
 UNLISTED = f"not in {SUMS}"
 
@@ -41,7 +41,11 @@ _NEEDED = {"train": {"metrics.csv"}, "prune": {"mask.safetensors", "layers.csv"}
 
 @dataclass
 class Checked:
-    """What was found. corrupt: by path why. nodes, partials: the keys and the files that are corrupt."""
+    """The result of a verification.
+
+    corrupt: why, by path. nodes: keys of corrupt nodes. stray: paths below nodes/ where no node is. partials: corrupt
+    files of unfinished runs.
+    """
 
     node_count: int = 0
     file_count: int = 0
@@ -55,12 +59,13 @@ class Checked:
 
 
 def check_store(root: Path) -> Checked:
-    """Reads every file of every node, and what unfinished runs keep. A progress bar on stderr."""
+    """Reads all files of all nodes and of unfinished runs, with a progress bar on stderr."""
     found = Checked()
     folders, stray = _folders(root)
     for path in stray:
-        found.corrupt[path] = "no node: it is not where one is looked for"
+        found.corrupt[path] = "not a node: a node's folder is nodes/XX/KEY"
         found.stray.append(path)
+    # A name with a dot is a file that a run is writing at present, or a leftover for gc.
     partials = sorted(p for p in (root / "partial").glob("*") if not p.name.startswith("."))
     suspects = []
     with progress_bar("verify", len(folders), " nodes", _look_at(folders)) as bar:
@@ -69,9 +74,10 @@ def check_store(root: Path) -> Checked:
             found.file_count += count
             if corrupt:
                 suspects.append(folder)
-    for folder in suspects:  # again: it may have been gaining a file, or have been removed
+    # Verify holds no lease, so that it may run beside a run: a suspect may have been gaining a file, or been removed.
+    for folder in suspects:
         corrupt = _look(folder)[1] if folder.exists() else {}
-        if (root / "leases" / folder.name).exists():  # what is not listed yet may be soon
+        if (root / "leases" / folder.name).exists():  # its holder lists a new file only after it has appeared
             corrupt = {name: why for name, why in corrupt.items() if why != UNLISTED}
         if corrupt:
             found.corrupt |= {folder / name: why for name, why in corrupt.items()}
@@ -85,7 +91,7 @@ def check_store(root: Path) -> Checked:
 
 
 def _folders(root: Path) -> tuple[list[Path], list[Path]]:
-    """(folders that are where nodes are looked for, whatever else is below nodes/)."""
+    """(folders at the place of a node, all other paths below nodes/)."""
     folders: list[Path] = []
     stray: list[Path] = []
     for short in sorted(_entries(root / "nodes"), key=lambda e: e.name):
@@ -106,7 +112,8 @@ def _entries(folder: Path) -> "list[os.DirEntry[str]]":
 
 
 def _look_at(folders: list[Path]) -> Iterator[tuple[Path, tuple[int, dict[str, str]]]]:
-    """Large files are hashed in threads, which go on without Python's lock; small ones would only wait for it."""
+    """check_node of each folder, in any order."""
+    # Hashing a large file releases Python's lock, so threads run side by side; for small ones they would wait for it.
     large = [f for f in folders if any(_bytes(entry) > _LARGE for entry in _entries(f))]
     for folder in folders if not large else sorted({*folders} - {*large}):
         yield folder, _look(folder)
@@ -120,7 +127,7 @@ def _look_at(folders: list[Path]) -> Iterator[tuple[Path, tuple[int, dict[str, s
 def _bytes(entry: "os.DirEntry[str]") -> int:
     try:
         return entry.stat(follow_symlinks=False).st_size
-    except FileNotFoundError:  # a temporary one
+    except FileNotFoundError:  # a temporary file that was renamed meanwhile
         return 0
 
 
@@ -129,7 +136,7 @@ def _look(folder: Path) -> tuple[int, dict[str, str]]:
 
 
 def check_node(folder: Path, key: str) -> tuple[int, dict[str, str]]:
-    """(how many files there are, and by name of a corrupt file why). `folder` is to hold the node `key`."""
+    """(number of files, why by name of a corrupt file). key: of the node that `folder` should hold."""
     entries = {entry.name for entry in _entries(folder) if not entry.name.startswith(".")}
     corrupt: dict[str, str] = {}
     try:
@@ -154,19 +161,21 @@ def check_node(folder: Path, key: str) -> tuple[int, dict[str, str]]:
 
 
 def _file(path: Path, expected: str, key: str) -> str | None:
-    """Why a node's file is not as it was written, or None."""
+    """Why a node's file is corrupt, or None."""
     try:
+        # A link or a pipe from another store could name any file of this machine, or block the reader.
         if not stat.S_ISREG(path.lstat().st_mode):
             return "not a regular file"
         if digest(path) != expected:
             return _WRONG
         if FILE_NAME.fullmatch(path.name) is None:
-            return "no file of a node has this name"
+            return "not a name of a node's file"
+        # A right checksum proves no right content: in another store both may be made up.
         check_content(path)
         if path.name == "node.json":
             _check_key(read_json(path), key)
     except (KeyError, TypeError, AttributeError):
-        return "it is not what fastprune writes"
+        return "not written by fastprune"
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         return line(error)
     return None
@@ -175,22 +184,24 @@ def _file(path: Path, expected: str, key: str) -> str | None:
 def _check_key(about: Any, key: str) -> None:
     check_about(about, key)
     kind, spec = about["kind"], about["spec"]
+    # key_of hashes kind and semantics beside the spec's fields: fields of these names would replace them.
     if {"kind", "semantics"} & spec.keys() or key_of(kind, about["semantics"], spec) != key:
-        raise ValueError("its key is not that of its spec")
+        raise ValueError("its key is not the hash of its spec")
 
 
 def check_content(path: Path) -> None:
-    """Reads a file as what its name says it is. ValueError, csv.Error, KeyError, TypeError, AttributeError where it is
-    not that."""
+    """Reads a file in the format of its name. ValueError, csv.Error, KeyError, TypeError or AttributeError if its
+    content is not of that format."""
     if path.suffix == ".safetensors":
         with path.open("rb") as file:
             check_sealed(file)
     elif path.suffix == ".json":
         if not isinstance(read_json(path), dict):
-            raise ValueError("it holds no object")
+            raise ValueError("it is not a JSON object")
     elif path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8") as text:
             rows = csv.reader(text, strict=True)
+            # layers.csv has a row a layer; the others have a row an epoch, and figures rely on there being no gap.
             head, epochs, of_epochs = next(rows, []), [], path.name != "layers.csv"
             if of_epochs and (head[:1] != ["epoch"] or (path.name == "metrics.csv" and "val_accuracy" not in head)):
                 raise ValueError(f"it has the columns {', '.join(head)[:80]}")
@@ -201,45 +212,48 @@ def check_content(path: Path) -> None:
                     numbers = list(map(float, row))
                     epochs.append(numbers[0])
             if of_epochs and not _follow(epochs):
-                raise ValueError("its epochs are not one after another")
+                raise ValueError("its epochs are not consecutive")
 
 
 def _follow(epochs: list[float]) -> bool:
+    """Whether the epochs are consecutive whole numbers, at least one."""
     return bool(epochs) and epochs[0].is_integer() and epochs == [epochs[0] + i for i in range(len(epochs))]
 
 
 def _partial(path: Path) -> str | None:
+    """Why a file of an unfinished run is corrupt, or None. Its checksum is within it."""
     if _PARTIAL_NAME.fullmatch(path.name) is None:
-        return "nothing that a run keeps has this name"
+        return "not a name of an unfinished run's file"
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             return "not a regular file"
         check_content(path)
     except (KeyError, TypeError, AttributeError):
-        return "it is not what fastprune writes"
+        return "not written by fastprune"
     except (OSError, ValueError, RecursionError) as error:
         return line(error)
     return None
 
 
 def line(error: Exception) -> str:
-    """An error in one line, without the path."""
+    """An error in one line, without the path, which the caller prints."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def remedy(root: Path, path: Path, why: str) -> str:
-    """What to do about a corrupt file."""
+    """The action to advise for a corrupt file."""
+    # Deleting one listed file would leave the node corrupt; an unlisted one is no part of it.
     inside = path.relative_to(root).parts
     if inside[0] == "nodes" and len(inside) == 4 and why != UNLISTED:
-        return f"delete the folder {path.parent} to make it again"
+        return f"delete the folder {path.parent} to recompute the node"
     return f"delete {path}"
 
 
 def delete_corrupt(store: RunStore, found: Checked) -> list[str]:
-    """Deletes corrupt nodes with all their files, and corrupt files of unfinished runs; returns a line for each. Nodes
-    that a process computes are left alone."""
+    """Deletes corrupt nodes, corrupt files of unfinished runs and strays; returns a line for each. Leaves alone what
+    belongs to a node that a process computes."""
     said = []
     by_key: dict[str, list[Path]] = {key: [] for key in sorted(found.nodes)}
     for path in found.partials:
@@ -249,7 +263,7 @@ def delete_corrupt(store: RunStore, found: Checked) -> list[str]:
             keyed = KEY.fullmatch(key) is not None
             mine, holder = leases.acquire(key) if keyed else (True, None)
             if not mine:
-                said.append(f"left alone: {key}, which {holder or 'a process'} computes")
+                said.append(f"left alone: {key} is being computed by {holder or 'a process'}")
                 continue
             if key in found.nodes:
                 said += _delete_node(store, node_folder(store.root, key))
@@ -260,7 +274,8 @@ def delete_corrupt(store: RunStore, found: Checked) -> list[str]:
 
 
 def _delete_node(store: RunStore, folder: Path) -> list[str]:
-    """All of it; only those files that do not count, where nothing else is wrong."""
+    """Deletes a node's folder, or only its unlisted files if nothing else is wrong."""
+    # Checked again under the lease: since it was found, another process may have replaced the node.
     corrupt = check_node(folder, folder.name)[1] if folder.exists() else {}
     if not corrupt:
         return []

@@ -1,4 +1,4 @@
-"""Computes one node. A NodeComputer stays warm: it keeps a Trainer a network, and opened data sets, over many nodes."""
+"""Computes one node and publishes it. A NodeComputer stays warm: it keeps Trainers and open data sets between nodes."""
 
 import json
 import math
@@ -49,12 +49,12 @@ Report = Callable[[int, int], None]
 """Called with (epochs of the schedule done, training images since the last call)."""
 
 Files = dict[str, Callable[[Path], Any]]
-"""A node's files, by name with the function that writes each."""
+"""A node's files: name -> function that writes the file at a given path."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Where the images of a data set are read, and how: loader "auto" leaves it to each worker."""
+    """The images of a data set: manifest, folder (None: generated) and loader ("auto": each worker chooses one)."""
 
     manifest: Manifest
     folder: Path | None
@@ -63,13 +63,14 @@ class Images:
 
 @dataclass(frozen=True)
 class WorkConfig:
-    """What a worker needs to know beside the node: nothing in here changes a result.
+    """What a worker needs beside the node.
 
-    images: by fingerprint. modules: of the user's own, imported first. show: progress on stderr while a data set is
-    opened. A run is checkpointed at the first epoch's end that lies `checkpoint_seconds` after the last checkpoint, and
-    every `checkpoint_epochs` epochs.
+    images: by fingerprint. threads: intra-op threads on a CPU. show: progress on stderr while a data set is opened. A
+    run writes a checkpoint at the first end of an epoch `checkpoint_seconds` after the last one, and every
+    `checkpoint_epochs` epochs. modules: the user's own, imported first.
     """
 
+    # No field may change a result: none of them is in a node's key.
     store: Path
     images: Mapping[str, Images]
     device: str = "cpu"
@@ -82,9 +83,10 @@ class WorkConfig:
 
 @dataclass
 class _Progress:
-    """What a run has behind it: the metrics of its epochs and, by fraction, the LPR at each epoch.
+    """The epochs that a run has completed: their metrics and, by fraction, the LPR at each epoch.
 
-    parts: the processes that computed it before this one: {"from", "to": epochs, and where that was}.
+    begin: the epoch of the schedule at which the run starts. parts: a dict for each earlier process that computed a
+    part of it: {"from", "to": epochs, and its environment}.
     """
 
     begin: int
@@ -97,11 +99,12 @@ class _Progress:
         return self.begin + len(self.history)
 
     def lpr_history(self, trainer: Trainer) -> None:
+        """Appends the LPR that a prune of the present weights would give. The trainer is not changed."""
         for fraction, rows in self.histories.items():
             rows.append({"epoch": self.epoch, **trainer.preview_prune(fraction).layerwise_ratios()})
 
     def facts(self, where: dict[str, Any]) -> dict[str, Any]:
-        """For a checkpoint that is written here."""
+        """The progress as JSON values, for a checkpoint. where: the environment of this process."""
         histories = [[fraction, rows] for fraction, rows in self.histories.items()]
         return {
             "history": [m.as_dict() for m in self.history],
@@ -110,12 +113,13 @@ class _Progress:
         }
 
     def parts_with(self, where: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parts, with that of this process."""
         begin = self.parts[-1]["to"] if self.parts else self.begin
         return [*self.parts, {"from": begin, "to": self.epoch, **where}]
 
     @classmethod
     def of(cls, begin: int, facts: Any) -> "_Progress":
-        """ValueError, TypeError or KeyError for what is no progress."""
+        """The progress that `facts` gave. ValueError, TypeError or KeyError if it is none."""
         histories = {float(fraction): list(rows) for fraction, rows in facts["histories"]}
         parts = [{**part, "to": int(part["to"])} for part in facts["parts"]]
         return cls(begin, [EpochMetrics(**m) for m in facts["history"]], histories, parts)
@@ -128,20 +132,21 @@ class NodeComputer:
         load_modules(config.modules)
         self.config = config
         self.store = RunStore(config.store)
-        # oneDNN would keep what it compiled for the last 1,024 shapes of convs: a smaller network brings 60 new ones.
+        # oneDNN keeps compiled code for the last 1,024 shapes of convs. Each channel selection brings about 60 new
+        # shapes, so that the memory of a warm worker would grow with each.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
         if config.device == "cpu":
             torch.set_num_threads(config.threads)
         elif ":" in config.device:
-            torch.cuda.set_device(config.device)  # where kernels and graphs go that name no device
+            torch.cuda.set_device(config.device)  # Triton and CUDA graphs use the current device
         self._sources: dict[str, DataSource] = {}
         self._trainers: dict[tuple[ModelSpec, str], Trainer] = {}
         self._initial: dict[str, dict[str, Tensor]] = {}
 
     def compute_node(self, node: Runnable, outputs: RequestedOutputs, report: Report) -> tuple[dict[str, Any], int]:
-        """Computes and publishes a node whose parents are published; returns its result, and the epochs it took here.
+        """Computes and publishes a node whose parents are published; returns (result, epochs computed here).
 
-        outputs: what a training run is to leave beside its metrics.
+        outputs: what a training run stores beside its metrics. InputError if a parent is corrupt.
         """
         if isinstance(node, Train):
             return self._train(node, outputs, report)
@@ -153,6 +158,7 @@ class NodeComputer:
             result, files = choose_weights(self.store, node, state, self.config.device)
         else:
             manifest = self.config.images[node.source.node.data.fingerprint].manifest
+            # Latencies are provenance, not result: they depend on the machine.
             result, files, times = choose_channels(self.store, node, manifest.height, self.config.device)
             made |= times
         made |= _cost(time.perf_counter() - began, None)
@@ -171,18 +177,19 @@ class NodeComputer:
     def _fit(
         self, trainer: Trainer, node: Train, outputs: RequestedOutputs, progress: _Progress, report: Report
     ) -> None:
-        """Trains what is left, and writes what is to be kept on the way."""
+        """Trains the remaining epochs; appends them to `progress`, writes checkpoints and outputs of passed epochs."""
         saved_at = time.monotonic()
 
         def on_epoch(metrics: EpochMetrics) -> None:
             nonlocal saved_at
             progress.history.append(metrics)
             report(progress.epoch, 0)
-            if metrics.diverged:
+            if metrics.diverged:  # the run ends here: its last state is published, NaN or not
                 return
             progress.lpr_history(trainer)
-            if metrics.epoch == node.stop:
+            if metrics.epoch == node.stop:  # the last state is published from the trainer, without a copy
                 return
+            # Before the checkpoint: one that has passed an epoch whose output is missing could not be used.
             for what in _asked(outputs, metrics.epoch):
                 self.store.save_partial(node, f"{what}-{metrics.epoch}", _writer(trainer, what))
             often = self.config.checkpoint_epochs
@@ -217,8 +224,9 @@ class NodeComputer:
                 if epoch < last.epoch:
                     passed = self.store.partial_path(node, f"{what}-{epoch}")
                     files[f"{what}-{epoch}.safetensors"] = partial(shutil.copyfile, passed)
-                else:  # a run that diverged before stands there with its last state
+                else:  # a run that diverged earlier publishes its last state in place of the epoch's
                     files[f"{what}-{last.epoch}.safetensors"] = _writer(trainer, what)
+        # JSON has no NaN, and a diverged run has neither accuracy nor loss to compare.
         result = {
             "epochs": last.epoch,
             "diverged": last.diverged,
@@ -236,48 +244,53 @@ class NodeComputer:
         return result
 
     def _start(self, trainer: Trainer, node: Train, outputs: RequestedOutputs) -> _Progress:
-        """Puts the trainer where the run begins, or where its checkpoint left it; returns what is done."""
+        """Loads the checkpoint, or else the start of the run, into the trainer; returns the completed epochs."""
         progress = self._resume(trainer, node, outputs)
         if progress is None:
             progress = _Progress(node.begin, histories={fraction: [] for fraction in outputs.histories})
-            if not isinstance(node.mask, ChannelSelection):  # such a network begins as it was cut
+            # The smaller network of a channel selection holds its start already: it was cut from trained weights.
+            if not isinstance(node.mask, ChannelSelection):
                 self._load_start(trainer, node.start)
             progress.lpr_history(trainer)
+        # After the weights: setting the mask zeroes pruned weights and momentum.
         if isinstance(node.mask, Prune):
             trainer.set_mask(read_mask(self.store, node.mask))
         return progress
 
     def _load_start(self, trainer: Trainer, start: Init | Rewind) -> None:
-        """Weights, batch-norm statistics and, where it is restored, momentum."""
+        """Loads weights, batch-norm statistics and, if the rewind restores it, momentum into the trainer."""
         if isinstance(start, Init):
             trainer.load_state(self._initial_state(start), momentum=False)
         else:
             load_start(self.store, trainer, start.state, momentum=start.momentum)
 
     def _resume(self, trainer: Trainer, node: Train, outputs: RequestedOutputs) -> _Progress | None:
-        """What a checkpoint holds. One that has passed something which is wanted only now does not help."""
+        """Loads the checkpoint into the trainer; None if there is none that can be used."""
         path = self.store.partial_path(node, "checkpoint")
         if not path.exists():
             return None
         try:
             state, facts = read_tensors(path)
             progress = _Progress.of(node.begin, facts)
+            # Another figure may have started the run with fewer outputs: a checkpoint past an output that it did not
+            # store is of no use, and the run starts from its beginning.
             for epoch in (e for e in {*outputs.weights, *outputs.momentum} if e <= progress.epoch):
                 for what in _asked(outputs, epoch):
                     if not (passed := self.store.partial_path(node, f"{what}-{epoch}")).exists():
                         return None
-                    read_tensors(passed)  # raises if it is not as it was written
+                    read_tensors(passed)  # raises if its checksum does not match
             if not set(outputs.histories) <= set(progress.histories):
                 return None
             trainer.load_state(state)
         except (TypeError, ValueError, KeyError) as error:
-            print(f"unusable checkpoint, this run starts from its beginning: {error}", file=sys.stderr)
+            print(f"unusable checkpoint {path} ({error}); the run starts from its beginning", file=sys.stderr)
             return None
         return progress
 
     @contextmanager
     def _trainer(self, node: Train) -> Iterator[Trainer]:
-        """A Trainer of the node's network, warm where there is one; that of a smaller network is closed in the end."""
+        """A Trainer of the node's network: a warm one, or for a smaller network a new one, closed at exit."""
+        # The smaller network belongs to this node alone: kept warm, it would hold memory for no later node.
         if isinstance(node.mask, ChannelSelection):
             assert isinstance(node.start, Rewind)
             model = smaller(self.store, node.mask, read_state(self.store, node.start.state), self._size(node.data))
@@ -293,7 +306,7 @@ class NodeComputer:
         yield self._trainers[which]
 
     def _initial_state(self, init: Init) -> dict[str, Tensor]:
-        if init.key not in self._initial:
+        if init.key not in self._initial:  # only the last is kept: the chains of one seed share it
             state = initial_model(init).state_dict()
             self._initial = {init.key: {f"model.{name}": tensor for name, tensor in state.items()}}
         return self._initial[init.key]
@@ -314,7 +327,7 @@ class NodeComputer:
         return source.train(seed=node.seed, **how), source.val(**how)
 
     def _loader(self, node: Train) -> str | None:
-        """None where a checkpoint held all epochs, so that no data was opened."""
+        """The loader in use; None if no data was opened."""
         source = self._sources.get(node.data.fingerprint)
         return None if source is None else source.loader
 
@@ -327,11 +340,13 @@ def _cost(seconds: float, rate: float | None) -> dict[str, Any]:
 
 
 def _asked(outputs: RequestedOutputs, epoch: int) -> list[str]:
-    """What is kept of the state after `epoch`."""
+    """Which of "state" and "momentum" is stored after `epoch`."""
     return [what for what, epochs in (("state", outputs.weights), ("momentum", outputs.momentum)) if epoch in epochs]
 
 
 def _writer(trainer: Trainer, what: str) -> Callable[[Path], Any]:
+    """A function that writes the trainer's "state" (weights, batch-norm statistics) or its "momentum"."""
+
     def write(path: Path) -> None:
         state = trainer.state().items()
         write_tensors(path, {k: t for k, t in state if k.startswith("model.") == (what == "state")})
@@ -342,17 +357,19 @@ def _writer(trainer: Trainer, what: str) -> Callable[[Path], Any]:
 _LATENCY_BATCH = 64
 
 _HUGE = 1e30
+"""A score in place of NaN or infinity: finite, and larger than any that a network reaches."""
 
 
 def read_mask(store: RunStore, node: Prune) -> Mask:
-    """The mask of a published prune step. InputError, saying what to do, if it is corrupt."""
+    """The mask of a published prune step. InputError if it is corrupt."""
     path = store.mask(node)
     with _to_be_made_again(path):
         return Mask.load(path)
 
 
 def read_state(store: RunStore, ref: StateRef, *, momentum: bool = False) -> dict[str, Tensor]:
-    """Weights and batch-norm statistics ("model.NAME") of a published run, and its momentum ("momentum.NAME")."""
+    """Weights and batch-norm statistics ("model.NAME") of a published run, with its momentum ("momentum.NAME") on
+    request. InputError if a file is corrupt, RuntimeError if the run has not stored it."""
     state: dict[str, Tensor] = {}
     for what in ("state", "momentum") if momentum else ("state",):
         path = store.state(ref, what)
@@ -364,12 +381,14 @@ def read_state(store: RunStore, ref: StateRef, *, momentum: bool = False) -> dic
 
 
 def _foreign(store: RunStore, ref: StateRef | Init, why: str) -> Exception:
+    """The error to raise for a state that does not fit the network."""
+    # Initial weights are computed, not read: if they do not fit, no file is corrupt.
     path = None if isinstance(ref, Init) else store.state(ref)
     return ValueError(why) if path is None else store.corrupt(path, why)
 
 
 def load_start(store: RunStore, trainer: Trainer, ref: StateRef, *, momentum: bool) -> None:
-    """Puts the trainer where a published run was. InputError where that is another network's."""
+    """Loads a state of a published run into the trainer. InputError if it belongs to another network."""
     state = read_state(store, ref, momentum=momentum)
     try:
         trainer.load_state(state, momentum=momentum)
@@ -380,20 +399,22 @@ def load_start(store: RunStore, trainer: Trainer, ref: StateRef, *, momentum: bo
 def choose_weights(
     store: RunStore, node: Prune, state: dict[str, Tensor], device: str = "cpu"
 ) -> tuple[dict[str, Any], Files]:
-    """The result of a prune step, its mask among the files, chosen on `device`; `state` is that of its source."""
+    """(result, files) of a prune step; the mask is chosen on `device`. state: that of the step's source."""
     if node.prior is not None:
         mask = read_mask(store, node.prior)
     else:
-        with torch.device("meta"):
+        with torch.device("meta"):  # only names and shapes are needed
             model = build(node.model)
         mask = Mask.dense(layout(prunable(model)))
-    if node.criterion != "random":  # that one keeps its float64 bits, which are selected on a CPU
+    # Random scores are float64, and select the same weights on each machine: they are drawn and sorted on the CPU.
+    if node.criterion != "random":
         mask = Mask(mask.keep.to(device), mask.segments)
     scores = _scores(store, node, mask, state)
     if isinstance(node.allocation, Ratios):
         new = prune_to_ratios(scores, mask, read_mask(store, node.allocation.mask).layerwise_ratios())
+        # Allocations can be compared at equal sparsity only.
         if mask.kept - new.kept != n_to_prune(mask.kept, node.fraction):
-            raise ValueError("the ratios are those of a mask of another sparsity")
+            raise ValueError("the layerwise ratios are of a mask with another sparsity")
     else:
         new = prune(scores, mask, node.fraction, node.allocation)
     ratios = new.layerwise_ratios()
@@ -409,22 +430,23 @@ def choose_weights(
 
 
 def _scores(store: RunStore, node: Prune, mask: Mask, state: dict[str, Tensor]) -> Tensor:
-    """In the mask's storage order, where the mask is."""
+    """The score of each weight, in the mask's storage order, on the mask's device."""
     if node.criterion == "random":
         return random_scores(mask, node.seed, node.round)
     weights = _model_state(state)
     for s in mask.segments:
         if s.name not in weights or tuple(weights[s.name].shape) != s.shape:
-            raise _foreign(store, node.source, f"no {s.name} of shape {s.shape} in it")
+            raise _foreign(store, node.source, f"it has no {s.name} of shape {s.shape}")
     if node.criterion == "magnitude":
         return magnitude_scores(weights, mask)
     if isinstance(node.criterion, str):
         raise ValueError(f"cannot prune by criterion {node.criterion!r}")
+    # A user's module may have changed since the figure was planned, or differ between machines.
     used = criterion(node.criterion.name)
     if used.version != node.criterion.version:
         raise InputError(
-            f"criterion {used.name} is of version {used.version}, the mask asks for {node.criterion.version}: "
-            "all processes of a run must import the same --figure-module"
+            f"criterion {used.name} has version {used.version}, the mask requires {node.criterion.version}; "
+            "import the same --figure-module in all processes of a run"
         )
     return user_scores(used, weights, mask)
 
@@ -432,13 +454,16 @@ def _scores(store: RunStore, node: Prune, mask: Mask, state: dict[str, Tensor]) 
 def choose_channels(
     store: RunStore, node: ChannelSelection, image_size: int, device: str
 ) -> tuple[dict[str, Any], Files, dict[str, Any]]:
-    """The filters that stay, and what the smaller network costs beside the dense one: parameters and FLOPs of one
-    image. Third, as provenance: milliseconds for a batch, both networks measured in turn here and now."""
+    """(result, files, provenance) of a channel selection.
+
+    The result gives the numbers of filters, and parameters and FLOPs per image of the smaller and the dense network.
+    The provenance gives the milliseconds of a batch for both networks, measured in turn on `device`.
+    """
     state = read_state(store, node.source)
     model = _with_weights(node, state)
     groups = structured.channel_groups(model, image_size)
     scores = structured.gamma_scores(groups, _model_state(state))
-    # A pre-training that diverged has a selection as well, so that its fine-tuning can show that it diverged.
+    # A run that diverged gets a selection, too: its fine-tuning then appears in the figure as diverged, not as missing.
     scores = {name: torch.nan_to_num(s, nan=_HUGE, posinf=_HUGE) for name, s in scores.items()}
     selection = structured.select(groups, scores, node.fraction)
     small = structured.remove(_with_weights(node, state), selection, image_size)
@@ -473,7 +498,7 @@ def choose_channels(
 
 
 def smaller(store: RunStore, node: ChannelSelection, state: dict[str, Tensor], image_size: int) -> nn.Module:
-    """The network of `state` without the filters that a published selection removes. InputError if it is corrupt."""
+    """The network of `state` without the filters that a published selection removes. InputError if that is corrupt."""
     path = store.channels(node)
     try:
         selection = structured.Selection.from_dict(json.loads(path.read_text()))
@@ -494,8 +519,8 @@ def _model_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _to_be_made_again(path: Path) -> Iterator[None]:
-    """Says what to do about a corrupt file of a published node."""
+    """Adds to an InputError on a published node's file what to do."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{error}; delete the folder {path.parent} to make it again") from error
+        raise InputError(f"{error}; delete the folder {path.parent} to recompute the node") from error

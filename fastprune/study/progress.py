@@ -1,4 +1,4 @@
-"""What the user sees while a graph runs: one bar over all training images, one line for each worker."""
+"""The live view of a run: one bar over all training images, one line for each worker."""
 
 import sys
 import time
@@ -10,16 +10,16 @@ from fastprune.specs import Runnable, Train
 from fastprune.study.graph import Cost, Graph
 
 _LINES = 24
-"""Workers that have a line of their own."""
+"""The most workers that get a line each: more would not fit on a terminal."""
 
 _FIRST_SECONDS = 0.2
-"""What the first images that are reported took, about."""
+"""The time that the first reported images took, roughly: it is not known."""
 
 
 class Bars:
-    """A View of tqdm bars on stderr: images/s and time left over all that is to do, and what each worker does.
+    """A View of tqdm bars on stderr: images/s and time left for the whole run, and what each worker computes.
 
-    Where stderr is no terminal, the overall bar alone, a line every ten seconds.
+    If stderr is no terminal, only the bar of the whole run, a line every ten seconds.
     """
 
     def __init__(self, graph: Graph, todo: list[Runnable], workers: int) -> None:
@@ -35,7 +35,7 @@ class Bars:
             mininterval=0.2 if live else 10.0,
             dynamic_ncols=live,
             disable=not todo,
-            smoothing=0,
+            smoothing=0,  # the mean rate: workers report in bursts, and an epoch's validation reports nothing
         )
         self.lines = [
             tqdm(total=0, bar_format="  {desc}", dynamic_ncols=True, position=i + 1, leave=False)
@@ -52,8 +52,8 @@ class Bars:
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None:
         seen = self.images[node.key] = self.images.get(node.key, 0) + images
         if images and not self.total.n:
-            # How long workers take to start tells nothing of the rate. A bar that has not been printed since its start
-            # ends without a line's end.
+            # The clock starts with the first images: the time that workers take to start would lower the rate. tqdm
+            # writes no final line end for a bar whose last print is earlier than its start, so both are set.
             self.total.start_t = self.total.last_print_t = time.time() - _FIRST_SECONDS
         self.total.update(images)
         if isinstance(node, Train) and epoch:
@@ -62,12 +62,12 @@ class Bars:
             self._say(worker, f"{self.places[worker]}: {about}")
 
     def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None:
-        """worker: None where another process computed the node."""
+        """worker: None if another process computed the node."""
         if worker is not None:
             self._say(worker, "")
         if isinstance(node, Train):
             self.trained += 1
-            self._expect_no_more_of([node])  # a resumed or diverged run needs fewer images than planned
+            self._expect_no_more_of([node])  # a resumed or diverged run takes fewer images than planned
             self._count()
             if result["diverged"]:
                 self.note(f"diverged: {self.graph.label(node)}, in epoch {result['epochs']}")
@@ -81,6 +81,8 @@ class Bars:
         self.note(f"failed: {self.graph.label(node)}: {reason}")
 
     def _expect_no_more_of(self, nodes: list[Runnable]) -> None:
+        """Takes the images that these nodes will not compute off the bar's total."""
+        # A node that was computed twice has been counted twice: the total must not fall below what the bar shows.
         unseen = Cost.of(nodes).images - sum(self.images.get(n.key, 0) for n in nodes)
         self.total.total = max(self.total.n, self.total.total - unseen)
 
@@ -90,7 +92,8 @@ class Bars:
         self.total.set_description(f"{self.trained}/{self.trainings} trainings{failures}", refresh=False)
 
     def note(self, text: str) -> None:
-        """A line above the bars."""
+        """Prints a line above the bars."""
+        # Not print: tqdm clears the bars first, and draws them again below the line.
         tqdm.write(text, file=sys.stderr)
 
     def __enter__(self) -> Self:
@@ -102,5 +105,6 @@ class Bars:
         self.total.close()
 
     def _say(self, worker: int, text: str) -> None:
+        """Replaces the text of a worker's line, if it has one."""
         if worker < len(self.lines):
             self.lines[worker].set_description_str(text)

@@ -1,4 +1,6 @@
-"""Workers on a Ray cluster: one actor each, warm over many nodes, with a share of a GPU or a CPU core."""
+"""Workers on a Ray cluster: each is an actor with a share of a GPU or a CPU core, warm over many nodes."""
+
+# Actors, not GPU tasks: Ray ends a task's process after one call, and each node would compile anew.
 
 import contextlib
 import logging
@@ -27,22 +29,25 @@ from fastprune.study.graph import Graph
 from fastprune.study.workers import Answer, BadInput, Lost, Report, Worker, answer, refusal
 
 _REPORT_SECONDS = 1.0
-"""Between two reports of a worker's progress, and two looks at them."""
+"""Seconds between two reports of a worker, and between two queries for reports."""
 
 _SEEN_SECONDS = 60.0
-"""How long a worker's machine may take to see a file that the driver's has just written."""
+"""How long a worker's machine may take to see a file that the driver has just written: NFS caches names."""
 
 _ANSWER_SECONDS = 10.0
+"""How long a cluster's address may take to accept a connection."""
 
 _DEATHS_LIMIT = 5
-"""So many deaths of a worker's processes as they start, and none that came up between, end the run."""
+"""After so many deaths of a worker's process in a row while it starts, the run ends."""
 
 _PASSED_ON = ("OMP_", "MKL_", "NUMBA_", "TRITON_", "TORCHINDUCTOR_", "MPLCONFIGDIR")
-"""What of the driver's environment its workers get."""
+"""Prefixes of the environment variables that workers get from the driver: threads and compiler caches."""
 
 
 class _Reports:
-    """What workers reported since they were last asked for: (worker, key) -> (epoch, training images so far)."""
+    """An actor that collects reports until they are taken: (worker, key) -> (epoch, training images so far)."""
+
+    # An actor of its own: a worker's actor answers no call while it computes a node.
 
     def __init__(self) -> None:
         self.said: dict[tuple[int, str], tuple[int, int]] = {}
@@ -56,7 +61,7 @@ class _Reports:
 
 
 class _Actor:
-    """One worker, in a process of its own on some machine of the cluster. Ray starts it again where it dies."""
+    """One worker's process, on some machine of the cluster. Ray starts it again if it dies."""
 
     def __init__(self, number: int) -> None:
         self.number, self.gpus = number, ray.get_gpu_ids()
@@ -65,17 +70,18 @@ class _Actor:
     def open(
         self, graph: Graph, config: WorkConfig, reports: Any, store_id: str, version: str
     ) -> BadInput | tuple[str, str, str]:
-        """(device, place, Ray's name of the machine), or what keeps it from working here. Comes first: what an actor is
-        created with, Ray may lack when it starts it again."""
+        """(device, place, Ray's id of the machine), or BadInput if it cannot work here. To be called first."""
+        # Not arguments of __init__: Ray may have lost them when it starts the actor again.
         self.graph, self.config, self.reports = graph, config, reports
         host = socket.gethostname()
         if fastprune.__version__ != version:
-            return BadInput(f"{host} has fastprune {fastprune.__version__}, here it is {version}: install the same")
+            return BadInput(f"{host} has fastprune {fastprune.__version__}, the driver {version}: install the same one")
         folders = [images.folder for images in self.config.images.values() if images.folder is not None]
         shared = "--store and --data must be on a disk that all machines see at the same path"
         for path in (self.config.store / "store.json", *folders):
             if not _appears(path):
                 return BadInput(f"{host} does not see {path}: {shared}")
+        # A path that exists is not enough: on a local disk the same path would be another store.
         if RunStore(self.config.store).id != store_id:
             return BadInput(f"{host} has another store at {self.config.store}: {shared}")
         place = f"{host} {'cuda' if self.gpus else 'cpu'}{''.join(map(str, self.gpus[:1]))}"
@@ -86,7 +92,7 @@ class _Actor:
             self.reports.put.remote(self.number, key, epoch, images)
 
         try:
-            if self.computer is None:
+            if self.computer is None:  # here, not in open: a broken device fails a node, with a cause
                 self.computer = NodeComputer(replace(self.config, device="cuda" if self.gpus else "cpu"))
         except Exception as error:
             return refusal(error, self.config.store)
@@ -94,19 +100,20 @@ class _Actor:
 
 
 def _appears(path: Path) -> bool:
+    """Waits until this machine sees the path; False after _SEEN_SECONDS."""
     deadline = time.monotonic() + _SEEN_SECONDS
     while not path.exists():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
         if path.parent.is_dir():
-            os.listdir(path.parent)  # makes NFS look again
+            os.listdir(path.parent)  # makes an NFS client ask the server again
     return True
 
 
 @dataclass
 class RayWorkers:
-    """Workers on a cluster. about: which cluster it is, how many it has room for, and what each gets, for the user."""
+    """Workers on a cluster. about: the cluster, its room and the share of each worker, in words for the user."""
 
     workers: list[Worker]
     about: str
@@ -116,25 +123,27 @@ class RayWorkers:
 def ray_workers(
     graph: Graph, config: WorkConfig, *, address: str | None, count: int | None, gpus: float | None, most: int
 ) -> Iterator[RayWorkers]:
-    """`count` actors (None: as many as the cluster has room for now), but no more than `most`, each with `gpus` of a
-    GPU, or on a CPU core if that is 0 or None and the cluster has no GPU. Those without room join when there is some.
+    """`count` workers (None: as many as the cluster has room for now), at most `most`.
 
-    address: as ray.init takes it; None joins the cluster that this machine belongs to, or starts one here.
-    InputError where no cluster can be reached, or it has no room for a single worker.
+    gpus: share of a GPU for each; 0: a CPU core; None: one GPU, or a CPU core if the cluster has no GPU. A worker
+    without room starts as soon as there is room. address: as for ray.init; None joins the cluster of this machine, or
+    starts one here. InputError if no cluster can be reached, or if `count` is None and there is no room for a worker.
     """
     try:
         which = _connect(address)
         gpus, room = _room(gpus)
         if count is None and room == 0:
-            raise InputError(f"the Ray cluster has no room for a worker with {gpus:g} GPUs: see --gpus-per-run")
+            raise InputError(f"the Ray cluster has no room for a worker with {gpus:g} GPUs; change --gpus-per-run")
         count = max(1, min(count or room, most))
         each = f"each with {gpus:g} of a GPU" if gpus else "each on a CPU core"
         fewer = f", {room} for now: the cluster has no room for more" if room < count else ""
         variables = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
+        # The driver's own package comes first: each worker must run the same code, installed there or not.
         path = [str(Path(fastprune.__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         variables["PYTHONPATH"] = os.pathsep.join(path)
         actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=-1, runtime_env={"env_vars": variables})(_Actor)
         inbox, store_id = _Inbox(), RunStore(config.store).id
+        # A graph of nine figures is large: each machine gets it once.
         opened_with = ray.put(graph), ray.put(config), inbox.reports, store_id, fastprune.__version__
         workers: list[Worker] = [RayWorker(i, partial(actor.remote, i), opened_with, inbox) for i in range(count)]
         yield RayWorkers(workers, f"{which}, runs at once: up to {count}, {each}{fewer}")
@@ -143,10 +152,11 @@ def ray_workers(
 
 
 class _Inbox:
-    """The reports of all workers, asked for once a second."""
+    """The driver's side of _Reports: queries it once a second, without waiting for the answer."""
 
     def __init__(self) -> None:
-        # Here, where this machine's end is the run's; begun again, it lacks a few seconds of what workers said.
+        # On the driver's machine, so that no other machine's loss ends it. If Ray starts it again, a few seconds of
+        # reports are lost, which changes no total: workers report totals.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor: Any = ray.remote(num_cpus=0)(_Reports)
         self.reports = actor.options(max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
@@ -155,7 +165,7 @@ class _Inbox:
         self._said: dict[tuple[int, str], tuple[int, int]] = {}
 
     def take(self, worker: int, key: str | None) -> tuple[int, int] | None:
-        """(epoch, images so far) of a worker's node, where there is news. InputError where the cluster is lost."""
+        """(epoch, images so far) of a worker's node; None without a new report. InputError if the cluster is lost."""
         if self._asked is not None and self._asked.done():
             try:
                 self._said |= self._asked.result()
@@ -170,10 +180,10 @@ class _Inbox:
 
 
 class RayWorker:
-    """An actor. Ray places it, and places it again where its process or its machine is lost."""
+    """The driver's side of an actor. Ray places it, and places it again if its process or its machine is lost."""
 
     def __init__(self, number: int, make: Callable[[], Any], opened_with: tuple[Any, ...], inbox: _Inbox) -> None:
-        """make: creates its actor, whose method `open` takes `opened_with`."""
+        """make: creates the actor. opened_with: the arguments of its method `open`."""
         self._number, self._make, self._opened_with, self._inbox = number, make, opened_with, inbox
         self._actor, self._machine = make(), ""
         self._key: str | None = None
@@ -195,10 +205,13 @@ class RayWorker:
             opening, self._opening = self._opening, None
             try:
                 found = opening.result()
-            except RayError as error:  # it died as it started: Ray starts it again
+            except RayError as error:  # the process died while it started: Ray starts it again
+                # An actor that is merely unavailable, as on a slow network, has not died.
                 self._deaths += not isinstance(error, ActorUnavailableError)
                 if self._deaths >= _DEATHS_LIMIT:
-                    raise InputError(f"Ray's workers die as they start ({_first_line(error)})") from error
+                    raise InputError(
+                        f"Ray's workers die while they start ({_first_line(error)}); see Ray's logs"
+                    ) from error
                 self._open()
                 return
             self._deaths = 0
@@ -213,39 +226,40 @@ class RayWorker:
         if not isinstance(error, RayError):
             raise error
         machine = self._machine
-        self._open()  # Ray starts it again by itself
+        self._open()  # Ray starts the process by itself, but it must be given the graph again
         return Lost(_first_line(error), with_machine=machine not in _alive())
 
     def renew(self) -> None:
+        # Another actor, not a restart of this one: ray.kill ends an actor for good.
         ray.kill(self._actor)
         self._actor = self._make()
         self._open()
 
     def close(self) -> None:
-        if ray.is_initialized():
+        if ray.is_initialized():  # without a connection there is nothing to kill, and ray.kill would start a cluster
             ray.kill(self._actor)
 
 
 def _alive() -> set[str]:
-    """The machines of the cluster, by Ray's names."""
+    """Ray's ids of the machines of the cluster that are alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _connect(address: str | None) -> str:
-    """Which cluster it is, for the user. Ray itself would try for minutes where no cluster is; and it takes SIGTERM for
-    a crash."""
+    """Connects to a cluster, or starts one; returns it in words for the user. InputError if there is none."""
+    # ray.init sets its own handler of SIGTERM, which takes the signal for a crash: the caller's is restored below.
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     where, how = _expected_at(address)
     host, _, port = where.removeprefix("ray://").rpartition(":")
     try:
-        if port.isdecimal():
+        if port.isdecimal():  # ray.init would try for minutes to reach a cluster that does not exist
             socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
         ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:  # a ConnectionError is an OSError
         mend = "start one with ray start --head, or use --ray-address local"
         if where:
-            mend = "is that right, and ~/.ray/auth_token the same as there? --ray-address local starts one here"
+            mend = "check the address, and that ~/.ray/auth_token is the cluster's; --ray-address local starts one here"
         raise InputError(f"{how}: no Ray cluster there ({_first_line(error)}); {mend}") from error
     finally:
         if main and handler is not None:
@@ -255,7 +269,8 @@ def _connect(address: str | None) -> str:
 
 
 def _expected_at(address: str | None) -> tuple[str, str]:
-    """(where Ray will look for a cluster, "" where it looks around; who says so)."""
+    """(address at which Ray will look for a cluster, "" if it starts or searches one; what names the address)."""
+    # The order is that of ray.init: the argument, RAY_ADDRESS, then the file that `ray start` wrote on this machine.
     if address not in (None, "auto"):
         return ("" if address == "local" else str(address)), f"--ray-address {address}"
     if found := os.environ.get("RAY_ADDRESS", ""):
@@ -269,17 +284,18 @@ def _expected_at(address: str | None) -> tuple[str, str]:
 
 
 def _room(gpus: float | None) -> tuple[float, int]:
-    """GPUs of a worker, and how many workers there is room for."""
+    """(GPUs of a worker, number of workers that the cluster has room for)."""
     there = ray.cluster_resources()
     if gpus is None:
         gpus = 1.0 if there.get("GPU", 0.0) >= 1.0 else 0.0
     room = int(there.get("CPU", 0.0))
     if gpus > 0.0:
-        # Shares of one GPU do not add up over several: a third fits three times into each.
+        # A share lies within one GPU: shares of 0.4 fit twice into each, and what is left over is not combined.
         each = math.floor(1.0 / gpus) if gpus <= 1.0 else 1.0 / gpus
         room = min(room, int(there.get("GPU", 0.0) * each))
     return gpus, room
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of a message that is not empty. Ray's messages hold whole tracebacks of other processes."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,4 +1,7 @@
-"""Runs a graph: each node once, parents first, the longest chain first, by workers that give futures."""
+"""Runs a graph: computes each missing node once, parents first, the longest chain first, on workers that give futures.
+
+Several processes may run graphs on one store: leases share the nodes among them.
+"""
 
 import time
 from collections import Counter
@@ -19,21 +22,24 @@ _TICK = 0.2
 """Seconds between two looks at the workers when no future is done."""
 
 _LOOK_AGAIN = 1.0, 10.0
-"""After how many seconds a node that another process computes is looked at again: at first, and at last."""
+"""Seconds until a node that another process computes is checked again: the least, and the most."""
 
 _SILENT_SECONDS = 600.0
-"""A busy worker that reports nothing for so long is mentioned, and again when other processes are waited for."""
+"""A busy worker without a report for so long is noted to the user. Also the time between two notes on waiting."""
 
 _WAITING_SECONDS = 30.0
-"""How long nodes of other processes are waited for without a word."""
+"""Seconds of waiting for other processes until the first note."""
 
 _FAILURES_LIMIT = 3
-"""So many failures in a row on a device end its workers."""
+"""After so many failures in a row a device gets no more nodes."""
 
 
 class View(Protocol):
-    """What is told of the run as it goes. worker: its number; place: where it runs; blocked: nodes that depend on a
-    failed one."""
+    """Receives the events of a run, on the loop's thread.
+
+    worker: its number. place: where it runs. images: training images since the last call. blocked: nodes that depend
+    on the failed one.
+    """
 
     def started(self, worker: int, node: Runnable, place: str) -> None: ...
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None: ...
@@ -44,11 +50,11 @@ class View(Protocol):
 
 @dataclass
 class Outcome:
-    """What became of the nodes that were missing: keys computed here, and by key why a node failed.
+    """What happened to the missing nodes.
 
-    found: keys of nodes that another process published meanwhile. epochs: of the trainings among the done, how many
-    were computed here. images: training images seen by all workers. blocked: how many nodes depend on a failed one.
-    seconds: wall time.
+    done: keys of nodes computed here. failed: cause by key. found: keys of nodes that another process published
+    meanwhile. epochs: computed here, by key of a training in `done`. images: training images of all workers. blocked:
+    number of nodes that depend on a failed one. seconds: wall time.
     """
 
     done: list[str] = field(default_factory=list)
@@ -61,10 +67,10 @@ class Outcome:
 
 
 def run(graph: Graph, store: RunStore, workers: Sequence[Worker], view: View) -> Outcome:
-    """Computes what the store lacks of the graph. A node that fails is tried once more, then reported, and the others
-    go on.
+    """Computes and publishes the nodes of the graph that the store lacks. Closes the workers.
 
-    InputError (a corrupt file, a full disk) ends the run; so does KeyboardInterrupt. After both, the same call goes on.
+    A node that fails is tried once more, then reported; the nodes that do not depend on it are still computed.
+    InputError (a corrupt file, a full disk) and KeyboardInterrupt end the run; calling it again resumes it.
     """
     began = time.monotonic()
     with Leases(store.root / "leases") as leases:
@@ -72,7 +78,7 @@ def run(graph: Graph, store: RunStore, workers: Sequence[Worker], view: View) ->
         try:
             loop.run()
         finally:
-            for worker in workers:  # no worker writes any more when the leases are given back
+            for worker in workers:  # before the leases are released: no worker may write without one
                 worker.close()
     loop.outcome.seconds = time.monotonic() - began
     return loop.outcome
@@ -80,7 +86,7 @@ def run(graph: Graph, store: RunStore, workers: Sequence[Worker], view: View) ->
 
 @dataclass
 class _Task:
-    """A node that a worker computes. heard: when it last reported; epoch, images: what."""
+    """A node that a worker computes. heard: monotonic time of the last report; epoch, images: its content."""
 
     worker: int
     node: Runnable
@@ -112,6 +118,7 @@ class _Loop:
         busy = {task.worker for task in self.running.values()}
         for number, worker in enumerate(self.workers):
             device = worker.device
+            # A worker without a device is still starting: on a cluster it may wait for room.
             if number in busy or not device or self.retries.has_ended(device, self._devices()):
                 continue
             if (node := self._claim_next(device)) is not None:
@@ -123,13 +130,14 @@ class _Loop:
         return {worker.device for worker in self.workers} - {""}
 
     def _claim_next(self, device: str) -> Runnable | None:
-        """The ready node with the longest chain that may run on the device, and that no other process computes."""
+        """Claims the ready node with the longest chain that may run on the device; None if there is none."""
         while (node := self._next(device)) is not None:
             if self._claim(node):
                 return node
         return None
 
     def _next(self, device: str) -> Runnable | None:
+        # A node leased elsewhere is skipped for a while: each look at its lease asks a disk that many may share.
         now, devices = time.monotonic(), self._devices()
         for node in self.schedule.ready():
             is_due = node.key not in self.elsewhere or self.elsewhere[node.key].look_at <= now
@@ -138,7 +146,7 @@ class _Loop:
         return None
 
     def _claim(self, node: Runnable) -> bool:
-        """Whether it is ours to compute: no other process does, or has published it meanwhile."""
+        """Whether this process is to compute the node: it holds the lease, and the node is not published."""
         try:
             mine, holder = self.leases.acquire(node.key)
         except OSError as error:
@@ -151,6 +159,7 @@ class _Loop:
         if holder is not None:
             self.view.note(f"taken over: {self.graph.label(node)}, from {holder}, which died")
         self.store.tidy(node)
+        # Only under the lease is this final: another process may have published between the last look and now.
         if self.store.holds(node, self.graph.needed(node)):
             self.leases.release(node.key)
             self.schedule.done(node)
@@ -160,17 +169,18 @@ class _Loop:
         return True
 
     def _leave(self, node: Runnable, holder: Holder | None) -> None:
-        """To another process, which computes it; the longer that takes, the less often it is looked at."""
+        """Records that another process computes the node, and when to check it again."""
+        # The longer it takes, the rarer the checks: a tenth of the time waited delays the end by at most a tenth.
         now = time.monotonic()
         since = self.elsewhere[node.key].since if node.key in self.elsewhere else now
         first, last = _LOOK_AGAIN
         self.elsewhere[node.key] = _Elsewhere(holder, since, now + min(max(first, 0.1 * (now - since)), last))
 
     def _listen(self) -> None:
-        """Waits a moment for what the workers say, and settles what they have done."""
+        """Waits at most one tick for a future, passes on reports, and settles the futures that are done."""
         if self.running:
             done, _ = wait(self.running, _TICK, FIRST_COMPLETED)
-        else:
+        else:  # all ready nodes are computed elsewhere, or no worker has started yet
             done = set()
             time.sleep(_TICK)
         for worker in self.workers:
@@ -179,6 +189,7 @@ class _Loop:
             self._settle(self.running.pop(future), future)
 
     def _report(self, task: _Task, epoch: int, images: int) -> None:
+        # Workers report totals, so that a lost or repeated report changes no sum.
         more, task.images = images - task.images, images
         task.heard, task.epoch = time.monotonic(), max(task.epoch, epoch)
         self.outcome.images += more
@@ -191,7 +202,7 @@ class _Loop:
         still_ours = self.leases.release(node.key)
         if isinstance(answer, BadInput):
             raise InputError(answer.line)
-        if isinstance(answer, Done):
+        if isinstance(answer, Done):  # even if the lease was lost meanwhile: the node is published
             self._report(task, task.epoch, answer.images)
             self.retries.succeeded(task.device)
             self.outcome.done.append(node.key)
@@ -200,17 +211,19 @@ class _Loop:
             self.schedule.done(node)
             self.view.finished(task.worker, node, answer.result)
             return
-        if isinstance(answer, Failed):
+        if isinstance(answer, Failed):  # the exception may have left the process broken, as a CUDA error does
             worker.renew()
-        if not still_ours:  # the process that took it over has removed what this worker was writing
+        # The process that took the lease over has removed this worker's temporary files: the failure tells nothing.
+        if not still_ours:
             self._leave(node, None)
             self.schedule.put_back(node)
         elif self._try_again(task, answer):
             self.schedule.put_back(node)
 
     def _try_again(self, task: _Task, answer: Failed | Lost) -> bool:
-        """Whether a node that was not computed is tried once more; if not, it is reported."""
+        """Whether a node that failed or lost its worker is tried again; reports the failure if not."""
         node, device, label = task.node, task.device, self.graph.label(task.node)
+        # A lost machine is no fault of the node, and a run that got further will end, however often it is killed.
         if isinstance(answer, Lost) and (answer.with_machine or self.retries.got_further(node.key, device, task.epoch)):
             self.view.note(f"retry: {label}, whose worker died ({answer.reason})")
             return True
@@ -219,9 +232,10 @@ class _Loop:
         if isinstance(answer, Failed):
             reason = self._log(node, answer.cause, answer.text)
         else:
+            # The kernel's out-of-memory killer sends signal 9 and leaves no message of its own.
             hint = ": out of memory?" if "code -9" in answer.reason or "memory" in answer.reason.lower() else ""
             reason = f"worker died ({answer.reason}){hint}"
-            if not again:  # else there is no more to say
+            if not again:  # a lost process leaves no traceback: a log is of use only for the final report
                 reason = self._log(node, reason, reason)
         if again:
             self.view.note(f"retry: {label}, which failed on {device}: {reason}")
@@ -235,11 +249,11 @@ class _Loop:
         return again
 
     def _log(self, node: Runnable, cause: str, text: str) -> str:
-        """The cause, and where all that is known is written down."""
+        """Writes the node's log; returns the cause with the log's path."""
         try:
             log = self.store.log(node, f"{self.graph.label(node)}\n{text}")
             return f"{cause} (log: {log})"
-        except OSError as error:
+        except OSError as error:  # the cause of the failure must not be replaced by that of a missing log
             return f"{cause} (no log: {error.strerror})"
 
     def _mention_the_silent(self) -> None:
@@ -247,10 +261,10 @@ class _Loop:
             if time.monotonic() - task.heard > _SILENT_SECONDS:
                 task.heard = time.monotonic()
                 label, place = self.graph.label(task.node), self.workers[task.worker].place
-                self.view.note(f"no sign of {label} for {_SILENT_SECONDS / 60:.0f} minutes ({place}): does it hang?")
+                self.view.note(f"no report from {label} for {_SILENT_SECONDS / 60:.0f} minutes ({place}); it may hang")
 
     def _mention_others(self) -> None:
-        """Says which processes this one waits for when it has nothing else to do."""
+        """Tells the user which node of another process this one waits for, if it has nothing else to do."""
         now = time.monotonic()
         others = [] if self.running else [n for n in self.schedule.ready() if n.key in self.elsewhere]
         if not others:
@@ -258,15 +272,16 @@ class _Loop:
         elif self.waiting_since is None:
             self.waiting_since = now
         elif now - self.waiting_since > _WAITING_SECONDS:
+            # In the future, so that the next note comes _SILENT_SECONDS from now.
             self.waiting_since = now + _SILENT_SECONDS - _WAITING_SECONDS
             label, holder = self.graph.label(others[0]), self.elsewhere[others[0].key].holder
             more = f", and {len(others) - 1} more" if len(others) > 1 else ""
-            self.view.note(f"waiting for what others compute: {label} ({holder or 'another process'}){more}")
+            self.view.note(f"waiting for other processes: {label} ({holder or 'another process'}){more}")
 
 
 @dataclass
 class _Elsewhere:
-    """A node that another process computes. Monotonic seconds; holder: None where it is not known."""
+    """A node that another process computes. since, look_at: monotonic seconds. holder: None if unknown."""
 
     holder: Holder | None
     since: float
@@ -274,10 +289,10 @@ class _Elsewhere:
 
 
 class Retries:
-    """What failed where in one run, and what follows: nodes by key, devices by name.
+    """The failures of one run, and which node may run on which device; nodes by key, devices by name.
 
-    A node gets a second attempt, on another device where there is one; one whose worker dies gets more, as long as it
-    comes further each time. Devices on which only failures come get no more nodes, but for the last device.
+    A failed node gets a second attempt, on another device if there is one. A node whose worker dies gets further
+    attempts as long as each gets further. A device with only failures gets no more nodes, unless it is the last one.
     """
 
     def __init__(self) -> None:
@@ -287,16 +302,16 @@ class Retries:
         self._ended: set[str] = set()
 
     def got_further(self, key: str, device: str, epoch: int) -> bool:
-        """Whether a node whose worker died had come further than ever before."""
+        """Whether a node whose worker died had completed more epochs than in any earlier attempt."""
         further = epoch > self._epoch.get(key, 0)
         if further:
             self._epoch[key], self._failed_on[key] = epoch, device
         return further
 
     def failed(self, key: str, device: str, devices: Collection[str]) -> bool:
-        """Whether the node is tried once more. devices: those of all workers. What fails on two is not their fault."""
+        """Records a failure; whether the node is tried once more. devices: those of all workers."""
         first = self._failed_on.pop(key, None)
-        if first not in (None, device):
+        if first not in (None, device):  # a node that fails on two devices is the cause itself: neither is to blame
             self._in_a_row[first] = self._in_a_row[device] = 0
             return False
         self._in_a_row[device] += 1
@@ -310,10 +325,12 @@ class Retries:
         self._in_a_row[device] = 0
 
     def may_run(self, key: str, device: str, devices: Collection[str]) -> bool:
-        """Whether the node did not fail on the device, or there is no other."""
+        """Whether the node has not failed on the device, or there is no other device."""
         return self._failed_on.get(key) != device or not self._others(device, devices)
 
     def has_ended(self, device: str, devices: Collection[str]) -> bool:
+        """Whether the device gets no more nodes."""
+        # Asked each time: the other devices may have ended or been lost since, and the last one always gets nodes.
         return device in self._ended and self._others(device, devices)
 
     def _others(self, device: str, devices: Collection[str]) -> bool:

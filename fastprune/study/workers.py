@@ -1,4 +1,4 @@
-"""Workers of this machine: each computes a node at a time, and gives a future for it. A cluster's: ray_workers.py."""
+"""Workers of this machine: each computes one node at a time, and gives a future for it. Ray's: ray_workers.py."""
 
 import contextlib
 import errno
@@ -23,15 +23,17 @@ from fastprune.study.compute import NodeComputer, WorkConfig
 from fastprune.study.graph import Graph
 
 _REPORT_SECONDS = 0.2
+"""The least time between two reports of a child process."""
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+# Each further node would fail for the same reason: these errors end the run at once.
 _STORE_IS_UNUSABLE = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
 
 
 @dataclass(frozen=True)
 class Done:
-    """A node's result, and the epochs and training images that were computed for it here."""
+    """A node's result, and the numbers of epochs and training images that this worker computed for it."""
 
     result: dict[str, Any]
     epochs: int
@@ -40,7 +42,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """Computing a node raised: the cause in one line, and the traceback."""
+    """Computing a node raised an exception. cause: one line. text: the traceback."""
 
     cause: str
     text: str
@@ -48,14 +50,14 @@ class Failed:
 
 @dataclass(frozen=True)
 class BadInput:
-    """Nothing else can be computed either: the line of an InputError."""
+    """Computing a node raised an InputError, which holds for all nodes. line: its message."""
 
     line: str
 
 
 @dataclass(frozen=True)
 class Lost:
-    """The worker's process died, as `reason` says; with_machine: and the machine that it ran on."""
+    """The worker's process died. with_machine: the machine that it ran on was lost, too."""
 
     reason: str
     with_machine: bool = False
@@ -69,36 +71,35 @@ Report = Callable[[int, int], None]
 
 
 class Worker(Protocol):
-    """A warm process with a share of a device, which computes one node at a time. It is started anew where it dies."""
+    """A warm process with a share of a device, which computes one node at a time. If it dies, it is started again."""
 
     @property
     def device(self) -> str:
-        """What it computes on; "" as long as that is not known, and then it takes no node."""
+        """The device's name; "" while the worker starts, when it takes no node."""
 
     @property
     def place(self) -> str:
-        """Where it runs, for the user."""
+        """Device and process (and host, on a cluster), to show to the user."""
 
     def submit(self, key: str, report: Report) -> "Future[Any]":
-        """Computes a node whose parents are published. Its future gives Done, Failed or BadInput; where it raises,
-        `lost` says why. `report` is called from here or from `poll`."""
+        """Computes a node whose parents are published. The future gives Done, Failed or BadInput; if it raises, pass
+        the exception to `lost`. `report` is called from here or from `poll`."""
 
     def poll(self) -> None:
-        """Passes on what it has reported. InputError where it cannot work at all."""
+        """Calls `report` for the reports that have arrived. InputError if the worker cannot work at all."""
 
     def lost(self, error: BaseException) -> Lost:
-        """What became of the process; the worker is usable again."""
+        """Why the process died; starts another one. Raises `error` if it is not the loss of a process."""
 
     def renew(self) -> None:
-        """Starts another process: what a failed node broke may stay broken, as a CUDA context does."""
+        """Replaces the process: after a failed node it may be broken, as a CUDA context is after an error."""
 
     def close(self) -> None:
-        """Ends it, whatever it computes. May be called again."""
+        """Ends the process, even while it computes. May be called again."""
 
 
 def answer(computer: NodeComputer, graph: Graph, key: str, report: Report, *, every: float = 0.0) -> Answer:
-    """Computes a node whose parents are published, perhaps by another machine just now. every: seconds between two
-    reports, at least."""
+    """Computes and publishes a node whose parents are published. every: the least seconds between two reports."""
     node, images, sent = graph.by_key[key], 0, time.monotonic()
 
     def count(epoch: int, more: int) -> None:
@@ -109,6 +110,7 @@ def answer(computer: NodeComputer, graph: Graph, key: str, report: Report, *, ev
             sent = time.monotonic()
 
     try:
+        # Another machine may just have published a parent, which a network disk shows here only later.
         for parent in node.parents():
             computer.store.await_node(parent)
         return Done(*computer.compute_node(node, graph.requested_outputs(node), count), images)
@@ -117,7 +119,7 @@ def answer(computer: NodeComputer, graph: Graph, key: str, report: Report, *, ev
 
 
 def refusal(error: Exception, store: Path) -> BadInput | Failed:
-    """The answer in place of a result, in the handler of an exception."""
+    """The answer for an exception. To be called in its handler, as it takes the traceback."""
     if isinstance(error, InputError):
         return BadInput(str(error))
     if isinstance(error, OSError) and error.errno in _STORE_IS_UNUSABLE:
@@ -126,11 +128,13 @@ def refusal(error: Exception, store: Path) -> BadInput | Failed:
 
 
 def cannot_write(error: OSError, store: Path) -> str:
+    """The message of an InputError for a store that cannot be written."""
     return f"{error.filename or store}: cannot be written ({error.strerror}); make room or choose another --store"
 
 
 def cause_of(error: BaseException) -> str:
-    """An exception in one line: its first that says something. CUDA and compilers add lines of advice."""
+    """An exception in one line: its type and the first line of its message (and the second, after a colon)."""
+    # CUDA and compilers add many lines of advice, which the log keeps.
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
@@ -138,16 +142,14 @@ def cause_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def local_workers(graph: Graph, config: WorkConfig, devices: list[str], count: int) -> Iterator[list[Worker]]:
-    """`count` workers over the devices of this machine, each device as often as the others.
-
-    One on a CPU is this process. On a GPU it is always a child: what breaks there breaks the process that uses it.
-    """
+    """`count` workers, spread evenly over the devices of this machine. A single one on a CPU is this process."""
     workers: list[Worker] = []
     try:
+        # On a GPU always a child: a CUDA error breaks its process, and only a new process can use the device again.
         if count <= 1 and devices[0] == "cpu":
             workers.append(InPlaceWorker(graph, replace(config, device="cpu", show=True)))
         else:
-            for i in range(count):
+            for i in range(count):  # one by one, so that `finally` also ends those before one that cannot start
                 workers.append(ProcessWorker(graph, replace(config, device=devices[i % len(devices)])))
         yield workers
     finally:
@@ -156,7 +158,7 @@ def local_workers(graph: Graph, config: WorkConfig, devices: list[str], count: i
 
 
 class InPlaceWorker:
-    """This process: a submitted node is computed at once."""
+    """This process: `submit` computes the node and returns a future that is done."""
 
     def __init__(self, graph: Graph, config: WorkConfig) -> None:
         self.graph, self.computer = graph, NodeComputer(config)
@@ -178,9 +180,9 @@ class InPlaceWorker:
 
 
 class ProcessWorker:
-    """A child process, by an executor of one; reports come through a pipe. It dies with this process in any case.
+    """A child process: an executor with one process, and a pipe for its reports. It dies with this process.
 
-    OSError where no process can be started.
+    OSError if no process can be started.
     """
 
     def __init__(self, graph: Graph, config: WorkConfig) -> None:
@@ -189,7 +191,7 @@ class ProcessWorker:
         self._start()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("spawn")  # CUDA and threads do not survive a fork
         self._reports, theirs = context.Pipe(duplex=False)
         self._executor = ProcessPoolExecutor(
             1, mp_context=context, initializer=_initialize, initargs=(self.graph, self.config, theirs)
@@ -198,7 +200,9 @@ class ProcessWorker:
         before = set(mp.active_children())
         try:
             with _interrupts_wait():
-                self._executor.submit(os.getpid)  # starts the process, which then imports beside others
+                # Any call starts the process; not waiting for it lets all workers import torch at the same time.
+                self._executor.submit(os.getpid)
+                # The executor does not tell its process, which `close` must be able to kill.
                 (self._process,) = set(mp.active_children()) - before
         except BaseException:
             self.close()
@@ -214,12 +218,12 @@ class ProcessWorker:
         self._report = report
         try:
             return self._executor.submit(_answer, key)
-        except BrokenProcessPool:  # it died when it had nothing to do
+        except BrokenProcessPool:  # the process died while it was idle
             self.renew()
             return self._executor.submit(_answer, key)
 
     def poll(self) -> None:
-        with contextlib.suppress(EOFError, OSError):  # it died: its future says so
+        with contextlib.suppress(EOFError, OSError):  # the process died: its future raises
             while self._reports.poll():
                 said = self._reports.recv()
                 if self._report is not None:
@@ -238,7 +242,7 @@ class ProcessWorker:
 
     def close(self) -> None:
         if self._process is not None:
-            self._process.kill()  # a store and its leases stand that at any moment
+            self._process.kill()  # safe at any moment: the store publishes by a rename
         self._executor.shutdown(cancel_futures=True)
         if self._process is not None:
             self._process.join()
@@ -247,15 +251,16 @@ class ProcessWorker:
 
 @contextlib.contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """A child is started completely or not at all, and an interrupt from the terminal is not for it: it inherits the
-    mask. A signal that comes meanwhile is raised afterwards."""
-    if threading.current_thread() is not threading.main_thread():  # interrupts are another thread's
+    """Delays interrupts until a child is started; a signal that comes meanwhile is raised afterwards."""
+    # An interrupt in between would leave a child that `close` does not know. The child inherits the mask, so that a
+    # Ctrl-C at the terminal, which signals the whole group, does not end it before it ignores the signal itself.
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread
         yield
         return
     came: list[int] = []
-    ensure_running()  # on its start it would unmask the interrupt
+    ensure_running()  # starting multiprocessing's resource tracker would unmask the interrupt
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    # Any other thread may take the signal.
+    # A mask is not enough: the system may deliver the signal to another thread, and Python runs the handler here.
     handlers = {number: signal.signal(number, lambda n, _: came.append(n)) for number in _INTERRUPTS}
     try:
         yield
@@ -271,7 +276,7 @@ _computer: NodeComputer | None = None
 _graph: Graph
 _config: WorkConfig
 _pipe: Connection
-"""What a child process keeps from one node to the next."""
+"""State of a child process, kept from node to node: an executor passes only the key."""
 
 
 def _initialize(graph: Graph, config: WorkConfig, pipe: Connection) -> None:
@@ -285,14 +290,15 @@ def _answer(key: str) -> Answer:
     global _computer
     if _computer is None:
         try:
-            _computer = NodeComputer(_config)  # not in _initialize: a device that is broken fails a node
+            # Not in _initialize, whose exceptions the executor hides: here a broken device fails a node, with a cause.
+            _computer = NodeComputer(_config)
         except Exception as error:
             return refusal(error, _config.store)
     return answer(_computer, _graph, key, lambda *said: _pipe.send(said), every=_REPORT_SECONDS)
 
 
 def _die_with_parent() -> None:
-    """Two owners of one run would waste both."""
+    # A child that outlives its parent would compute without a lease, beside the process that takes the node over.
     parent = mp.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -48,7 +48,7 @@ def test_ls(store, capsys):
     assert "channels 50% of filters 50% removed" in rows[FILTERS.key[:8]]
     trainings = len(GRAPH.trainings)
     assert lines[-1].startswith(f"{trainings} trainings, {len(MASKS)} prunes, 1 channel selections; ")
-    assert lines[-1].endswith(f"kB on disk; {duration(90.0 * (len(GRAPH.nodes) + 1))} of computing")
+    assert lines[-1].endswith(f"kB on disk; {duration(90.0 * (len(GRAPH.nodes) + 1))} of computing time")
 
 
 def test_ls_tells_what_is_going_on(store, capsys):
@@ -159,7 +159,7 @@ def test_show_of_a_corrupt_node(store, content, capsys):
     (store.path(PRUNE) / "node.json").write_text(content)
     code, out, err = run(capsys, "show", PRUNE.key, "--store", store.root)
     assert (code, err) == (1, "")
-    assert out.splitlines()[0].endswith("delete this folder to make it again")
+    assert out.splitlines()[0].endswith("delete this folder to recompute the node")
     assert "  node.json  " in out
 
 

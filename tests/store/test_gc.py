@@ -109,7 +109,7 @@ def test_what_a_process_computes_is_left_alone(littered, capsys):
         assert leases.acquire(PRUNE.key)[0]
         assert gc(littered) == 0
         out = capsys.readouterr().out
-        assert f"left alone: {PRUNE.key}, which process {os.getpid()} on " in out
+        assert f"left alone: {PRUNE.key} is being computed by process {os.getpid()} on " in out
         assert "cache" not in out
         assert (littered.path(PRUNE) / ".mask.safetensors.abcd").exists()
         assert any(p.name.startswith(PRUNE.key) for p in (littered.root / "tmp").iterdir())

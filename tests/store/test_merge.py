@@ -177,7 +177,7 @@ def test_what_a_process_computes_is_left_out(theirs, ours, capsys):
     with Leases(ours / "leases") as leases:
         assert leases.acquire(TRAIN.key)[0]
         assert take(ours, theirs) == 1
-    assert f"left out: {TRAIN.key}, which process {os.getpid()} on " in capsys.readouterr().out
+    assert f"left out: {TRAIN.key} is being computed by process {os.getpid()} on " in capsys.readouterr().out
     assert not store.has(TRAIN)
     assert take(ours, theirs) == 0
     assert store.has(TRAIN)
@@ -361,7 +361,7 @@ def test_json_that_is_nested_too_deeply(theirs, ours, tmp_path, depth, capsys):
     assert f"corrupt: {TRAIN.key}: node.json" in capsys.readouterr().out
     record = {"store.json": files["store.json"], "figures/A2.json": b'{"reads": ' + deep + b"}"}
     assert take(ours, write_tar(tmp_path / "b.tar", record)) == 1
-    assert "corrupt: A2.json: no record of a figure" in capsys.readouterr().out
+    assert "corrupt: A2.json: not a record of a figure" in capsys.readouterr().out
 
 
 def test_sources_that_are_none(theirs, ours, tmp_path, capsys):
@@ -373,7 +373,7 @@ def test_sources_that_are_none(theirs, ours, tmp_path, capsys):
         assert source in one_line(capsys)
     assert not ours.exists()
     assert take(theirs, theirs) == 2
-    assert "this very store" in one_line(capsys)
+    assert "is the store itself" in one_line(capsys)
     assert export(theirs, tmp_path / "none" / "a.tar") == 2
     assert f"there is no folder {tmp_path / 'none'}" in one_line(capsys)
 

@@ -176,7 +176,7 @@ def test_a_file_that_is_not_as_it_was_written_is_never_read(tmp_path, damage):
         sums.write_text({"unlisted": listed.splitlines()[1] + "\n", "bad list": "junk\n"}.get(damage, listed * 2))
     else:
         file.write_text({"flip": content.replace("5", "7"), "cut": content[:-4], "longer": content + "2,3\n"}[damage])
-    with pytest.raises(InputError, match=f"delete the folder {store.path(TRAIN)} to make it again") as error:
+    with pytest.raises(InputError, match=f"delete the folder {store.path(TRAIN)} to recompute the node") as error:
         store.metrics(TRAIN)
     assert "\n" not in str(error.value)
 

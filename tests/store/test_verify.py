@@ -245,7 +245,7 @@ def test_what_a_process_computes_is_not_deleted(store, capsys):
     with Leases(store.root / "leases") as leases:
         assert leases.acquire(TRAIN.key)[0]
         assert verify(store.root, "--delete") == 1
-        assert f"left alone: {TRAIN.key}, which process" in capsys.readouterr().out
+        assert f"left alone: {TRAIN.key} is being computed by process" in capsys.readouterr().out
         assert store.has(TRAIN)
     assert verify(store.root, "--delete") == 1
     assert not store.path(TRAIN).exists()

@@ -124,7 +124,7 @@ def test_a_corrupt_product_is_one_line_and_can_be_made_again(small_figure, copy,
     assert main([*FIGURE, *folders(copy)]) == 2
     said = one_line(capsys)
     assert str(path.parent) in said
-    assert f"delete the folder {path.parent} to make it again" in said
+    assert f"delete the folder {path.parent} to recompute the node" in said
     assert before.items() <= published(copy / "store").items()
     assert store_main(["verify", "--store", str(copy / "store")]) == 1
     assert str(path.parent) in capsys.readouterr().out

@@ -189,7 +189,7 @@ def test_it_says_which_process_it_waits_for(store, monkeypatch):
         run_fake(store, 2, ["cpu"], lambda *_: (0, DONE), view)
         releasing.join()
     (note,) = view.notes
-    assert note.startswith("waiting for what others compute: train ")
+    assert note.startswith("waiting for other processes: train ")
     assert " (process " in note
     assert note.endswith(", and 1 more")
 
@@ -203,7 +203,7 @@ def test_a_worker_that_reports_nothing_is_mentioned(store, monkeypatch):
     monkeypatch.setattr(worker, "submit", lambda key, report: future)
     monkeypatch.setattr(worker, "poll", lambda: view.notes and not future.done() and future.set_result(DONE))
     run(graph, store, [worker], view)
-    assert view.notes[0].startswith("no sign of train ")
+    assert view.notes[0].startswith("no report from train ")
 
 
 def test_the_cause_is_the_line_that_says_something():
