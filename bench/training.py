@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.plain import LOW, DeviceBatches, Plain
 from fastprune.loaders import DataSource, SyntheticData
+from fastprune.loaders.choice import LoaderChoice
 from fastprune.loaders.readers.memory import MemoryReader
 from fastprune.pruning.allocation import prune
 from fastprune.pruning.criteria import random_scores
@@ -101,7 +102,8 @@ def resident(device: torch.device, number: int, side: int, classes: int = CLASSE
     images = torch.randint(256, shape, dtype=torch.uint8, device=device, generator=g)
     labels = np.arange(classes)
     given = {"train": np.repeat(labels, number // classes), "val": labels}
-    return DataSource(manifest, "resident", MemoryReader(manifest, {"train": images, "val": images[:classes]}, given))
+    choice = LoaderChoice("resident", "asked for")
+    return DataSource(manifest, choice, MemoryReader(manifest, {"train": images, "val": images[:classes]}, given))
 
 
 def masks(trainer: Trainer) -> tuple[Mask, Mask]:
