@@ -193,7 +193,7 @@ class FlatSGD(torch.optim.Optimizer):
         views = [nn.Parameter(flat.weight), nn.Parameter(flat.other_params)]
         for view, grad in zip(views, (flat.grad, flat.other_grad), strict=True):
             view.grad = grad
-        self._step_supports_ampscaling = True  # as in MaskedSGD
+        self._step_supports_amp_scaling = True  # as in MaskedSGD
         super().__init__(views, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
