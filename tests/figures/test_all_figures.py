@@ -189,6 +189,7 @@ def test_two_data_sets_in_one_call(tmp_path, capsys, monkeypatch):
                 Image.fromarray(noise.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(path)
             lines.append(f"{below}/{i:08d}.jpg {i % 3}\n")
         (places / f"{split}.txt").write_text("".join(lines))
+    (places / "categories.txt").write_text("/a 0\n/b 1\n/c 2\n")
     command = ["--fig", "A1", "A3", "--data", str(animals), "--miniplaces", str(places), "--loader", "torchvision"]
     command += [
         "--seeds",
