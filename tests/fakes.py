@@ -29,7 +29,9 @@ class Images:
 
 
 class Epochs:
-    def __init__(self, seed: int, batch_size: int, batches: int) -> None:
+    """Batches that differ from epoch to epoch, and depend on nothing else."""
+
+    def __init__(self, seed: int = 0, batch_size: int = 8, batches: int = 3) -> None:
         self.seed, self.batch_size, self.batches, self.epoch = seed, batch_size, batches, 0
 
     def set_epoch(self, epoch: int) -> None:

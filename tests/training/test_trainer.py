@@ -15,29 +15,11 @@ from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
 from fastprune.training.flat import FlatParams
 from fastprune.training.models import build, initial_model
 from fastprune.training.trainer import Trainer
+from tests.fakes import Epochs
 
 SPEC = ModelSpec("resnet18", 4, "imagenet", 8)
 SGD = OptimizerSpec(batch_size=8, momentum=0.9, weight_decay=1e-3)
 SCHEDULE = ScheduleSpec(lr=0.1, epochs=4, milestones=(2, 3), gamma=0.1)
-
-
-class Epochs:
-    """Batches that differ from epoch to epoch, and depend on nothing else."""
-
-    def __init__(self, seed: int = 0, batches: int = 3) -> None:
-        self.seed, self.batches, self.epoch = seed, batches, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self):
-        g = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
-        for _ in range(self.batches):
-            labels = torch.randint(4, (8,), generator=g)
-            yield torch.randn(8, 3, 32, 32, generator=g) + labels.view(-1, 1, 1, 1), labels
 
 
 def initial_state(seed: int = 0) -> dict[str, torch.Tensor]:
