@@ -41,6 +41,20 @@ class ProductConv2d(nn.Conv2d):
         return self._conv_forward(input, self.mask * self.weight, self.bias)
 
 
+class Wrapped:
+    """Base of wrappers around an iterable of batches: hands on its length and its epoch."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.batches, "set_epoch"):
+            self.batches.set_epoch(epoch)
+
+
 class Plain:
     """A training loop. Mutates the model: moves it to the device and, if `masked`, adds masks to its convs.
 

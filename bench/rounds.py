@@ -123,19 +123,12 @@ class Clock:
         self.events[part].append(self.now() - began)
 
 
-class Timed:
+class Timed(plain.Wrapped):
     """Batches that record the time their consumer waits for them. waits: seconds, one entry an epoch."""
 
     def __init__(self, batches: Any) -> None:
-        self.batches, self.images = batches, 0
-        self.waits: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.batches, "set_epoch"):
-            self.batches.set_epoch(epoch)
+        super().__init__(batches)
+        self.images, self.waits = 0, list[float]()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Without waiting for the device, unlike Clock: between batches that would take away the overlap of loading with

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.plain import LOW, DeviceBatches, Plain
+from bench.plain import LOW, DeviceBatches, Plain, Wrapped
 from fastprune.loaders import DataSource, SyntheticData
 from fastprune.loaders.choice import LoaderChoice
 from fastprune.loaders.readers.memory import MemoryReader
@@ -75,18 +75,12 @@ class Way:
         return time.perf_counter() - wall, time.process_time() - cpu, images
 
 
-class Around:
+class Around(Wrapped):
     """Batches that are read and trained on inside a new context of `enter` for each epoch."""
 
     def __init__(self, batches: Any, enter: Callable[[], AbstractContextManager[Any]]) -> None:
-        self.batches, self.enter = batches, enter
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.batches, "set_epoch"):
-            self.batches.set_epoch(epoch)
+        super().__init__(batches)
+        self.enter = enter
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # A generator stays in the context while its consumer works on what it yielded.

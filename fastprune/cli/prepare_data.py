@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastprune.cli.command import DONE, Parser, run_command
+from fastprune.cli.command import DONE, Parser, checked, run_command
 from fastprune.errors import InputError
 from fastprune.loaders.layout import MINIPLACES, TINY_IMAGENET, recognised
 from fastprune.loaders.manifest import FILE_NAME, Manifest
@@ -40,12 +40,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--resize",
-        type=int,
+        type=checked(int, lambda n: 8 <= n <= 1024, "a number of pixels from 8 to 1024"),
         metavar="N",
         help="make all images N x N first: resize the shorter side to N (antialiased), crop the centre. Figures "
         "require it if images differ in size. The PNG files stay in OUT",
     )
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    p.add_argument(
+        "--workers",
+        type=checked(int, lambda n: n >= 1, "a whole number of 1 or more"),
+        metavar="N",
+        help="processes (default: one per core)",
+    )
     return p
 
 
@@ -54,10 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         args = parser().parse_args(argv)
-        if args.workers is not None and args.workers < 1:
-            raise InputError(f"--workers is {args.workers}, expected 1 or more")
-        if args.resize is not None and not 8 <= args.resize <= 1024:
-            raise InputError(f"--resize is {args.resize}, expected 8 to 1024")
         if args.source is None and not args.download:
             raise InputError("--source is missing: give the image folder, or --download to fetch Tiny ImageNet")
         # The manifest is written last: where it is, the data set is complete.

@@ -115,13 +115,13 @@ class _Loop:
             self._mention_others()
 
     def _hand_out(self) -> None:
-        busy = {task.worker for task in self.running.values()}
+        busy, devices = {task.worker for task in self.running.values()}, self._devices()
         for number, worker in enumerate(self.workers):
             device = worker.device
             # A worker without a device is still starting: on a cluster it may wait for room.
-            if number in busy or not device or self.retries.has_ended(device, self._devices()):
+            if number in busy or not device or self.retries.has_ended(device, devices):
                 continue
-            if (node := self._claim_next(device)) is not None:
+            if (node := self._claim_next(device, devices)) is not None:
                 self.view.started(number, node, worker.place)
                 task = _Task(number, node, device, time.monotonic())
                 self.running[worker.submit(node.key, partial(self._report, task))] = task
@@ -129,16 +129,16 @@ class _Loop:
     def _devices(self) -> set[str]:
         return {worker.device for worker in self.workers} - {""}
 
-    def _claim_next(self, device: str) -> Runnable | None:
+    def _claim_next(self, device: str, devices: Collection[str]) -> Runnable | None:
         """Claims the ready node with the longest chain that may run on the device; None if there is none."""
-        while (node := self._next(device)) is not None:
+        while (node := self._next(device, devices)) is not None:
             if self._claim(node):
                 return node
         return None
 
-    def _next(self, device: str) -> Runnable | None:
+    def _next(self, device: str, devices: Collection[str]) -> Runnable | None:
         # A node leased elsewhere is skipped for a while: each look at its lease asks a disk that many may share.
-        now, devices = time.monotonic(), self._devices()
+        now = time.monotonic()
         for node in self.schedule.ready():
             is_due = node.key not in self.elsewhere or self.elsewhere[node.key].look_at <= now
             if is_due and self.retries.may_run(node.key, device, devices):

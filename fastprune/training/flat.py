@@ -109,7 +109,10 @@ class FlatParams:
     @torch.no_grad()
     def sync(self) -> None:
         """Sets pruned weights to +0 and renews `half`; to be called after other code than `sgd_step` wrote weights."""
-        masked_cast(self.weight, self.mask, self.weight)
+        self._set_weight(self.weight)
+
+    def _set_weight(self, weight: Tensor) -> None:
+        masked_cast(weight, self.mask, self.weight)
         if self.half is not None:
             self.half.copy_(self.weight)
 
@@ -131,9 +134,7 @@ class FlatParams:
         if self._rewind is None:
             raise RuntimeError("no rewind point: call save_rewind_point() first")
         weight, other = self._rewind
-        masked_cast(weight, self.mask, self.weight)
-        if self.half is not None:
-            self.half.copy_(self.weight)
+        self._set_weight(weight)
         self.other_params.copy_(other)
         self.momentum.zero_()
         self.other_momentum.zero_()
