@@ -46,6 +46,8 @@ def finished(started) -> tuple[list[str], list[str], int, int]:
 
 def check_complete(root: Path, expected: dict[str, bytes]) -> None:
     assert products(root) == expected
+    for path in root.glob(".store.json.*"):
+        os.utime(path, (0, 0))  # gc leaves a young one: it belongs to no node, and no lease tells that its writer died
     assert store_main(["gc", "--store", str(root)]) == 0
     assert store_main(["verify", "--store", str(root)]) == 0
     left = [p for name in ("tmp", "partial", "leases", "logs") for p in (root / name).iterdir()]

@@ -51,7 +51,8 @@ def test_a_full_disk_is_one_line_and_what_is_there_stays(small_figure, tmp_path,
     assert main([*FIGURE, *where, "--checkpoint-seconds", "0"]) == 2
     assert "No space left" in one_line(capsys)
     done = published(folder / "store")
-    assert 0 < len(done) < 30
+    assert len(done) < 30
+    assert done or workers == "2"  # two trainings at once may fill it before either is published
     assert store_main(["verify", "--store", str(folder / "store")]) == 0
     capsys.readouterr()
     remount("size=50m")
