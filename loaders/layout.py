@@ -50,7 +50,8 @@ class Layout:
     each split, paths relative to `root`, in order.  labels: of each split, indices into classes.
 
     train is ordered by class and then by path, as by torchvision's ImageFolder.  val of Tiny ImageNet and MiniPlaces is
-    ordered by path, that of other folders as train is.  Hidden files and folders are skipped.
+    ordered by path, that of other folders as train is.  Hidden files and folders are skipped.  Links to files and
+    folders are followed.
     """
 
     # The order is part of a data set's identity: fingerprints, data order and subsets depend on it. It must not depend
@@ -70,15 +71,16 @@ class Layout:
     def listing(self) -> str:
         """SHA-256 (hex) over names, labels, file sizes and modification times.
 
-        If it is unchanged, no image has to be read again.
+        If it is unchanged, no image has to be read again.  InputError if a file is gone, or is a link to nowhere.
         """
         # Names on Linux are bytes: surrogateescape also encodes those that are not UTF-8.
         digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
-        for split, files in self.files.items():
-            for name, label in zip(files, self.labels[split], strict=True):
-                status = os.stat(self.root / name)
-                line = f"{split}\0{name}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
-                digest.update(line.encode("utf-8", "surrogateescape"))
+        with _readable(self.root):
+            for split, files in self.files.items():
+                for name, label in zip(files, self.labels[split], strict=True):
+                    status = os.stat(self.root / name)
+                    line = f"{split}\0{name}\0{label}\0{status.st_size}\0{status.st_mtime_ns}\n"
+                    digest.update(line.encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def remark(self) -> str | None:
@@ -128,7 +130,7 @@ def scan(folder: str | os.PathLike[str]) -> Layout:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """InputError if a folder cannot be listed."""
+    """InputError if a folder cannot be listed, or a file in it not be found."""
     try:
         yield
     except OSError as error:
@@ -181,9 +183,12 @@ def _scan_classes(root: Path) -> Layout:
     files: dict[str, tuple[str, ...]] = {}
     labels: dict[str, tuple[int, ...]] = {}
     for split in SPLITS:
-        names = [list(_images_below(root / split / name)) for name in classes[split]]
-        if empty := [name for name, held in zip(classes[split], names, strict=True) if not held]:
-            raise InputError(f"no images in {root / split / empty[0]}: remove the class or unpack the data set again")
+        names: list[list[str]] = []
+        for name in classes[split]:
+            held = list(_files_below(root / split / name))
+            names.append([path for path in held if _is_image(os.path.basename(path))])
+            if not names[-1]:
+                raise InputError(_no_images(root / split / name, held))
         files[split] = tuple(os.path.relpath(path, root) for held in names for path in held)
         labels[split] = tuple(label for label, held in enumerate(names) for _ in held)
     return Layout(root.name or "images", root, classes["train"], files, labels)
@@ -197,19 +202,41 @@ def _classes(root: Path, split: str) -> tuple[str, ...]:
     return classes
 
 
-def _images_below(folder: Path) -> Iterator[str]:
-    """Image files below a class folder, in torchvision's order: folders sorted by path, then files by name."""
+def _files_below(folder: Path) -> Iterator[str]:
+    """Files below a class folder, in torchvision's order: folders sorted by path, then files by name."""
     # os.walk ignores folders that cannot be listed unless it is given onerror: their images would silently be missing.
     found = []
     for path, folders, names in os.walk(folder, followlinks=True, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            _check_no_loop(folder, Path(path, name))
         found.append((path, names))
     for path, names in sorted(found):
-        yield from (os.path.join(path, name) for name in sorted(names) if _is_image(name))
+        yield from (os.path.join(path, name) for name in sorted(names))
 
 
 def _fail(error: OSError) -> None:
     raise error
+
+
+def _check_no_loop(folder: Path, path: Path) -> None:
+    """InputError if `path`, below `folder`, is a link to a folder through which the walk has come, or to one above."""
+    # os.walk would follow the loop until the system refuses, 40 times, and find each image as often.
+    if path.is_symlink():
+        target = path.resolve()
+        if any(above.resolve().is_relative_to(target) for above in path.parents if above.is_relative_to(folder)):
+            raise InputError(f"{path} is a link to {target}, which contains it: remove the link")
+
+
+def _no_images(folder: Path, held: Iterable[str]) -> str:
+    """Message for a folder without images. held: paths of its files."""
+    names = (name for name in map(os.path.basename, held) if not name.startswith("."))
+    count = Counter(os.path.splitext(name)[1].lower() or "without extension" for name in names)
+    if not count:
+        return f"no images in {folder}: unpack the data set again, or remove the folder"
+    found = ", ".join(f"{number} {kind}" for kind, number in sorted(count.items()))
+    accepted = ", ".join(EXTENSIONS)
+    return f"no images in {folder}, only other files ({found}): convert them, images are read from {accepted}"
 
 
 # Tiny ImageNet
@@ -225,8 +252,6 @@ def _scan_tiny_imagenet(root: Path) -> Layout:
     for label, wnid in enumerate(classes):
         below = f"train/{wnid}/images"
         names = _images(root / below)
-        if not names:
-            raise InputError(f"no images in {root / below}: remove the class or unpack the data set again")
         files += [f"{below}/{name}" for name in names]
         labels += [label] * len(names)
     val = _annotated(root, classes)
@@ -250,9 +275,12 @@ def _compare_wnids(root: Path, classes: tuple[str, ...]) -> None:
 
 
 def _images(folder: Path) -> list[str]:
+    """Names of the image files in `folder`, sorted. InputError if there are none."""
     if not folder.is_dir():
         raise InputError(f"missing folder {folder}: is the data set unpacked completely?")
-    return sorted(filter(_is_image, os.listdir(folder)))
+    if names := sorted(filter(_is_image, os.listdir(folder))):
+        return names
+    raise InputError(_no_images(folder, (entry.name for entry in os.scandir(folder) if entry.is_file())))
 
 
 def _annotated(root: Path, classes: tuple[str, ...]) -> dict[str, int]:
@@ -282,8 +310,6 @@ def _annotated(root: Path, classes: tuple[str, ...]) -> dict[str, int]:
         )
     if unlabelled := sorted(set(present) - labels.keys()):
         raise InputError(f"{len(unlabelled)} images in {root / 'val/images'} are not in {path}, first {unlabelled[0]}")
-    if not labels:
-        raise InputError(f"no images in {root / 'val/images'}")
     return {name: labels[name] for name in present}
 
 

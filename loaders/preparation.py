@@ -29,6 +29,7 @@ from fastprune.loaders.samples import (
     folder_samples,
     images_bar,
     read_chunks,
+    rotation_line,
     unreadable_line,
 )
 
@@ -119,13 +120,15 @@ def read_data_set(
     """Decode all images of `data` and write those of each split to SPLIT.beton in the folder `part`.
 
     keep: "pixels" for images of one size; "files" for JPEG files unchanged, of any size; "nothing" writes no file and
-    requires one size.  InputError if images cannot be decoded (several are listed in a file in `list_folder`), if they
-    differ in size and must not, or if the disk has too little free space.
+    requires one size.  show: progress, and a line on EXIF rotations, on stderr.  InputError if images cannot be decoded
+    (several are listed in a file in `list_folder`), if they differ in size and must not, or if the disk has too little
+    free space.
     """
     digests: dict[str, list[bytes]] = {split: [] for split in data}
     sizes: dict[str, list[tuple[int, int]]] = {split: [] for split in data}
     sums, squares = np.zeros(3, np.int64), np.zeros(3, np.int64)
     unreadable: list[tuple[str, str]] = []
+    rotated: list[str] = []
     first: tuple[str, tuple[int, int]] | None = None
     total = sum(map(len, data.values()))
     with ExitStack() as stack:
@@ -135,6 +138,7 @@ def read_data_set(
             digests[split] += chunk.digests
             sizes[split] += chunk.sizes
             unreadable += chunk.unreadable
+            rotated += chunk.rotated
             # Normalisation constants come from the training images alone.
             if split == "train":
                 sums += chunk.sums
@@ -158,6 +162,8 @@ def read_data_set(
             raise InputError(unreadable_line(unreadable, total, list_folder))
         for writer in writers.values():
             writer.finish()
+    if show and rotated:
+        print(rotation_line(rotated, total), file=sys.stderr)
     assert first is not None
     pixels = sum(height * width for height, width in sizes["train"])
     # Python integers do not overflow, and the result is the same on every machine.

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,15 @@ from fastprune.loaders.choice import source_folder
 from fastprune.loaders.layout import Layout, scan
 from fastprune.loaders.manifest import FILE_NAME, load_manifest
 from fastprune.loaders.preparation import writing
-from fastprune.loaders.samples import images_bar, in_processes, reason, unreadable_line
+from fastprune.loaders.samples import (
+    has_rotation,
+    images_bar,
+    in_processes,
+    reason,
+    rotation_line,
+    to_rgb,
+    unreadable_line,
+)
 
 MARKER = "resized.json"
 """In a finished folder: a digest of the source files, and the size."""
@@ -30,9 +39,9 @@ def resize_images(
 
     NAME is the name of the data set.  The copies are train/<class>/*.png and val/<class>/*.png; labels and the order of
     the images within a class are those of the source.  A finished copy of the same files is reused, an unfinished one
-    is written again.  workers: processes, by default one per available processor.  show: progress on stderr.
-    InputError if images cannot be read (several are listed in a file in `out`), or if `out` holds another data set or
-    the same in another size.
+    is written again.  workers: processes, by default one per available processor.  show: progress, and a line on EXIF
+    rotations, on stderr.  InputError if images cannot be read (several are listed in a file in `out`), or if `out`
+    holds another data set or the same in another size.
     """
     layout = scan(source)
     target = out / f"{layout.name}-{size}"
@@ -68,22 +77,24 @@ def resized(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
-def resize_chunk(pairs: Sequence[tuple[str, str]], size: int) -> list[tuple[str, str]]:
+def resize_chunk(pairs: Sequence[tuple[str, str]], size: int) -> tuple[list[tuple[str, str]], list[str]]:
     """Resize the image file of each pair (source path, path of the copy). Runs in a worker process.
 
-    Returns path and reason of each image that cannot be read.
+    Returns path and reason of each image that cannot be read, and the paths of images with an EXIF rotation.
     """
-    unreadable = []
+    unreadable, rotated = [], []
     for path, copy in pairs:
         try:
             with Image.open(path) as image:
-                small = resized(image.convert("RGB"), size)
+                small = resized(to_rgb(image), size)
+                if has_rotation(image):
+                    rotated.append(path)
         except Exception as error:  # decoders of broken files raise nearly anything
             unreadable.append((path, reason(error)))
             continue
         # Lossless, so that the copy adds no second JPEG loss. Level 1: speed counts more than size here.
         small.save(copy, compress_level=1)
-    return unreadable
+    return unreadable, rotated
 
 
 def _check_free(out: Path, target: Path) -> None:
@@ -110,17 +121,21 @@ def _write(layout: Layout, part: Path, size: int, workers: int, show: bool) -> N
             copy = part / split / names[label] / f"{number:08d}.png"
             pairs.append((str(layout.root / name), str(copy)))
     unreadable: list[tuple[str, str]] = []
+    rotated: list[str] = []
     chunks = [pairs[start : start + _CHUNK] for start in range(0, len(pairs), _CHUNK)]
     jobs = ((chunk, size) for chunk in chunks)
     with (
         images_bar("resizing", len(pairs), show) as bar,
         closing(in_processes(resize_chunk, jobs, workers)) as reports,
     ):
-        for chunk, failed in zip(chunks, reports, strict=True):
+        for chunk, (failed, turned) in zip(chunks, reports, strict=True):
             unreadable += failed
+            rotated += turned
             bar.update(len(chunk))
     if unreadable:
         raise InputError(unreadable_line(unreadable, len(pairs), part.parent))
+    if show and rotated:
+        print(rotation_line(rotated, len(pairs)), file=sys.stderr)
 
 
 def _class_folders(classes: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from fastprune.console import progress_bar
 from fastprune.errors import InputError
@@ -45,6 +46,9 @@ class Samples(Protocol):
     def image(self, i: int) -> np.ndarray:
         """Image `i`, uint8 [H, W, 3]. Raises any exception if the image cannot be decoded."""
 
+    def decode(self, i: int) -> tuple[np.ndarray, bool]:
+        """Image `i` as by `image`, and whether it has an EXIF rotation (see `has_rotation`)."""
+
     def jpeg(self, i: int) -> np.ndarray | None:
         """File content of image `i`, uint8 [n], if it is a JPEG file that FFCV's decoder can read; else None."""
 
@@ -68,6 +72,10 @@ class FolderSamples:
 
     def image(self, i: int) -> np.ndarray:
         return read_image(self.root / self.files[i])
+
+    def decode(self, i: int) -> tuple[np.ndarray, bool]:
+        with Image.open(self.root / self.files[i]) as image:
+            return np.array(to_rgb(image)), has_rotation(image)
 
     def jpeg(self, i: int) -> np.ndarray | None:
         with Image.open(self.root / self.files[i]) as image:
@@ -95,6 +103,9 @@ class ArraySamples:
     def image(self, i: int) -> np.ndarray:
         return self.images[i]
 
+    def decode(self, i: int) -> tuple[np.ndarray, bool]:
+        return self.images[i], False
+
     def jpeg(self, i: int) -> np.ndarray | None:
         return None
 
@@ -107,9 +118,58 @@ def folder_samples(layout: Layout) -> dict[str, FolderSamples]:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """Decode a file to RGB, uint8 [H, W, 3]. Grey images (Tiny ImageNet has some) are converted."""
+    """Decode a file to RGB, uint8 [H, W, 3]. See `open_rgb`."""
+    return np.array(open_rgb(path))
+
+
+def open_rgb(path: str | Path) -> Image.Image:
+    """Decode a file to an image of mode RGB. See `to_rgb`. The EXIF rotation of a file is not applied."""
     with Image.open(path) as image:
-        return np.array(image.convert("RGB"))
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An opened file as an image of mode RGB. Grey images (Tiny ImageNet has some) are converted.
+
+    16-bit values become value // 256.  ValueError if pixels are floating-point numbers, or integers whose full scale is
+    unknown.
+    """
+    # Pillow's own conversion clips at 255, which turns 16-bit grey images white. Of 16-bit colour it reads the
+    # high bytes.
+    if image.mode[0] not in "IF":
+        return image.convert("RGB")
+    if not _is_16_bit_grey(image):
+        raise ValueError(f"pixels of mode {image.mode} have no known full scale: convert the image to 8 bits")
+    return Image.fromarray((np.asarray(image) // 256).astype(np.uint8)).convert("RGB")
+
+
+def _is_16_bit_grey(image: Image.Image) -> bool:
+    """Whether the values of an image of mode I, I;16, I;16B or F are 0 (black) to 65535 (white)."""
+    if image.format == "TIFF":
+        # Mode I;16 also holds 12-bit images, and images in which 0 is white.
+        bits, black = image.tag_v2.get(258), image.tag_v2.get(262)  # type: ignore[attr-defined]
+        return image.mode.startswith("I;16") and bits == (16,) and black == 1
+    # Pillow scales a PGM file of any maximum above 255 to 65535.
+    return image.format in ("PNG", "PPM") and image.mode[0] == "I"
+
+
+def has_rotation(image: Image.Image) -> bool:
+    """Whether the EXIF orientation of a decoded file asks for a rotation or a mirror image."""
+    # A TIFF file has none here, because Pillow applies it on decoding. Damaged EXIF data is no reason to fail: the
+    # pixels do not depend on it.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    except Exception:
+        return False
+
+
+def rotation_line(rotated: Sequence[str], total: int) -> str:
+    """Message for images with an EXIF rotation, given by name."""
+    return (
+        f"the EXIF rotation of {len(rotated)} of {total} images is not applied (as in torchvision), first {rotated[0]}"
+    )
 
 
 def digest(pixels: np.ndarray) -> bytes:
@@ -134,14 +194,15 @@ class Chunk:
     """Result of decoding consecutive images of one split.
 
     sizes (height, width), digests (of the pixels) and stored (empty unless contents are kept) list the readable images
-    in order.  unreadable: name and reason of each other image.  sums, squares: int64 [3], sums of the pixel values and
-    of their squares in each channel.
+    in order.  unreadable: name and reason of each other image.  rotated: names of images with an EXIF rotation.  sums,
+    squares: int64 [3], sums of the pixel values and of their squares in each channel.
     """
 
     sizes: list[tuple[int, int]]
     digests: list[bytes]
     stored: list[Stored]
     unreadable: list[tuple[str, str]]
+    rotated: list[str]
     sums: np.ndarray
     squares: np.ndarray
 
@@ -151,10 +212,10 @@ def read_chunk(samples: Samples, keep: str) -> Chunk:
 
     keep: "pixels"; "files", which keeps JPEG files unchanged and the pixels of other images; or "nothing".
     """
-    chunk = Chunk([], [], [], [], np.zeros(3, np.int64), np.zeros(3, np.int64))
+    chunk = Chunk([], [], [], [], [], np.zeros(3, np.int64), np.zeros(3, np.int64))
     for i in range(len(samples)):
         try:
-            pixels = samples.image(i)
+            pixels, rotated = samples.decode(i)
             jpeg = samples.jpeg(i) if keep == "files" else None
             if max(pixels.shape) > MOST_PIXELS:
                 raise ValueError(f"more than {MOST_PIXELS} pixels on a side")
@@ -164,6 +225,8 @@ def read_chunk(samples: Samples, keep: str) -> Chunk:
         height, width, _ = pixels.shape
         chunk.sizes.append((height, width))
         chunk.digests.append(digest(pixels))
+        if rotated:
+            chunk.rotated.append(samples.name(i))
         if keep != "nothing":
             mode, content = (RAW, pixels.reshape(-1)) if jpeg is None else (JPEG, jpeg)
             chunk.stored.append(Stored(mode, height, width, content))

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from fastprune.console import printable
@@ -29,6 +30,19 @@ def checked(convert: Callable[[str], Any], holds: Callable[[Any], bool], what: s
         return value
 
     return read
+
+
+def expanded(text: str) -> str:
+    """An argparse type: text in which a leading ~ or ~USER is a home folder.
+
+    A shell leaves it as it is in `--out=~/x` and in quotes.
+    """
+    return os.path.expanduser(text)
+
+
+def to_path(text: str) -> Path:
+    """An argparse type: a path, `expanded`."""
+    return Path(expanded(text))
 
 
 class Parser(argparse.ArgumentParser):

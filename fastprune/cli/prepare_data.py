@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastprune.cli.command import DONE, Parser, checked, run_command
+from fastprune.cli.command import DONE, Parser, checked, run_command, to_path
 from fastprune.errors import InputError
 from fastprune.loaders.layout import MINIPLACES, TINY_IMAGENET, recognised
 from fastprune.loaders.manifest import FILE_NAME, Manifest
@@ -30,9 +30,9 @@ def parser() -> argparse.ArgumentParser:
         help="data set in the folder (default: recognised by its files, else train/<class>/ and val/<class>/)",
     )
     p.add_argument(
-        "--source", type=Path, metavar="DIR", help="image folder as distributed, or a folder that contains it"
+        "--source", type=to_path, metavar="DIR", help="image folder as distributed, or a folder that contains it"
     )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the prepared data set")
+    p.add_argument("--out", type=to_path, required=True, metavar="DIR", help="folder for the prepared data set")
     p.add_argument(
         "--download",
         action="store_true",

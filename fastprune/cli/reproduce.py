@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastprune.cli.command import DONE, FAILED, Parser, checked, run_command
+from fastprune.cli.command import DONE, FAILED, Parser, checked, expanded, run_command, to_path
 from fastprune.errors import InputError
 from fastprune.figures import EXTRA, PAPER, load
 from fastprune.figures.reproduce import FigureRequest, Request, plan, redraw, run
@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--figure-module",
+        type=expanded,
         action="append",
         default=[],
         metavar="MODULE",
@@ -44,18 +45,22 @@ def parser() -> argparse.ArgumentParser:
         "--preset", default="smoke", metavar="NAME", help=f"size of the study: {', '.join(PRESETS)} (default smoke)"
     )
     p.add_argument(
-        "--data", metavar="DIR", help="Tiny ImageNet, raw or prepared; 'synthetic': generated images (smoke's default)"
+        "--data",
+        type=expanded,
+        metavar="DIR",
+        help="Tiny ImageNet, raw or prepared; 'synthetic': generated images (smoke's default)",
     )
     p.add_argument(
         "--miniplaces",
+        type=expanded,
         metavar="DIR",
         help="MiniPlaces, for figure A1 (default: --data, if synthetic or for A1 alone)",
     )
     p.add_argument(
-        "--out", type=Path, default=Path("results"), metavar="DIR", help="folder for figures (default results)"
+        "--out", type=to_path, default=Path("results"), metavar="DIR", help="folder for figures (default results)"
     )
     p.add_argument(
-        "--store", type=Path, default=Path("runs"), metavar="DIR", help="folder for trained runs (default runs)"
+        "--store", type=to_path, default=Path("runs"), metavar="DIR", help="folder for trained runs (default runs)"
     )
     what = p.add_mutually_exclusive_group()
     what.add_argument(
@@ -203,7 +208,7 @@ def _figures(args: argparse.Namespace) -> tuple[FigureRequest, ...]:
 
 def _modules(args: argparse.Namespace) -> tuple[str, ...]:
     """The user's modules, with absolute paths, since workers may have another working directory."""
-    return tuple(str(Path(m).expanduser().resolve()) if m.endswith(".py") else m for m in args.figure_module)
+    return tuple(str(Path(m).resolve()) if m.endswith(".py") else m for m in args.figure_module)
 
 
 def _data(args: argparse.Namespace, settings: Settings, count: int) -> str | None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastprune.cli.command import DONE, FAILED, Parser, run_command
+from fastprune.cli.command import DONE, FAILED, Parser, run_command, to_path
 from fastprune.console import printable
 from fastprune.errors import InputError
 from fastprune.store import RunStore
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         c = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
-        c.add_argument("--store", type=Path, default=Path("runs"), metavar="DIR", help="the store (default runs)")
+        c.add_argument("--store", type=to_path, default=Path("runs"), metavar="DIR", help="the store (default runs)")
         return c
 
     c = command("ls", "list one line a node, totals, running and failed nodes")
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     c = command("show", "show everything recorded about one node")
     c.add_argument("key", metavar="KEY", help="its key, or a unique prefix of it")
     c = command("verify", "read every file and compare it with its checksum")
-    c.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a tar that export wrote, in place of --store")
+    c.add_argument("file", type=to_path, nargs="?", metavar="FILE", help="a tar that export wrote, in place of --store")
     c.add_argument("--delete", action="store_true", help="delete corrupt nodes; the next run computes them again")
     c = command("gc", "remove leftovers: temporary files, checkpoints of finished runs, old caches")
     c.add_argument("--unneeded", action="store_true", help="list also the nodes that no recorded figure needs")
@@ -43,11 +43,11 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--forget", metavar="NAME", help="ignore the record of this figure, and list it")
     c.add_argument("--yes", action="store_true", help="remove what is listed")
     c = command("export", "write the nodes to one tar file")
-    c.add_argument("file", type=Path, metavar="FILE")
+    c.add_argument("file", type=to_path, metavar="FILE")
     c.add_argument("--figure", action="append", default=[], metavar="NAME", help="only what it needs (may be repeated)")
     c.add_argument("--no-states", action="store_true", help="without weights and momentum")
     c = command("merge", "adopt the nodes of another store's folder or of an exported tar file; published nodes stay")
-    c.add_argument("source", type=Path, metavar="FOLDER|FILE")
+    c.add_argument("source", type=to_path, metavar="FOLDER|FILE")
     return p
 
 

@@ -235,11 +235,11 @@ class Point:
     x: str = "density"
     selection: ChannelSelection | None = None
 
-    @property
-    def label(self) -> str:
+    def label(self, source: str) -> str:
+        """The name of the run for the user. source: of its masks, see `source_of`."""
         role = "find" if self.panel.startswith("find") else f"eval {self.lr_eval:g}"
-        source = self.series if self.lr_find is None else f"LR_find {self.series}"
-        return f"{role} · {source} · seed {self.seed} · round {self.round}"
+        place = f"round {self.round}" if self.selection is None else _filters(self.selection)
+        return f"{role} · {source} · seed {self.seed} · {place}"
 
     @property
     def wanted(self) -> tuple[Train | ChannelSelection, ...]:
@@ -261,8 +261,8 @@ class LprPoint:
     lr_find: float
     history: LprHistory
 
-    @property
-    def label(self) -> str:
+    def label(self, source: str) -> str:
+        """The name of the run for the user, whatever its `source`."""
         return f"dense · LR {self.lr_find:g} · seed {self.seed}"
 
     @property
@@ -355,15 +355,34 @@ def _channel_points(panel: Panel, series: Series, chains: Chains) -> Iterator[Po
 def build_graph(figure: Figure, settings: Settings, data: DataSpec) -> tuple[list[AnyPoint], Graph]:
     """The points of the figure, and the graph of all nodes that they need, labelled for progress and error messages."""
     points = points_of(figure, settings, data)
+    panels = figure.panels_of(settings)
+    sources = {(id, s.name): source_of(p, s, settings) for p in panels for s in p.series for id in (p.id, p.find)}
     labels: dict[str, str] = {}
     for point in points:
+        source = sources[point.panel, point.series or ""]
         # A run that several points share keeps the label of the first.
-        labels.setdefault(point.node.key, f"{figure.name} {point.label}")
+        labels.setdefault(point.node.key, f"{figure.name} {point.label(source)}")
         if not isinstance(point, Point):
             continue
-        about = f"{point.series} · seed {point.seed}"
+        about = f"{source} · seed {point.seed}"
         if isinstance(mask := point.node.mask, Prune):
             labels.setdefault(mask.key, f"{figure.name} prune · {about} · round {mask.round}")
         if point.selection is not None:
-            labels.setdefault(point.selection.key, f"{figure.name} filters · {about} · {point.selection.fraction:g}")
+            labels.setdefault(point.selection.key, f"{figure.name} filters · {about} · {_filters(point.selection)}")
     return points, Graph.of((w for p in points for w in p.wanted), labels)
+
+
+def source_of(panel: Panel, series: Series, settings: Settings) -> str:
+    """How the masks of a series are found, for the user. settings: those of the figure."""
+    # The name of a series will not do: it is a rate in most figures, but an epoch in A6.
+    parts = [series.recipe.label.replace(" = ", " ")]
+    if series.label not in ("", series.recipe.label):
+        parts.append(series.label.replace(" = ", " "))
+    # Panels of other settings have equal series: the variants.
+    if panel.settings != settings:
+        parts.append(panel.title)
+    return " · ".join(parts)
+
+
+def _filters(selection: ChannelSelection) -> str:
+    return f"{100 * selection.fraction:g} % of filters removed"

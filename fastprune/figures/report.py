@@ -37,7 +37,8 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of summary.json.
 
-    cost: the terminal shows nodes, cached, epochs, images_per_s and wall_s of it. environment: the terminal shows
+    cost: the terminal shows nodes, cached and epochs of it, which are the figure's own, and images_per_s and wall_s of
+    its "command", which are those of all figures that one command computes. environment: the terminal shows
     device, threads and versions (name -> version) of it. real_command: the command that computes the paper's result;
     None where this run does. NaN and infinity become null. TypeError for values that JSON cannot hold.
     """
@@ -206,17 +207,22 @@ def _cost(cost: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         parts.append(f"{cost['nodes']:,} nodes" + (f" ({cost['cached']:,} cached)" if cost.get("cached") else ""))
     if cost.get("epochs") is not None:
         parts.append(f"{cost['epochs']:,} epochs")
-    if cost.get("images_per_s") is not None:
-        parts.append(f"{cost['images_per_s']:,.0f} images/s")
-    if cost.get("wall_s") is not None:
-        parts.append(_time(cost["wall_s"]))
+    command, whole = cost.get("command") or {}, []
+    if command.get("images_per_s") is not None:
+        whole.append(f"{command['images_per_s']:,.0f} images/s")
+    if command.get("wall_s") is not None:
+        whole.append(_time(command["wall_s"]))
+    if whole and len(command.get("figures", ())) > 1:
+        whole[-1] += f" for {', '.join(command['figures'])}"
     where = [str(environment["device"])] if environment.get("device") else []
     if environment.get("threads") is not None:
         where.append(f"{count_of(environment['threads'], 'thread')} a process")
     versions = environment.get("versions") or {}
     where += [f"{name} {versions[name]}" for name in _SHOWN if name in versions]
     return "\n".join(
-        _fill(", ".join(items), head) for head, items in (("Cost    ", parts), ("On      ", where)) if items
+        _fill(", ".join(items), head)
+        for head, items in (("Cost    ", parts), ("Command ", whole), ("On      ", where))
+        if items
     )
 
 

@@ -154,8 +154,14 @@ def run(request: Request) -> bool:
     # Before anything runs, so that the report can tell cached nodes from computed ones.
     todo = {n.key for n in graph.todo(store)}
     outcome = _execute(request, store, graph, images, devices, workers)
+    # Nodes of several figures run at once, so their time and rate cannot be divided between figures.
+    command = {
+        "figures": [f.name for f in request.figures],
+        "images_per_s": outcome.images / outcome.seconds if outcome.images else None,
+        "wall_s": time.monotonic() - began,
+    }
     for each in figures:
-        _report(each, store, todo, outcome, devices, time.monotonic() - began)
+        _report(each, store, todo, outcome, devices, command)
     cached = Cost.of(n for n in graph.nodes if n.key not in todo)
     found = Cost.of(graph.by_key[key] for key in outcome.found).trainings
     others = f", {found} by other processes" if outcome.found else ""
@@ -193,22 +199,26 @@ def _prepare(request: Request, devices: list[str], workers: int) -> "tuple[list[
 
 
 def _report(
-    figure: _Figure, store: RunStore, todo: set[str], outcome: "Outcome", devices: list[str], seconds: float
+    figure: _Figure,
+    store: RunStore,
+    todo: set[str],
+    outcome: "Outcome",
+    devices: list[str],
+    command: dict[str, Any],
 ) -> None:
     """Writes the figure's files and prints its summary."""
     request = figure.request
     rows = collect(request.name, figure.points, store)
     drawing = figure.drawing(store)
-    cost = _cost(figure.graph, todo, outcome, seconds)
+    cost = _cost(figure.graph, todo, outcome) | {"command": command}
     summary = _summary(figure, rows, drawing, cost, devices, store)
     write_all(request.out, rows, drawing, summary)
     print()
     print(terminal_summary(summary, request.out))
 
 
-def _cost(graph: Graph, todo: set[str], outcome: "Outcome", seconds: float) -> dict[str, Any]:
-    """The cost of the figure's nodes in this call. Rate and wall time are those of the whole call, for all figures."""
-    # Nodes of several figures run at once, so time cannot be divided between figures.
+def _cost(graph: Graph, todo: set[str], outcome: "Outcome") -> dict[str, Any]:
+    """The cost of the figure's nodes in this call. A node that several figures share counts in each."""
     here = {n.key: outcome.epochs[n.key] for n in graph.trainings if n.key in outcome.epochs}
     # The last partial batch of an epoch is dropped.
     per_epoch = {n.key: n.data.train_count // n.optimizer.batch_size * n.optimizer.batch_size for n in graph.trainings}
@@ -220,8 +230,6 @@ def _cost(graph: Graph, todo: set[str], outcome: "Outcome", seconds: float) -> d
         "failed": sum(n.key in outcome.failed for n in graph.nodes),
         "epochs": sum(here.values()),
         "images": sum(epochs * per_epoch[key] for key, epochs in here.items()),
-        "images_per_s": outcome.images / outcome.seconds if outcome.images else None,
-        "wall_s": seconds,
     }
 
 
@@ -318,7 +326,7 @@ def _check_writable(out: Path) -> None:
             f.write(bytes(1 << 16))
             f.flush()
     except OSError as error:
-        raise InputError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from error
+        raise InputError(f"cannot write to {out} ({error.strerror}): choose another folder with --out") from error
 
 
 def _keep_caches_in(folder: Path) -> None:

@@ -52,9 +52,13 @@ def _print_trainings(figure: Planned, *, brief: bool) -> None:
     for panel, keys in figure.panels.items():
         # A training that several panels share is counted in the first, so that the lines add up to the total.
         fresh = keys - seen
+        title = f"for panel {panel}"
+        if panel.startswith("find"):
+            # The find runs of all panels are "find", those of one panel "find-a".
+            of = panel.removeprefix("find").removeprefix("-")
+            title = f"to find masks of panel {of}" if of else "to find masks"
+        print(f"               {len(fresh):>15,}   {title}{', beside those above' if seen else ''}")
         seen |= fresh
-        title = "to find masks" if panel == "find" else f"for panel {panel}, beside those above"
-        print(f"               {len(fresh):>15,}   {title}")
 
 
 def _print_sharing(figures: Sequence[Planned], whole: Graph) -> None:
@@ -103,7 +107,8 @@ def _print_time(todo: list[Runnable], measured: dict[tuple[str, int, str], float
         print(f"  time left    {duration(seconds):>15}   on one worker, at {', '.join(sorted(used))} images/s {source}")
     if unmeasured:
         more = f" of {unmeasured:,} more trainings" if used else ""
-        print(f"  time left            unknown  {more} no such run was measured in this store: --images-per-second")
+        why = "no such run was measured in this store; to assume a rate, give --images-per-second R"
+        print(f"  time left            unknown  {more} {why}")
 
 
 def _seconds(
@@ -139,8 +144,9 @@ def _print_clusters(gpus: Sequence[int], graph: Graph, todo: list[Runnable], sec
         bound = "the longest chain decides" if found.makespan < 1.01 * length else ""
         print(f"  {workers:<12,} {duration(found.makespan):>15}   {100 * found.utilisation:>3.0f} %   {bound}".rstrip())
     trainings = sum(isinstance(node, Train) for node in chain)
-    print(f"  longest chain {duration(length):>14}   {trainings} trainings, to {graph.label(chain[-1])}")
-    print(f"  {'':<12} {'':>15}   so no gain from more than {math.ceil(work / length):,} GPUs")
+    what = f"{trainings} training{'' if trainings == 1 else 's'}"
+    print(f"  longest chain {duration(length):>14}   {what}, to {graph.label(chain[-1])}")
+    print(f"  {'':<12} {'':>15}   that short only with {math.ceil(work / length):,} GPUs or more")
 
 
 def _prune_seconds(graph: Graph, store: RunStore) -> float:
@@ -170,7 +176,12 @@ def describe(s: Settings, data: DataSpec) -> str:
         for name, values in (("LR_find", s.lr_find), ("LR_eval", s.lr_eval))
         if values
     )
-    what = f"{len(s.sparsities)} sparsities" if s.sparsities else f"rounds {s.rounds} of {100 * s.fraction:.3g} %"
+    # A figure without eval runs has no rounds either: it shows the ratios that one prune step would leave.
+    what = f"rounds {s.rounds} of {100 * s.fraction:.3g} %" if s.lr_eval else f"LPR at {100 * s.fraction:.3g} %"
+    if s.sparsities:
+        what = f"{len(s.sparsities)} sparsities"
+    if s.stops:
+        what += f" pruned at epochs {' '.join(map(str, s.stops))}"
     return (
         f"{s.model} (stem {s.stem}, width {s.width}) on {data.name} "
         f"({data.classes} classes, {data.train_count:,} images){rates}; seeds {s.seeds}, "

@@ -183,7 +183,7 @@ def check(s: Settings) -> Settings:
         if flag.low is not None and flag.high is not None and value is not None and not flag.low <= value <= flag.high:
             raise InputError(f"{flag_of(name)} is {value}, expected {flag.low:g} to {flag.high:g}")
     if s.nesterov and s.momentum == 0:
-        raise InputError("--nesterov requires --momentum above 0")
+        raise InputError("Nesterov momentum requires --momentum above 0")
     if any(m < 1 for m in s.milestones) or list(s.milestones) != sorted(set(s.milestones)):
         raise InputError(
             f"--milestones are {' '.join(map(str, s.milestones))}, expected epochs in rising order, from 1"
@@ -192,13 +192,23 @@ def check(s: Settings) -> Settings:
         if epoch > s.epochs:
             raise InputError(f"{flag_of(name)} is {epoch}, but a training has {s.epochs} epochs")
     # Bounds of the annotations say nothing about a scaled epoch, so these are compared as they take effect.
-    if s.rewind == "late" and s.late_epoch >= min((*s.stops, s.epochs)):
+    # A scaled epoch comes from no flag, so its message names one only as what to change.
+    stop = min((*s.stops, s.epochs))
+    if s.rewind == "late" and s.late_epoch >= stop:
+        if "rewind_epoch" in s.by_hand:
+            raise InputError(f"--rewind-epoch is {s.late_epoch}, but find runs stop after epoch {stop}: lower it")
+        longer = "--prune-epochs" if "prune_epochs" in s.by_hand else "--epochs"
         raise InputError(
-            f"--rewind-epoch is {s.late_epoch}, but find runs stop after epoch {min((*s.stops, s.epochs))}: lower it"
+            f"late rewinding returns to epoch {s.late_epoch}, but find runs stop after epoch {stop}: raise {longer}"
         )
     if list(s.stops) != sorted(set(s.stops)) or not all(1 <= e <= s.epochs for e in s.stops):
         stops = " ".join(map(str, s.stops))
-        raise InputError(f"--prune-epochs are {stops}, expected rising epochs from 1 to {s.epochs}")
+        if "prune_epochs" in s.by_hand:
+            raise InputError(f"--prune-epochs are {stops}, expected rising epochs from 1 to {s.epochs}")
+        raise InputError(
+            f"find runs of {s.epochs} epochs would stop after epochs {stops}, which do not rise: raise --epochs, or "
+            "choose --prune-epochs"
+        )
     if list(s.sparsities) != sorted(set(s.sparsities)) or not all(0 < x < 1 for x in s.sparsities):
         raise InputError("--sparsities must be rising fractions above 0 and below 1")
     for name in ("lr_find", "lr_eval"):

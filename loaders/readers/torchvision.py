@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision.transforms.functional as F
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 
@@ -18,7 +17,7 @@ from fastprune.loaders.choice import unchanged_source
 from fastprune.loaders.manifest import Manifest
 from fastprune.loaders.readers import Crop, Table
 from fastprune.loaders.readers.memory import normalised, on_device
-from fastprune.loaders.samples import FolderSamples, folder_samples, reason
+from fastprune.loaders.samples import FolderSamples, folder_samples, open_rgb, reason
 
 Item = tuple[int, tuple[int, int, int, int], bool, int]
 """Stored position, box, flip and seed of one sample."""
@@ -63,8 +62,7 @@ class AnySizeImages(Dataset[torch.Tensor]):
         position, _, _, seed = item
         name = self._samples.name(position)
         try:
-            with Image.open(name) as opened:
-                image = opened.convert("RGB")
+            image = open_rgb(name)
         except Exception as error:  # decoders of broken files raise nearly anything
             raise InputError(f"cannot read {name} ({reason(error)}): replace it or remove it") from None
         if self._train:

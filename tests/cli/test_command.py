@@ -1,14 +1,17 @@
-"""What all command lines share: exit codes, lines, signals, streams."""
+"""What all command lines share: exit codes, lines, signals, streams, home folders; the list of commands."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from fastprune.cli.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, run_command
+from fastprune.cli import prepare_data, reproduce, store
+from fastprune.cli.__main__ import COMMANDS
+from fastprune.cli.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, expanded, run_command, to_path
 from fastprune.console import progress_bar
 from fastprune.errors import InputError
 
@@ -105,3 +108,90 @@ def test_what_is_quick_shows_no_bar(capsys, monkeypatch):
     with progress_bar("import", 100, "B") as bar:
         bar.update(100)
     assert capsys.readouterr().err == ""
+
+
+# Home folders
+
+
+def test_a_leading_tilde_is_the_home_folder_and_nothing_else_changes(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cases = {"~": "/home/me", "~/x y": "/home/me/x y", "a/~": "a/~", "./~": "./~", "a~b": "a~b", "": "", "/~/x": "/~/x"}
+    assert {text: expanded(text) for text in cases} == cases
+    assert expanded("~no-such-user/x") == "~no-such-user/x"  # as a shell does
+    assert {text: to_path(text) for text in cases} == {text: Path(path) for text, path in cases.items()}
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "paths"),
+    [
+        (reproduce, ["--fig", "A2"], ["--out", "--store", "--data", "--miniplaces"]),
+        (prepare_data, [], ["--source", "--out"]),
+        (store, ["ls"], ["--store"]),
+        (store, ["verify", "~/f"], ["--store"]),
+        (store, ["export", "~/f"], ["--store"]),
+        (store, ["merge", "~/f"], ["--store"]),
+    ],
+)
+def test_every_path_of_a_command_may_begin_with_a_tilde(module, command, paths, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = vars(module.parser().parse_args([*command, *(f"{flag}=~/d" for flag in paths)]))
+    assert {str(args[flag[2:]]) for flag in paths} == {"/home/me/d"}
+    if "~/f" in command:
+        assert args["source" if command[0] == "merge" else "file"] == Path("/home/me/f")
+
+
+def test_a_figure_module_may_begin_with_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = reproduce.parser().parse_args(["--fig", "A2", "--figure-module=~/mine.py", "--figure-module", "mine"])
+    assert args.figure_module == ["/home/me/mine.py", "mine"]
+
+
+def test_a_home_folder_is_where_the_data_is_looked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert reproduce.main(["--fig", "A2", "--plan", "--data=~/missing", "--store=~/none"]) == BAD_INPUT
+    assert capsys.readouterr().err == f"reproduce.py: no such data folder: {tmp_path}/missing\n"
+    assert prepare_data.main(["--source=~/missing", "--out=~/out"]) == BAD_INPUT
+    assert capsys.readouterr().err == f"prepare_data.py: no such data folder: {tmp_path}/missing\n"
+    assert store.main(["ls", "--store=~/missing"]) == BAD_INPUT
+    assert f"{tmp_path}/missing" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# python -m
+
+
+def python_m(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["fastprune", "fastprune.cli"])
+def test_python_m_lists_the_commands(name):
+    bare, asked = python_m(name), python_m(name, "--help")
+    assert (bare.returncode, bare.stdout) == (BAD_INPUT, "")
+    assert (asked.returncode, asked.stderr) == (DONE, "")
+    assert bare.stderr == asked.stdout
+    assert all(f"  {command} " in asked.stdout for command in ("reproduce", "train", "prepare_data", "store"))
+    wrong = python_m(name, "nothing", "--help")
+    assert (wrong.returncode, wrong.stdout) == (BAD_INPUT, "")
+    expected = "fastprune: unknown command 'nothing': choose one of reproduce, train, prepare_data, store\n"
+    assert wrong.stderr == expected
+
+
+def test_every_script_is_a_command():
+    scripts = Path(__file__).resolve().parents[2] / "scripts"
+    assert set(COMMANDS) == {path.stem for path in scripts.glob("*.py")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_python_m_starts_each_command_with_its_arguments(command):
+    done = python_m("fastprune", command, "--no-such-flag")
+    assert (done.returncode, done.stdout) == (BAD_INPUT, "")
+    assert done.stderr.startswith(f"{command}.py: ")
+    assert done.stderr.count("\n") == 1
+    assert python_m("fastprune.cli", command, "--help").stdout.startswith(f"usage: {command}.py")
+
+
+def test_python_m_plans_a_figure(tmp_path):
+    done = python_m("fastprune", "reproduce", "--fig", "A2", "--plan", "--store", str(tmp_path / "none"))
+    assert (done.returncode, done.stderr) == (DONE, "")
+    assert done.stdout.startswith("Figure A2, preset smoke: ")

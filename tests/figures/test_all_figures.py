@@ -53,13 +53,17 @@ def mask_of(root, row) -> dict:
 
 
 def test_every_figure_is_there(finished):
+    commands = []
     for name in FIGURES:
         out = finished / "out" / name
         assert {p.name for p in out.iterdir()} == {"figure.png", "figure.pdf", "results.csv", "summary.json"}
         summary = json.loads((out / "summary.json").read_text())
         assert summary["cost"]["nodes"] > 0
+        commands.append(summary["cost"]["command"])
         assert {claim["verdict"] for claim in summary["claims"]} == {"undecided"}
     assert not list((finished / "store" / "partial").iterdir())
+    assert commands == [commands[0]] * len(FIGURES)
+    assert commands[0]["figures"] == list(FIGURES)
 
 
 def test_the_last_ratios_of_a4_are_those_of_the_first_masks(finished):

@@ -56,7 +56,10 @@ def summary_of(rows, preset="paper", **changes):
         "preset": preset,
         "settings": {"lr_find": (0.05, 0.8), "epochs": 110},
         "data": {"name": "made-up", "fingerprint": "f" * 64},
-        "cost": {"nodes": 604, "cached": 12, "epochs": 166100, "images_per_s": 12345.6, "wall_s": 8000.0},
+        "cost": {
+            **{"nodes": 604, "cached": 12, "epochs": 166100},
+            "command": {"figures": ["A2"], "images_per_s": 12345.6, "wall_s": 8000.0},
+        },
         "environment": {"device": "cpu", "threads": 1, "versions": {"torch": "2.11.0"}},
     }
     return summarize(rows, DRAWING, verdicts, **arguments | changes)
@@ -102,9 +105,9 @@ def test_summary_is_plain_and_says_what_was_found(tmp_path):
 
 
 def test_numbers_that_are_not_finite_become_null_and_odd_things_are_refused():
-    summary = summary_of(fake_rows(), cost={"images_per_s": math.inf, "wall_s": math.nan})
-    assert summary["cost"] == {"images_per_s": None, "wall_s": None}
-    assert "Cost" not in terminal_summary(summary)
+    summary = summary_of(fake_rows(), cost={"command": {"images_per_s": math.inf, "wall_s": math.nan}})
+    assert summary["cost"] == {"command": {"images_per_s": None, "wall_s": None}}
+    assert not {"Cost", "Command"} & {line.split(" ")[0] for line in terminal_summary(summary).splitlines()}
     with pytest.raises(TypeError, match="cannot hold"):
         summary_of(fake_rows(), data={"folder": object()})
 
@@ -121,10 +124,16 @@ def test_the_terminal_shows_all_that_matters():
     assert "  holds      0.05 is clearly better than 0.8" in text
     assert "  undecided  0.3 is similar to 0.05" in text
     assert "no results of 0.3 in panel a" in text
-    assert "604 nodes (12 cached), 166,100 epochs, 12,346 images/s, 2 h 13 min" in text
+    assert "\nCost    604 nodes (12 cached), 166,100 epochs\nCommand 12,346 images/s, 2 h 13 min\n" in text
     assert "cpu, 1 thread a process, torch 2.11.0" in text
     assert "results/A2/: figure.png, figure.pdf, results.csv, summary.json" in text
     assert "machinery" not in text
+
+
+def test_what_is_of_the_whole_command_is_said_to_be():
+    command = {"figures": ["A2", "A6", "variants"], "images_per_s": None, "wall_s": 61.25}
+    text = terminal_summary(summary_of(fake_rows(), cost={"nodes": 3, "epochs": 9, "command": command}))
+    assert "\nCost    3 nodes, 9 epochs\nCommand 61.2 s for A2, A6, variants\n" in text
 
 
 def test_smoke_says_plainly_what_it_is():

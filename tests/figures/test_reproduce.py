@@ -51,6 +51,13 @@ def test_what_a_run_leaves(finished):
     assert {r.x for r in rows if r.round == 1} == {left / weights}
     assert {r.x for r in rows if r.round == 2} == {(left - round(0.8 * left)) / weights}
     summary = json.loads((out / "summary.json").read_text())
+    cost, images = summary["cost"], small_figure.TRAININGS * 2 * 72  # two epochs of three classes of 24 images
+    assert {name: cost[name] for name in ("nodes", "trained", "images")} == {
+        **{"nodes": small_figure.NODES, "trained": small_figure.TRAININGS, "images": images},
+    }
+    assert not {"images_per_s", "wall_s"} & cost.keys()
+    assert cost["command"].keys() == {"figures", "images_per_s", "wall_s"}
+    assert cost["command"]["figures"] == ["A2"]
     assert {c["verdict"] for c in summary["claims"]} == {"undecided"}
     assert [c["id"] for c in summary["claims"]] == [c.id for c in A2.claims_of(preset(A2.protocol, "smoke"))]
 
@@ -277,7 +284,7 @@ BAD = {
     "precision": (["--fig", "A2", "--precision", "int8"], "--precision"),
     "device": (["--fig", "A2", "--device", "tpu"], "unknown device 'tpu'"),
     "no such gpu": (["--fig", "A2", "--device", "cuda:99"], "--device cuda:99"),
-    "batch": ([*TINY, "--batch-size", "100"], "--batch-size 100 is more than"),
+    "batch": ([*TINY, "--batch-size", "100"], "a batch of 100 is more than"),
     "folder": (["--fig", "A2", "--data", "/nowhere"], "/nowhere"),
     "preset needs data": (["--fig", "A2", "--preset", "paper"], "--data"),
     "loader": (["--fig", "A2", "--loader", "dali"], "--loader"),
@@ -288,6 +295,8 @@ BAD = {
     "rewind": (["--fig", "A2", "--rewind", "lr"], "--rewind lr: the random baseline"),
     "two data sets": (["--fig", "A1", "A2", "--preset", "paper", "--data", "/"], "--miniplaces"),
     "stops": (["--fig", "A6", "--prune-epochs", "3", "2"], "--prune-epochs"),
+    "scaled stops": (["--fig", "A6", "--epochs", "2"], "find runs of 2 epochs would stop after epochs 1 1 1 2"),
+    "default out": (["--fig", "A2", "--out", "/proc/out"], "cannot write to /proc/out/A2 "),
 }
 
 

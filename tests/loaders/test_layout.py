@@ -117,6 +117,52 @@ def test_names_that_are_not_utf_8(varied):
     assert len(scan(varied).listing()) == 64
 
 
+def test_links_are_followed_as_by_image_folder(varied, tmp_path):
+    """A link to a file; two links to one folder outside; a link to another class; one that leads nowhere."""
+    pool = tmp_path / "pool"
+    shutil.copytree(varied / "val/dog", pool / "deep")
+    (varied / "train/cat/linked.jpg").symlink_to(varied / "train/dog/0.JPEG")
+    for name in ("first", "second"):
+        (varied / "train/cat" / name).symlink_to(pool)
+    (varied / "train/bird/dogs").symlink_to("../dog")
+    (varied / "train/bird/nowhere").symlink_to("gone")
+    layout = scan(varied)
+    theirs = ImageFolder(
+        str(varied / "train"), is_valid_file=lambda path: "/._" not in path and path.endswith((".JPEG", ".png", ".jpg"))
+    )
+    assert [str(layout.root / name) for name in layout.files["train"]] == [path for path, _ in theirs.samples]
+    assert layout.per_class("train") == (7 + 7, 7 + 1 + 2 * 5, 7)
+
+
+LOOPS = {
+    "to itself": {"train/cat/more/loop": "."},
+    "to the class": {"train/cat/more/loop": ".."},
+    "to the split": {"train/cat/loop": ".."},
+    "to the root, absolute": {"val/dog/loop": "ROOT"},
+    "a class": {"train/all": ".", "val/all": "."},
+    "of two classes": {"train/cat/a": "../dog", "train/dog/b": "../cat"},
+    "by way of another folder": {"train/cat/a": "ROOT/pool", "pool/b": "ROOT/train/cat"},
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_of_links_is_one_line(name, varied, tmp_path):
+    """Followed until the system refuses, it would give each image 41 times."""
+    (varied / "pool").mkdir()
+    for link, target in LOOPS[name].items():
+        (varied / link).symlink_to(target.replace("ROOT", str(varied.resolve())))
+    for ask in (lambda: scan(varied), lambda: find_or_prepare(varied, tmp_path / "store", any_size=True, show=False)):
+        with pytest.raises(InputError, match=r"is a link to .*, which contains it: remove the link") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_link_to_a_file_that_is_gone_is_named(varied):
+    (varied / "train/cat/linked.jpg").symlink_to("gone.jpg")
+    with pytest.raises(InputError, match=r"cannot read the data folder .*/train/cat/linked\.jpg: No such file"):
+        scan(varied).listing()
+
+
 def test_counts_other_than_distributed_are_remarked(raw, mini_master):
     assert DISTRIBUTED[MINIPLACES][1:] == (100, 1000, 100)
     for folder, said in ((raw, "3 classes with 20 train, 6 val"), (mini_master, "4 classes with 6 train, 3 val")):
@@ -164,6 +210,19 @@ def rename(old, new):
     return lambda root: (root / old).rename(root / new)
 
 
+def as_gifs(path):
+    """Gives each image below a folder the name of a GIF."""
+
+    def spoil(root):
+        for image in [*(root / path).rglob("*.JPEG"), *(root / path).rglob("*.png")]:
+            image.rename(image.with_suffix(".GIF"))
+
+    return spoil
+
+
+ACCEPTED = r"images are read from \.jpg, \.jpeg, \.png, \.ppm, \.bmp, \.pgm, \.tif, \.tiff, \.webp$"
+
+
 def become_a_file(root):
     shutil.rmtree(root)
     root.write_text("")
@@ -177,6 +236,14 @@ BAD = {
         "no train": (without("train"), "holds neither Tiny ImageNet .* nor MiniPlaces"),
         "no classes": (empty("train"), "no class folders"),
         "class without images": (empty("train/synthetic1/images"), "no images in .*synthetic1"),
+        "GIFs": (
+            as_gifs("train/synthetic1"),
+            rf"no images in .*/train/synthetic1/images, only other files \(20 \.gif\): convert them, {ACCEPTED}",
+        ),
+        "GIFs in val": (
+            as_gifs("val"),
+            rf"no images in .*/val/images, only other files \(18 \.gif\): convert them, {ACCEPTED}",
+        ),
         "class without folder": (without("train/synthetic1/images"), "missing folder"),
         "wnids disagree": (add("wnids.txt", "n01"), r"n01 \(wnids.txt only\)"),
         "wnids lack one": (edit("wnids.txt", "synthetic0", ""), r"synthetic0 \(train only\)"),
@@ -195,7 +262,19 @@ BAD = {
         "no classes in train": (empty("train"), "no class folders in .*train"),
         "a class in val only": (without("train/cat"), r"first cat \(in val only\)"),
         "a class in train only": (without("val/dog"), "disagree on 1 classes, first dog"),
-        "an empty class": (empty("train/bird"), "no images in .*train/bird"),
+        "an empty class": (empty("train/bird"), "no images in .*train/bird: unpack the data set again, or remove"),
+        "hidden files": (
+            lambda root: [empty("val/cat")(root), write("val/cat/._0.jpg", b"")(root)],
+            "no images in .*val/cat: unpack the data set again",
+        ),
+        "no extension": (
+            lambda root: [empty("val/cat")(root), write("val/cat/x", b"")(root)],
+            r"\(1 without extension\): convert them",
+        ),
+        "GIFs": (
+            as_gifs("train/bird"),
+            rf"no images in .*/train/bird, only other files \(7 \.gif, 1 \.txt\): convert them, {ACCEPTED}",
+        ),
         "a class without val images": (empty("val/bird"), "no images in .*val/bird"),
     },
     "mini": {

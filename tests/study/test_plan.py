@@ -1,11 +1,14 @@
-"""The simulated cluster, by hand on small graphs, and against the bounds of list scheduling on any."""
+"""What a plan says of each figure; the simulated cluster, by hand on small graphs, and against the bounds of list
+scheduling on any.
+"""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastprune.cli.reproduce import main
-from fastprune.figures import load
+from fastprune.errors import InputError
+from fastprune.figures import FIGURES, load
 from fastprune.specs import DataSpec, Prune, Train
 from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.graph import Graph
@@ -91,7 +94,8 @@ def test_the_plan_says_how_long_and_where_the_chain_decides(tmp_path, capsys):
         "512 56 min 45 s 10 % the longest chain decides".split(),
     ]
     assert "31 trainings, to A2 eval" in after[5]
-    assert "more than 49 GPUs" in after[6]  # 302 * 5 / 31 = 48.7
+    # 302 * 5 / 31 = 48.7. Fewer GPUs have too much to do; as many need not be enough.
+    assert after[6].strip() == "that short only with 49 GPUs or more"
 
 
 @pytest.mark.parametrize(
@@ -108,3 +112,95 @@ def test_what_cannot_be_simulated_is_one_line(tmp_path, capsys, flags, said):
     err = capsys.readouterr().err
     assert said in err
     assert len(err.splitlines()) == 1
+
+
+# What is said of each figure
+
+
+def planned(capsys, tmp_path, *flags: str) -> list[str]:
+    assert main([*flags, "--plan", "--store", str(tmp_path / "none")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out.splitlines()
+
+
+def counted(lines: list[str]) -> list[str]:
+    """The lines that divide the trainings among panels, single-spaced."""
+    first = next(i for i, line in enumerate(lines) if line.startswith("  trainings"))
+    last = next(i for i, line in enumerate(lines) if line.startswith("  prune steps"))
+    return [" ".join(line.split()) for line in lines[first + 1 : last]]
+
+
+BESIDE = ", beside those above"
+# At preset smoke: two seeds, three rounds, four epochs. Counted as in tests/figures/test_figures.py.
+SMOKE = {
+    "A1": ("rounds 3 of 80 %", ["18 to find masks", *(f"14 for panel {p}" for p in "abc"), "0 for panel d"]),
+    "A2": ("rounds 3 of 80 %", ["18 to find masks", "26 for panel a", "20 for panel b"]),
+    "A3": ("rounds 3 of 80 %", ["18 to find masks", "14 for panel a", "14 for panel b"]),
+    "A4": ("LPR at 80 %", ["2 for panel a", "2 for panel b"]),
+    "A5": ("LPR at 80 %", ["8 for panel a"]),
+    "A6": (
+        "rounds 3 of 80 % pruned at epochs 1 2 3 4",
+        ["18 to find masks of panel a", "18 to find masks of panel b", "24 for panel a", "24 for panel b"],
+    ),
+    "transplant": ("rounds 3 of 80 %", ["20 to find masks", "16 for panel a"]),
+    "variants": (
+        "rounds 3 of 80 %",
+        [
+            *(f"{n} to find masks of panel {p}" for n, p in zip((18, 18, 12, 12, 12), "abcde", strict=True)),
+            *(f"14 for panel {p}" for p in "abcde"),
+        ],
+    ),
+    "structured": ("3 sparsities", ["24 for panel a", *(f"0 for panel {p}" for p in "bcd")]),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_plan_of_each_figure_says_what_is_true_of_it(name, tmp_path, capsys):
+    what, panels = SMOKE[name]
+    lines = planned(capsys, tmp_path, "--fig", name)
+    assert f"; seeds 2, {what}, epochs 4, " in lines[0]
+    assert counted(lines) == [panels[0], *(f"{line}{BESIDE}" for line in panels[1:])]
+    # The user gave no flag, so a flag is named only as what to give.
+    named = [line for line in lines if "--" in line]
+    assert len(named) == 1
+    assert named[0].endswith("no such run was measured in this store; to assume a rate, give --images-per-second R")
+
+
+def test_the_prune_epochs_of_a_plan_are_those_in_effect(tmp_path, capsys):
+    assert "pruned at epochs 20 50 70 110, " in planned(capsys, tmp_path, "--fig", "A6", "--preset", "paper")[0]
+    assert "pruned at epochs 2 5 7 11, " in planned(capsys, tmp_path, "--fig", "A6", "--preset", "quick")[0]
+    assert "pruned at epochs 1 3, " in planned(capsys, tmp_path, "--fig", "A6", "--prune-epochs", "1", "3")[0]
+
+
+def test_one_training_is_one(tmp_path, capsys):
+    lines = planned(capsys, tmp_path, "--fig", "A5", "--gpus", "2", "--images-per-second", "10")
+    assert "   1 training, to A5 dense" in next(line for line in lines if "longest chain" in line)
+
+
+@pytest.mark.parametrize(
+    ("figure", "changes", "said"),
+    [
+        (
+            "A6",
+            {"epochs": 2},
+            "find runs of 2 epochs would stop after epochs 1 1 1 2, which do not rise: raise --epochs, or choose "
+            "--prune-epochs",
+        ),
+        ("A6", {"prune_epochs": (1, 1)}, "--prune-epochs are 1 1, expected rising epochs from 1 to 4"),
+        ("A6", {"prune_epochs": (1, 5)}, "--prune-epochs are 1 5, expected rising epochs from 1 to 4"),
+        ("A2", {"epochs": 1, "rewind": "late"}, "returns to epoch 1, but find runs stop after epoch 1: raise --epochs"),
+        (
+            "A6",
+            {"rewind": "late", "prune_epochs": (1, 3)},
+            "returns to epoch 1, but find runs stop after epoch 1: raise --prune-epochs",
+        ),
+        ("A2", {"rewind": "late", "rewind_epoch": 4}, "--rewind-epoch is 4, but find runs stop after epoch 4: lower"),
+        ("structured", {"momentum": 0.0}, "Nesterov momentum requires --momentum above 0"),
+    ],
+)
+def test_an_error_names_a_flag_as_given_only_if_it_was(figure, changes, said):
+    smoke = preset(load(figure).protocol, "smoke", load(figure).presets)
+    with pytest.raises(InputError) as caught:
+        smoke.override(**changes)
+    assert said in str(caught.value)

@@ -1,0 +1,47 @@
+"""`python -m fastprune COMMAND`, or `python -m fastprune.cli COMMAND`: the commands of scripts/ by name."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from fastprune.cli.command import BAD_INPUT, DONE, INTERRUPTED, run_command
+from fastprune.errors import InputError
+
+COMMANDS = {
+    "reproduce": "reproduce figures of the paper, as in: python -m fastprune reproduce --fig A2",
+    "train": "train a torchvision model, dense or under a mask",
+    "prepare_data": "make a data set ready for training",
+    "store": "list, verify, clean up, export and merge a store of runs",
+}
+
+_HELP = """usage: python -m fastprune COMMAND ...
+
+{}
+
+python -m fastprune COMMAND --help lists the flags of a command.
+In a checkout, python scripts/COMMAND.py is the same command."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code, or 2 if none or an unknown one is named."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in COMMANDS:
+        return run_command("fastprune", lambda: _help(arguments))
+    try:
+        command = import_module(f"fastprune.cli.{arguments[0]}")
+    except KeyboardInterrupt:  # before the command handles it
+        return INTERRUPTED
+    return int(command.main(arguments[1:]))
+
+
+def _help(arguments: Sequence[str]) -> int:
+    """Prints the commands. InputError if the first argument asks for anything else."""
+    if arguments and arguments[0] not in ("-h", "--help"):
+        raise InputError(f"unknown command {arguments[0]!r}: choose one of {', '.join(COMMANDS)}")
+    lines = "\n".join(f"  {name:<14}{text}" for name, text in COMMANDS.items())
+    print(_HELP.format(lines), file=sys.stdout if arguments else sys.stderr)
+    return DONE if arguments else BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
