@@ -37,7 +37,8 @@ from fastprune.kernels import (
     unpack_bits,
 )
 from fastprune.loaders.augment import crop_boxes, epoch_order
-from fastprune.pruning.masks import Mask, layout, prunable
+from fastprune.pruning.coverage import conv_weights
+from fastprune.pruning.masks import Mask, layout
 from fastprune.specs import ModelSpec
 from fastprune.training.models import build
 
@@ -203,7 +204,7 @@ class Weights:
 
 @cache
 def segments_of(network: str, small: bool) -> tuple[Segment, ...]:
-    return layout(prunable(build(ModelSpec(network, 200, width=8 if small else 64))))
+    return layout(conv_weights(build(ModelSpec(network, 200, width=8 if small else 64))))
 
 
 # Bytes a weight that a call must read or write once: 4 for float32, 2 for bf16, 1 for a mask, 1/8 for a packed mask.

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision import transforms as t
 
 import fastprune
-from fastprune.pruning import magnitude_scores, prune
 
 
 def generated(count: int) -> Dataset:
@@ -31,9 +30,10 @@ def folder(path: str, *crop: object) -> Dataset:
     return torchvision.datasets.ImageFolder(path, t.Compose([*crop, t.ToTensor()]))
 
 
-def train(model: torch.nn.Module, data: Dataset, epochs: int, lr: float, device: str) -> None:
+def train(pruner: fastprune.Pruner, data: Dataset, epochs: int, lr: float, device: str) -> None:
     # After each step pruned weights, and their momentum, are exactly 0.
-    optimizer = fastprune.MaskedSGD(model.parameters(), model, lr=lr, momentum=0.9, weight_decay=1e-4)
+    model = pruner.model
+    optimizer = fastprune.MaskedSGD(model.parameters(), pruner, lr=lr, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     model.train()
     for _ in range(epochs):
@@ -65,14 +65,15 @@ def main() -> None:
     if args.data:
         train_set = folder(f"{args.data}/train", t.RandomResizedCrop(224), t.RandomHorizontalFlip())
         val_set, classes = folder(f"{args.data}/val", t.Resize(256), t.CenterCrop(224)), len(train_set.classes)
-    model = fastprune.attach(torchvision.models.resnet18(num_classes=classes)).to(args.device)
-    initial, mask = copy.deepcopy(model.state_dict()), fastprune.masks_of(model)
+    model = torchvision.models.resnet18(num_classes=classes).to(args.device)
+    pruner, initial = fastprune.Pruner(model, kinds="conv"), copy.deepcopy(model.state_dict())
     for round in range(args.rounds + 1):
+        if round:
+            pruner.prune(0.2)
         model.load_state_dict(initial)  # rewind
-        fastprune.attach(model, mask)  # from here on pruned weights are 0
-        train(model, train_set, args.epochs, args.lr, args.device)
-        print(f"round {round}: density {mask.density:.3f}, accuracy {accuracy(model, val_set, args.device):.3f}")
-        mask = prune(magnitude_scores(dict(model.named_parameters()), mask), mask, 0.2)
+        pruner.apply()  # pruned weights are 0 again
+        train(pruner, train_set, args.epochs, args.lr, args.device)
+        print(f"round {round}: density {pruner.density:.3f}, accuracy {accuracy(model, val_set, args.device):.3f}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ clarity and not for speed. Tests compare with it, and a change that makes a kern
 """
 
 from fastprune.kernels.crop import crop_flip_normalize
-from fastprune.kernels.keep_top import keep_top, kth_smallest_magnitude
+from fastprune.kernels.keep_top import keep_top, keep_top_each, kth_smallest_magnitude
 from fastprune.kernels.masked_cast import masked_cast, masked_weight
 from fastprune.kernels.masked_sgd import masked_sgd_
 from fastprune.kernels.pack_bits import pack_bits, unpack_bits
@@ -17,6 +17,7 @@ __all__ = [
     "Segment",
     "crop_flip_normalize",
     "keep_top",
+    "keep_top_each",
     "kth_smallest_magnitude",
     "masked_cast",
     "masked_sgd_",

@@ -1,16 +1,18 @@
 """Exact selection: the k-th lowest score, and the mask that prunes exactly k weights, globally or in each layer.
 
-Non-negative floats order as their bits do, so scores are compared as integer keys; NaN counts as +inf. A sample of the
-keys brackets the k-th. One pass over all keys counts those below the bracket and gathers those inside it, a few
-percent, and only these are searched. If the bracket misses the k-th, all keys are gathered: the result is exact in
-either case.
+Non-negative floats order as their bits do, so scores are compared as integer keys. The sign bit is cleared as a score
+is read: magnitudes need no pass of their own. NaN counts as +inf. A sample of the keys brackets the k-th. One pass over
+all keys counts those below the bracket and gathers those inside it, a few percent, and only these are searched. If the
+bracket misses the k-th, all keys are gathered: the result is exact in either case.
 """
 
 # `score <= threshold` would prune the wrong number under ties. Ties are pruned by logical position, so that the mask
 # does not depend on how layers are stored. float64 scores (random pruning) are selected on a CPU only: Triton's keys
 # have 32 bits, and a rounded score would prune other weights.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from operator import index
 from typing import Any, NamedTuple
 
@@ -54,7 +56,7 @@ def kth_smallest_magnitude(weight: Tensor, mask: Tensor, k: int, *, block: int =
     if k > kept:
         raise ValueError(f"k is {k}, but the mask keeps {kept} elements")
     keys, top = _keys_of(weight)
-    key = _kth_key(keys, mask.numpy(), k, kept, top)
+    key = _find([_Part(keys, mask.numpy(), mask.numpy(), 0, None)], k, kept, top).key
     return torch.from_numpy(np.array([key], keys.dtype).view(f"f{keys.itemsize}"))[0]
 
 
@@ -67,9 +69,9 @@ def keep_top(
     *,
     block: int = 4096,
 ) -> Tensor:
-    """A new mask, bool [n]: `mask` without exactly n_prune of its kept elements, those with the lowest scores.
+    """A new mask, bool [n]: `mask` without exactly n_prune of its kept elements, those with the lowest |score|.
 
-    score: non-negative floating [n] (NaN counts as +inf; float64 on a CPU only).  mask: bool [n], False outside
+    score: floating [n] (NaN counts as +inf; float64 on a CPU only).  mask: bool [n], False outside
     segments.  n_prune: a number for all segments together (global pruning), or one for each segment (local).  block:
     elements per program.  Of tied elements those with the lowest position are pruned first: the logical position if
     segments are given, else the index.  On a GPU the host waits once, to check the counts.  ValueError if n_prune
@@ -86,13 +88,99 @@ def keep_top(
     if local and len(wanted) != len(parts):
         raise ValueError(f"n_prune has {len(wanted)} numbers for {len(parts)} segments")
     kept = segment_counts(mask, parts).tolist() if local or on_triton else [count_kept(mask)]
-    for number, left in zip(wanted, kept if local else [sum(kept)], strict=True):
-        if not 0 <= number <= left:
-            raise ValueError(f"cannot prune {number} of the {left} elements that the mask keeps")
+    _check_counts(wanted, kept if local else [sum(kept)])
     if on_triton:
         check_block(block)
         return _keep_top_triton(score, mask, wanted, parts, local, block)
-    return _keep_top_cpu(score, mask, wanted, kept, parts if local else None, segments)
+    new, keys, top = torch.empty_like(mask), *_keys_of(score)
+    where = None if segments is None else partial(logical_positions, segments)
+    if not local:
+        _clear_lowest([_Part(keys, mask.numpy(), new.numpy(), 0, where)], wanted[0], kept[0], top)
+        return new
+    new.zero_()  # what lies between the segments
+    for s, number, left in zip(parts, wanted, kept, strict=True):
+        part = _Part(keys[s.span], mask.numpy()[s.span], new.numpy()[s.span], s.offset, where)
+        _clear_lowest([part], number, left, top)
+    return new
+
+
+def keep_top_each(
+    scores: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    n_prune: int | Sequence[int],
+    segments: Sequence[Segment],
+    *,
+    signed: bool = False,
+) -> list[Tensor]:
+    """`keep_top` of weights that each have memory of their own: new masks, bool [numel] each.
+
+    scores, masks: one for each segment, in its storage order, of its numel; all scores of one dtype and device.
+    segments: their offsets are not used.  signed: rank by the scores themselves, not by their magnitude; they may not
+    be NaN.  On a GPU the tensors are copied into one buffer, and signed scores are sorted by torch.
+    """
+    local = isinstance(n_prune, Sequence)
+    wanted = list(n_prune) if isinstance(n_prune, Sequence) else [index(n_prune)]
+    if not len(scores) == len(masks) == len(segments) == (len(wanted) if local else len(scores)):
+        raise ValueError(
+            f"{len(scores)} scores, {len(masks)} masks and {len(wanted)} counts for {len(segments)} segments"
+        )
+    if not scores:
+        if any(wanted):
+            raise ValueError(f"cannot prune {wanted[0]} of no elements")
+        return []
+    for s, score, mask in zip(segments, scores, masks, strict=True):
+        if score.numel() != s.numel:
+            raise ValueError(f"{s.name} has {score.numel()} scores for {s.numel} weights")
+        _check_scores(s.name, score, mask)
+        if (score.dtype, score.device) != (scores[0].dtype, scores[0].device):
+            raise ValueError(
+                f"{s.name} has {score.dtype} on {score.device}, others {scores[0].dtype} on {scores[0].device}"
+            )
+    if uses_triton(scores[0]) and scores[0].dtype != torch.float64:
+        return _keep_top_joined(scores, masks, wanted if local else wanted[0], segments, signed)
+    kept = [count_kept(mask) for mask in masks]
+    _check_counts(wanted, kept if local else [sum(kept)])
+    new = [torch.empty_like(mask) for mask in masks]
+    found = [_signed_keys_of(score) if signed else _keys_of(score) for score in scores]
+    parts = [
+        _Part(keys, mask.numpy(), made.numpy(), s.offset, s.logical, signed)
+        for s, mask, made, (keys, _) in zip(segments, masks, new, found, strict=True)
+    ]
+    groups = [[part] for part in parts] if local else [parts]
+    for group, number, left in zip(groups, wanted, kept if local else [sum(kept)], strict=True):
+        _clear_lowest(group, number, left, found[0][1])
+    return new
+
+
+def _keep_top_joined(
+    scores: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    n_prune: int | Sequence[int],
+    segments: Sequence[Segment],
+    signed: bool,
+) -> list[Tensor]:
+    """keep_top_each in one buffer."""
+    joined, offset = [], 0
+    for s in segments:
+        joined.append(replace(s, offset=offset))
+        offset += -(-s.numel // 16) * 16  # tiles that start at multiples of 16 are read with wide loads
+    score = torch.zeros(offset, dtype=scores[0].dtype, device=scores[0].device)
+    mask = torch.zeros(offset, dtype=torch.bool, device=scores[0].device)
+    torch._foreach_copy_([score[s.span] for s in joined], list(scores))
+    torch._foreach_copy_([mask[s.span] for s in joined], list(masks))
+    if not signed:
+        new = keep_top(score, mask, n_prune, joined)
+    else:
+        kept = segment_counts(mask, joined).tolist()
+        _check_counts(*(([n_prune], [sum(kept)]) if isinstance(n_prune, int) else (n_prune, kept)))
+        new = keep_top_reference(score, mask, n_prune, joined, True)
+    return [new[s.span] for s in joined]
+
+
+def _check_counts(wanted: Sequence[int], kept: Sequence[int]) -> None:
+    for number, left in zip(wanted, kept, strict=True):
+        if not 0 <= number <= left:
+            raise ValueError(f"cannot prune {number} of the {left} elements that the mask keeps")
 
 
 def _check_scores(name: str, score: Tensor, mask: Tensor) -> bool:
@@ -112,10 +200,18 @@ def kth_smallest_magnitude_reference(weight: Tensor, mask: Tensor, k: int) -> Te
 
 
 def keep_top_reference(
-    score: Tensor, mask: Tensor, n_prune: int | Sequence[int], segments: Sequence[Segment] | None = None
+    score: Tensor,
+    mask: Tensor,
+    n_prune: int | Sequence[int],
+    segments: Sequence[Segment] | None = None,
+    signed: bool = False,
 ) -> Tensor:
-    """`mask` without its n_prune lowest scores (a sequence: so many in each segment); ties by logical position."""
+    """`mask` without its n_prune lowest |score| (a sequence: so many in each segment); ties by logical position.
+
+    signed: the lowest scores instead.
+    """
     if segments is None:
+        score = score if signed else score.abs()
         order = score.masked_fill(score.isnan(), torch.inf)[mask].argsort(stable=True)
         new = mask.clone()
         new[mask.nonzero().flatten()[order[: int(n_prune)]]] = False  # type: ignore[arg-type]
@@ -126,7 +222,7 @@ def keep_top_reference(
     for group, count in zip(groups, counts, strict=True):
         logical_mask = torch.cat([s.view(mask).reshape(-1) for s in group])
         logical_score = torch.cat([s.view(score).reshape(-1) for s in group])
-        kept = keep_top_reference(logical_score, logical_mask, count)
+        kept = keep_top_reference(logical_score, logical_mask, count, signed=signed)
         for s, part in zip(group, kept.split([s.numel for s in group]), strict=True):
             s.view(new).copy_(part.view(s.shape))
     return new
@@ -145,80 +241,106 @@ def _keys_of(scores: Tensor) -> tuple[np.ndarray, int]:
     return values.view(kind), int(np.array(np.inf, values.dtype).view(kind))
 
 
-def _kth_key(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) -> int:
-    """The k-th lowest (from 1) of the keys that the mask keeps (bool, `kept` of them), the sign bit cleared first.
+def _signed_keys_of(scores: Tensor) -> tuple[np.ndarray, int]:
+    """(Scores, contiguous floating [n] without NaN, as unsigned keys in their order, a copy; the key of +inf)."""
+    # Adding 0 makes -0 a +0, which it ties with. A negative number has its bits inverted, a positive one its sign set.
+    values = (scores.detach().to(torch.float32 if scores.dtype in HALF else scores.dtype) + 0.0).numpy()
+    kind = np.uint32 if values.dtype == np.float32 else np.uint64
+    keys: Any = values.view(kind)
+    sign: Any = kind(1 << (8 * values.itemsize - 1))
+    np.bitwise_xor(keys, np.where(keys & sign, ~kind(0), sign), out=keys)
+    return keys, int(np.array(np.inf, values.dtype).view(kind) | sign)
 
-    keys: uint32 or uint64 [n]; keys above `top` count as `top`.
+
+class _Part(NamedTuple):
+    """Weights in one piece of memory.
+
+    keys: uint32 or uint64 [n].  mask: bool [n].  new: bool [n], to be written.  start: index of the first weight in the
+    buffer that `logical` knows.  logical: from indices in that buffer to logical positions, int64 to int64; None: the
+    index is the position.  signed: whether the highest bit of a key belongs to its order.
     """
-    low, high = _bracket_cpu(keys, mask, k, kept, top)
-    kind = keys.dtype.type
-    candidates = np.empty(kept + 1, keys.dtype)
-    below, inside = compiled(_gather_loop)(keys, mask, kind(low), kind(high), _magnitude(keys), kind(top), candidates)
+
+    keys: np.ndarray
+    mask: np.ndarray
+    new: np.ndarray
+    start: int
+    logical: Callable[[np.ndarray], np.ndarray] | None
+    signed: bool = False
+
+    @property
+    def bits(self) -> np.unsignedinteger[Any]:
+        """The bits of a key that count: without those of a magnitude's sign."""
+        return self.keys.dtype.type(np.iinfo(self.keys.dtype).max >> (0 if self.signed else 1))
+
+    def positions(self, chosen: np.ndarray) -> np.ndarray:
+        return chosen + self.start if self.logical is None else self.logical(chosen + self.start)
+
+
+class _Found(NamedTuple):
+    """key: the one that was searched.  ties: for each part int64, the indices of the kept keys that equal it."""
+
+    key: int
+    ties: list[np.ndarray]
+
+
+def _find(parts: Sequence[_Part], k: int, kept: int, top: int) -> _Found:
+    """The k-th lowest (from 1) of the `kept` keys that the masks keep; keys above `top` count as `top`."""
+    # Of these only what is gathered is ever touched.
+    keys, places = np.empty(kept, parts[0].keys.dtype), np.empty(kept, np.int64)
+    low, high = _bracket_cpu(parts, k, kept, top)
+    below, ends = _gather(parts, low, high, top, keys, places)
     # The bracket missed the k-th, rarely: gather all.
-    if not below < k <= below + inside:
-        below, inside = compiled(_gather_loop)(keys, mask, kind(0), kind(top), _magnitude(keys), kind(top), candidates)
-    return int(np.partition(candidates[:inside], k - below - 1)[k - below - 1])
+    if not below < k <= below + ends[-1]:
+        below, ends = _gather(parts, 0, top, top, keys, places)
+    gathered = keys[: ends[-1]]
+    key = np.partition(gathered, k - below - 1)[k - below - 1]
+    starts = [0, *ends[:-1]]
+    return _Found(int(key), [places[i:j][gathered[i:j] == key] for i, j in zip(starts, ends, strict=True)])
 
 
-def _keep_top_cpu(
-    score: Tensor,
-    mask: Tensor,
-    wanted: Sequence[int],
-    kept: Sequence[int],
-    groups: Sequence[Segment] | None,
-    segments: Sequence[Segment] | None,
-) -> Tensor:
-    """The new mask.
-
-    wanted, kept: numbers of elements to prune and of kept elements in each group.  groups: None is one group, the whole
-    buffer.  segments: define the position of ties, None means the index.
-    """
-    new = mask.clone()
-    keys, top = _keys_of(score)
-    spans = [slice(0, mask.numel())] if groups is None else [s.span for s in groups]
-    for span, number, left in zip(spans, wanted, kept, strict=True):
-        _clear_lowest(keys[span], new.numpy()[span], number, left, top, segments, span.start)
-    return new
+def _gather(
+    parts: Sequence[_Part], low: int, high: int, top: int, keys: np.ndarray, places: np.ndarray
+) -> tuple[int, list[int]]:
+    """(number of keys below `low`, the end of each part's keys in `keys`)."""
+    below, ends = 0, [0]
+    kind = keys.dtype.type
+    for part in parts:
+        bounds = kind(low), kind(high), part.bits, kind(top)
+        less, there = compiled(_gather_loop)(part.keys, part.mask, *bounds, keys[ends[-1] :], places[ends[-1] :])
+        below += less
+        ends.append(ends[-1] + there)
+    return below, ends[1:]
 
 
-def _clear_lowest(
-    keys: np.ndarray, mask: np.ndarray, count: int, kept: int, top: int, segments: Sequence[Segment] | None, start: int
-) -> None:
-    """Clear in `mask`, in place, the `count` lowest keys that it keeps; of tied keys the lowest positions first.
-
-    start: index of keys[0] and mask[0] in the buffer that `segments` describe.
-    """
+def _clear_lowest(parts: Sequence[_Part], count: int, kept: int, top: int) -> None:
+    """Write to each `new` the mask without the `count` lowest of the `kept` keys that all masks keep; of tied keys the
+    lowest positions go first."""
     if not count:
+        for part in parts:
+            part.new[:] = part.mask
         return
-    threshold = keys.dtype.type(_kth_key(keys, mask, count, kept, top))
-    least, above = np.empty_like(mask), np.empty_like(mask)
-    compiled(_compare_loop)(keys, mask, threshold, _magnitude(keys), keys.dtype.type(top), least, above)
-    at_least = np.count_nonzero(least)
-    wanted = count - (kept - at_least)
-    # All tied elements are pruned, so their positions do not matter.
-    if wanted == at_least - np.count_nonzero(above):
-        mask[:] = above
+    threshold, ties = _find(parts, count, kept, top)
+    kind = parts[0].keys.dtype.type
+    for part in parts:
+        compiled(_above_loop)(part.keys, part.mask, kind(threshold), part.bits, kind(top), part.new)
+    stay = kept - count - sum(np.count_nonzero(part.new) for part in parts)
+    if not stay:  # all tied elements are pruned, so their positions do not matter
         return
-    mask[:] = least
-    tied = np.flatnonzero(least & ~above)
-    if segments is not None:
-        tied = tied[np.argsort(logical_positions(segments, tied + start), kind="stable")]
-    mask[tied[:wanted]] = False
+    positions = np.concatenate([part.positions(tied) for part, tied in zip(parts, ties, strict=True)])
+    first = np.partition(positions, len(positions) - stay)[len(positions) - stay]
+    for part, tied in zip(parts, ties, strict=True):
+        part.new[tied[part.positions(tied) >= first]] = True
 
 
-def _magnitude(keys: np.ndarray) -> np.unsignedinteger[Any]:
-    """All bits except the sign."""
-    return keys.dtype.type(np.iinfo(keys.dtype).max >> 1)
-
-
-def _bracket_cpu(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int) -> tuple[int, int]:
+def _bracket_cpu(parts: Sequence[_Part], k: int, kept: int, top: int) -> tuple[int, int]:
     """Keys that very likely lie below and above the k-th: six standard deviations of its rank in a sample away."""
     if kept < 4 * _CPU_SAMPLE:
         return 0, top
     # Evenly spaced with an odd stride, so that samples do not fall on the same channels again and again.
-    stride = (max(1, keys.size // (4 * _CPU_SAMPLE))) | 1
-    kind = keys.dtype.type
-    sample = np.minimum(keys[::stride][mask[::stride]] & _magnitude(keys), kind(top))
+    stride = (max(1, sum(part.keys.size for part in parts) // (4 * _CPU_SAMPLE))) | 1
+    kind = parts[0].keys.dtype.type
+    taken = [np.minimum(p.keys[::stride][p.mask[::stride]] & p.bits, kind(top)) for p in parts]
+    sample = np.concatenate(taken)
     if sample.size < 64:
         return 0, top
     sample.sort()
@@ -228,29 +350,42 @@ def _bracket_cpu(keys: np.ndarray, mask: np.ndarray, k: int, kept: int, top: int
     return int(sample[first]) if first >= 0 else 0, int(sample[last]) if last < sample.size else top
 
 
-def _gather_loop(keys, mask, low, high, magnitude, top, candidates):
-    """Number of kept keys below `low`, and number in [low, high]; writes the latter keys to `candidates`.
+def _gather_loop(keys, mask, low, high, bits, top, found, places):
+    """Number of kept keys below `low`, and number in [low, high]; writes the latter keys and their indices.
 
-    candidates: one element longer than the number of kept keys.
+    bits: those of a key that count.  found: like keys, places: int64; of at least that number.
     """
-    below, inside = 0, 0
-    for i in range(keys.size):
-        key = min(keys[i] & magnitude, top)
-        # Without a branch, which the processor could not predict: every key is written, and only the index depends on
-        # the mask.
-        candidates[inside] = key
-        below += mask[i] & (key < low)
-        inside += mask[i] & (key >= low) & (key <= high)
+    # Two loops that vectorise, over a piece that stays in the cache, and one over words of eight flags: few keys lie
+    # inside, so nearly all words are zero, which the processor predicts.
+    flags = np.empty(4096, np.bool_)
+    words = flags.view(np.uint64)
+    below: Any = 0
+    inside = 0
+    for start in range(0, keys.size, flags.size):
+        some, kept = keys[start : start + flags.size], mask[start : start + flags.size]
+        less: Any = np.int32(0)
+        for i in range(some.size):
+            less += np.int32(kept[i] & (min(some[i] & bits, top) < low))
+        for i in range(some.size):
+            key = min(some[i] & bits, top)
+            flags[i] = kept[i] & (key >= low) & (key <= high)
+        below += less
+        flags[some.size :] = False
+        for word in range(words.size):
+            if words[word]:
+                for i in range(8 * word, 8 * word + 8):
+                    if flags[i]:
+                        found[inside] = min(some[i] & bits, top)
+                        places[inside] = start + i
+                        inside += 1
     return below, inside
 
 
-def _compare_loop(keys, mask, threshold, magnitude, top, least, above):
-    """Write to `least` and `above` which kept keys are at least, and above, the threshold."""
+def _above_loop(keys, mask, threshold, bits, top, above):
+    """Write to `above` which kept keys are above the threshold."""
     # Without counting, so that the loop vectorises; counting the bytes afterwards costs almost nothing.
     for i in range(keys.size):
-        key = min(keys[i] & magnitude, top)
-        least[i] = mask[i] & (key >= threshold)
-        above[i] = mask[i] & (key > threshold)
+        above[i] = mask[i] & (min(keys[i] & bits, top) > threshold)
 
 
 # GPU: Triton, without the host in between

@@ -39,8 +39,8 @@ def masked_sgd_(
     """One step of torch.optim.SGD on masked weights, in one launch on a GPU.
 
     weight, momentum_buffer: float32 [n] (float32 or float64 on a CPU), mutated; exactly +0 afterwards where mask (bool
-    [n]) is False, whatever the gradient. A momentum buffer of zeros gives torch's first step.  grad: like weight; its
-    values are undefined afterwards.  low_precision_copy: bf16 or fp16 [n], overwritten with the new weight.  lr: a
+    [n]) is False, whatever the gradient. A momentum buffer of zeros gives torch's first step.  grad: like weight, not
+    changed.  low_precision_copy: bf16 or fp16 [n], overwritten with the new weight.  lr: a
     number, or a float tensor of one element on the same device (for a captured graph).  grad_scale, found_inf: float32
     of one element each, both or neither, as GradScaler passes them to fused optimisers: the gradient is divided by the
     scale, and nothing changes if found_inf is not 0.  block: elements per program.  ValueError if dtypes, sizes or
@@ -78,7 +78,7 @@ def masked_sgd_(
     if found_inf is not None and grad_scale is not None:
         if found_inf.item():
             return
-        grad.mul_(grad_scale.double().reciprocal().to(grad.dtype))
+        grad = grad * grad_scale.double().reciprocal().to(grad.dtype)
     _sgd_cpu(weight, grad, momentum_buffer, float(lr), momentum, weight_decay, nesterov)
     if mask is not None:
         zero_pruned(weight, mask)
@@ -115,7 +115,7 @@ def masked_sgd_reference(
 def _sgd_cpu(
     weight: Tensor, grad: Tensor, buffer: Tensor, lr: float, momentum: float, weight_decay: float, nesterov: bool
 ) -> None:
-    """torch.optim.SGD's update, bitwise equal to its default implementation. Mutates weight, buffer and grad."""
+    """torch.optim.SGD's update, bitwise equal to its default implementation. Mutates weight and buffer."""
     if momentum and weight.numel() % 64 == 0 and torch.get_num_threads() == 1:
         # torch's fused pass takes less than half the time. Elements that do not fill a vector it rounds differently, so
         # it is not used for such sizes, nor with several threads, which split the buffer at any element.
@@ -126,9 +126,9 @@ def _sgd_cpu(
         return
     # The operations of torch.optim.SGD's default implementation, in its order.
     if weight_decay:
-        grad.add_(weight, alpha=weight_decay)
+        grad = grad.add(weight, alpha=weight_decay)
     buffer.mul_(momentum).add_(grad)
-    update = grad.add_(buffer, alpha=momentum) if nesterov else buffer
+    update = grad.add(buffer, alpha=momentum) if nesterov else buffer
     weight.add_(update, alpha=-lr)
 
 

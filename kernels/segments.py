@@ -20,13 +20,20 @@ class Segment:
     """One layer's weight inside a flat buffer.
 
     name: of the parameter.  shape: logical shape, (O, I, H, W) of a conv or (O, I) of a linear layer.  offset: index of
-    the first element in the buffer.  position: logical position of the first element.
+    the first element in the buffer.  position: logical position of the first element.  channels_last: whether a weight
+    of four dimensions is stored as (O, H, W, I); all others are stored in logical order.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
     position: int
+    channels_last: bool = True
+
+    @property
+    def permuted(self) -> bool:
+        """Whether the storage order differs from the logical one."""
+        return self.channels_last and len(self.shape) == 4
 
     @property
     def numel(self) -> int:
@@ -38,9 +45,9 @@ class Segment:
         return slice(self.offset, self.offset + self.numel)
 
     def view(self, buffer: Tensor) -> Tensor:
-        """The segment as a view of its logical shape; a conv weight has channels-last strides."""
+        """The segment as a view of its logical shape; a weight stored channels-last has such strides."""
         flat = buffer[self.span]
-        if len(self.shape) != 4:
+        if not self.permuted:
             return flat.view(self.shape)
         o, i, h, w = self.shape
         return flat.view(o, h, w, i).permute(0, 3, 1, 2)
@@ -48,7 +55,7 @@ class Segment:
     def logical(self, stored: np.ndarray) -> np.ndarray:
         """Logical positions of `stored`, int64 indices into the buffer that lie in this segment."""
         local = stored - self.offset
-        if len(self.shape) != 4:
+        if not self.permuted:
             return self.position + local
         _, i, h, w = self.shape
         rest, channel = np.divmod(local, i)
@@ -108,7 +115,7 @@ def tiling(
     tiles, table, ranges = [], [], [] if local else [(0, n)]
     ends = [*(s.offset for s in segments[1:]), n]
     for number, (s, room) in enumerate(zip(segments, ends, strict=True)):
-        channels, pixels = (s.shape[1], s.shape[2] * s.shape[3]) if len(s.shape) == 4 else (1, 1)
+        channels, pixels = (s.shape[1], s.shape[2] * s.shape[3]) if s.permuted else (1, 1)
         table.append((s.offset, s.position, max(channels, 1), max(pixels, 1)))
         end = s.offset + s.numel
         end = min(-(-end // 16) * 16, room) if padded else end

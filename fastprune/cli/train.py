@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastprune.cli.command import DONE, FAILED, Parser, checked, run_command
+from fastprune.cli.command import DONE, FAILED, Parser, checked, expanded, run_command, to_path
 from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS
 from fastprune.specs import OptimizerSpec, ScheduleSpec
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--data-path",
         required=True,
+        type=expanded,
         metavar="DIR",
         help="folder with train/<class>/ and val/<class>/, images of any size; the folder or a file of FFCV's "
         ".beton files; Tiny ImageNet, MiniPlaces or a prepared folder, used at its own image size; or 'synthetic': "
@@ -121,11 +122,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--output-dir",
         default=".",
+        type=expanded,
         metavar="DIR",
         help="folder for checkpoint.pth and mask.safetensors (default .); '': none",
     )
     p.add_argument(
-        "--resume", default="", metavar="FILE", help="continue from this checkpoint, or start from these plain weights"
+        "--resume",
+        type=expanded,
+        default="",
+        metavar="FILE",
+        help="continue from this checkpoint, or start from these plain weights",
     )
     p.add_argument(
         "--start-epoch",
@@ -157,16 +163,22 @@ def parser() -> argparse.ArgumentParser:
         "--sparsity",
         type=_sparsity,
         metavar="S",
-        help="before training, prune conv weights by global magnitude until this fraction is zero. With --resume, the "
+        help="before training, prune weights by global magnitude until this fraction is zero. With --resume, the "
         "checkpoint's weights are pruned and training starts at the first epoch, unless already this sparse",
     )
-    pruned.add_argument("--mask", type=Path, metavar="FILE", help="train under the mask in this mask.safetensors")
+    pruned.add_argument("--mask", type=to_path, metavar="FILE", help="train under the mask in this mask.safetensors")
+    own.add_argument(
+        "--prune",
+        metavar="WHAT",
+        help="layers whose weights masks cover: conv (default), all (convs, linear, attention, recurrent layers), or a "
+        "pattern of layer names such as 'features.*'",
+    )
     own.add_argument("--amp-dtype", choices=["bf16", "fp16"], help="precision of --amp (default bf16)")
     own.add_argument(
         "--loader", choices=LOADERS, default="auto", help="how images are read (default: the fastest available)"
     )
     own.add_argument(
-        "--store", type=Path, metavar="DIR", help="folder for prepared images, in its data/ (default runs)"
+        "--store", type=to_path, metavar="DIR", help="folder for prepared images, in its data/ (default runs)"
     )
 
     rest = p.add_argument_group("flags of the reference that are accepted only with their default value")
@@ -238,6 +250,7 @@ def request_of(args: argparse.Namespace) -> TrainRequest:
         resume=Path(args.resume) if args.resume else None,
         start_epoch=args.start_epoch,
         sparsity=args.sparsity,
+        prune=args.prune,
         mask=args.mask,
         output=Path(args.output_dir) if args.output_dir else None,
         test_only=args.test_only,

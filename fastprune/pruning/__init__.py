@@ -1,18 +1,18 @@
-"""Which weights go: masks by parameter, criteria, allocations, and channels (structured)."""
+"""Which weights go: masks by parameter, criteria, allocations, schedules, the Pruner, and channels (structured)."""
 
 from fastprune.pruning.allocation import prune, prune_to_ratios
-from fastprune.pruning.criteria import magnitude_scores, random_scores
-from fastprune.pruning.masks import Mask, MaskedConv2d, MaskedLinear, attach, masks_of, plain_state_dict
+from fastprune.pruning.coverage import coverage
+from fastprune.pruning.layers import MaskedConv2d, MaskedLinear, mask_layers
+from fastprune.pruning.masks import Mask
+from fastprune.pruning.pruner import Pruner
 
 __all__ = [
     "Mask",
     "MaskedConv2d",
     "MaskedLinear",
-    "attach",
-    "magnitude_scores",
-    "masks_of",
-    "plain_state_dict",
+    "Pruner",
+    "coverage",
+    "mask_layers",
     "prune",
     "prune_to_ratios",
-    "random_scores",
 ]

@@ -136,12 +136,12 @@ def check_rounds(settings: Settings, data: DataSpec) -> None:
     """InputError where a round would prune no weight, or every remaining one."""
     import torch
 
-    from fastprune.pruning.masks import prunable
+    from fastprune.pruning.coverage import conv_weights
     from fastprune.training.models import build
 
     # "meta" tensors have a shape but no memory: only the number of weights is needed.
     with torch.device("meta"):
-        left = sum(weight.numel() for _, weight in prunable(build(settings.network(data))))
+        left = sum(weight.numel() for _, weight in conv_weights(build(settings.network(data))))
     for round in range(1, settings.rounds + 1):
         gone = n_to_prune(left, settings.fraction)
         if not 0 < gone < left:

@@ -23,8 +23,9 @@ from fastprune.loaders.manifest import Manifest
 from fastprune.pruning import channels as structured
 from fastprune.pruning.allocation import prune, prune_to_ratios
 from fastprune.pruning.channels import latency
+from fastprune.pruning.coverage import conv_weights
 from fastprune.pruning.criteria import criterion, magnitude_scores, random_scores, user_scores
-from fastprune.pruning.masks import Mask, layout, prunable
+from fastprune.pruning.masks import Mask, layout
 from fastprune.specs import (
     ChannelSelection,
     DataSpec,
@@ -405,7 +406,7 @@ def choose_weights(
     else:
         with torch.device("meta"):  # only names and shapes are needed
             model = build(node.model)
-        mask = Mask.dense(layout(prunable(model)))
+        mask = Mask.dense(layout(conv_weights(model)))
     # Random scores are float64, and select the same weights on each machine: they are drawn and sorted on the CPU.
     if node.criterion != "random":
         mask = Mask(mask.keep.to(device), mask.segments)
@@ -470,7 +471,7 @@ def choose_channels(
     kept = structured.kept_filters(selection, groups)
     channels = sum(group.channels for group in groups)
     removed = channels - sum(map(len, selection.kept.values()))
-    filters = {name: group.channels for group in groups for name in group.convs}
+    filters = {name: group.channels for group in groups for name in group.layers}
     before, after = (structured.cost(m, image_size) for m in (model, small))
     times = latency({"whole": model, "small": small}, image_size, _LATENCY_BATCH, device)
     result = {

@@ -95,7 +95,9 @@ def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
     train, val = (part.count(manifest, split) for split in ("train", "val"))
     # The last partial batch is dropped, so an epoch would have no step.
     if settings.batch_size > train:
-        raise InputError(f"a batch of {settings.batch_size} is more than the {train} training images: lower --batch-size")
+        raise InputError(
+            f"a batch of {settings.batch_size} is more than the {train} training images: lower --batch-size"
+        )
     classes = settings.classes or len(manifest.classes)
     if classes < 2:
         raise InputError(f"{manifest.name} has {classes} class, at least 2 are needed: choose another data set")

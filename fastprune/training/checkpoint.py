@@ -10,6 +10,8 @@
     args       flags of train.py
 
 From a checkpoint of the reference script, model, optimizer and epoch are read; from a plain state dict, the weights.
+Names may begin with "module." (DDP), weights may be under torch.nn.utils.prune ("_orig" and "_mask"). Zeros in the
+weights of a file without an entry "mask" count as pruned.
 """
 
 import argparse
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from fastprune.errors import InputError
 from fastprune.files import write_atomically
-from fastprune.pruning.masks import Mask, plain_state_dict
+from fastprune.pruning.masks import Mask, masks_of_zeros
 from fastprune.specs import OptimizerSpec
 from fastprune.training.trainer import Trainer
 
@@ -34,13 +36,15 @@ class Checkpoint:
     """The content of a checkpoint, checked against the model.
 
     state: for Trainer.load_state. epochs: number of finished epochs, None for plain weights. mask: on the CPU, None for
-    dense. flags: those of the run that wrote it; empty if the file has none.
+    dense. flags: those of the run that wrote it; empty if the file has none. taken: the mask is no entry of the file,
+    its weights show it.
     """
 
     state: dict[str, Tensor]
     epochs: int | None
     mask: Mask | None
     flags: dict[str, Any]
+    taken: bool = False
 
 
 def save_checkpoint(
@@ -53,7 +57,7 @@ def save_checkpoint(
     state = trainer.state()
     mask = trainer_mask(trainer)
     content = {
-        "model": plain_state_dict(trainer.model),
+        "model": trainer.state_dict(),
         "optimizer": _sgd_state(trainer, state, optimizer, lr),
         "epoch": epochs - 1,
         "mask": None if mask.kept == mask.total else mask.tensors(),
@@ -73,8 +77,9 @@ def load_checkpoint(path: Path, trainer: Trainer, name: str) -> Checkpoint:
     model = content.get("model", content)
     if not isinstance(model, Mapping) or not model or not all(isinstance(v, Tensor) for v in model.values()):
         raise InputError(f"{path} holds no weights: expected a state dict, or a checkpoint with one as 'model'")
-    _check_fit(path, model, trainer.model.state_dict(), name)
-    state = trainer.state() | {f"model.{k}": v for k, v in model.items()}
+    plain = _plain_names(model)
+    _check_fit(path, plain, trainer.model.state_dict(), name)
+    state = trainer.state() | {f"model.{k}": v for k, v in plain.items()}
     state = {k: v for k, v in state.items() if k.startswith("model.")}
     try:
         state |= _momentum(content, trainer)
@@ -85,11 +90,14 @@ def load_checkpoint(path: Path, trainer: Trainer, name: str) -> Checkpoint:
         flags = dict(flags if isinstance(flags, Mapping) else vars(flags))
         kept = content.get("mask") if model is not content else None
         mask = None if kept is None else fitting_mask(kept, trainer, path)
+        if shown := "mask" not in content or model is content:
+            zeros = masks_of_zeros({s.name: plain[s.name] for s in trainer.flat.segments})
+            mask = None if zeros is None else Mask.from_tensors(zeros)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} is damaged or foreign ({type(error).__name__}: {error})") from error
-    return Checkpoint(state, epochs, mask, flags)
+    return Checkpoint(state, epochs, mask, flags, shown and mask is not None)
 
 
 def trainer_mask(trainer: Trainer) -> Mask:
@@ -126,6 +134,21 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds no weights: expected a state dict, or a checkpoint with one as 'model'")
     return content
+
+
+def _plain_names(model: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict by the names of the plain model; weights under torch.nn.utils.prune are masked."""
+    if all(name.startswith("module.") for name in model):
+        model = {name.removeprefix("module."): value for name, value in model.items()}
+    masks = {n.removesuffix("_mask"): m for n, m in model.items() if n.endswith("_mask") and f"{n[:-5]}_orig" in model}
+    plain = {}
+    for name, value in model.items():
+        bare = name.removesuffix("_orig")
+        if bare in masks and bare != name:
+            plain[bare] = value * masks[bare]
+        elif name.removesuffix("_mask") not in masks:
+            plain[name] = value
+    return plain
 
 
 def _check_fit(path: Path, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], name: str) -> None:

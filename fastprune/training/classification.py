@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.loaders import Crop, DataSource, Manifest, find_or_prepare, open_data
@@ -250,15 +250,39 @@ def run(request: TrainRequest) -> bool:
 
 def _run(request: TrainRequest, images: Images, device: torch.device, ranks: Ranks) -> bool:
     model = build_model(request.model, request.weights, images.classes, images.size, request.seed)
-    trainer = Trainer(model, device=device, precision=request.precision)
+    trainer = _trainer(model, device, request)
     try:
         return _trained(request, trainer, images, ranks)
     finally:
         trainer.close()
 
 
+def _trainer(model: nn.Module, device: torch.device, request: TrainRequest) -> Trainer:
+    """The trainer; its masks cover what --prune says. InputError if that is nothing, or the default is too little."""
+    what = request.prune or "conv"
+    named = what in ("conv", "all")
+    try:
+        trainer = Trainer(
+            model,
+            device=device,
+            precision=request.precision,
+            kinds=what if named else "all",
+            include=None if named else what,
+        )
+    except ValueError as error:
+        more = "" if request.prune else "; --prune all covers other layers, too"
+        raise InputError(f"--prune {what}: {error}{more}") from None
+    covered, total = trainer.pruner.total, trainer.pruner.coverage.total
+    if request.prune is None and request.sparsity and 2 * covered < total:
+        raise InputError(
+            f"--sparsity {request.sparsity} would prune convs only, {covered:,} of the {total:,} parameters of "
+            f"{request.model}: add --prune all, or --prune conv if that is meant"
+        )
+    return trainer
+
+
 def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ranks) -> bool:
-    start, origin = prepare(trainer, request)
+    start, origin = prepare(trainer, request, ranks.world_size)
     batch_size = request.optimizer.batch_size
     val = images.val(batch_size, ranks.rank, ranks.world_size, trainer.images)
     first = ranks.rank == 0
@@ -268,7 +292,7 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
         say(f"Model {request.model}, {request.precision} on {_name(trainer.device)}, {sizes}")
         for line in origin:
             say(line)
-        say(_sparsity(trainer))
+        say(_sparsity(trainer, request.prune))
     if request.test_only:
         with _input_errors():
             loss, accuracy = trainer.evaluate(val)
@@ -305,7 +329,8 @@ def _fit(trainer: Trainer, train: Epochs, val: Batches, request: TrainRequest, s
         if log is not None:
             log.epoch(m)
         if kept is not None and not m.diverged:
-            save_checkpoint(kept, trainer, m.epoch, request.optimizer, m.lr, request.flags)
+            flags = {**request.flags, "ranks": ranks.world_size}
+            save_checkpoint(kept, trainer, m.epoch, request.optimizer, m.lr, flags)
             last = kept
 
     if log is not None:
@@ -356,7 +381,7 @@ def choose_device(request: TrainRequest, ranks: Ranks) -> torch.device:
     return device
 
 
-def prepare(trainer: Trainer, request: TrainRequest) -> tuple[int, list[str]]:
+def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[int, list[str]]:
     """Puts weights, momentum and mask where the run starts; returns the epochs done, and in lines what was done.
 
     A checkpoint goes on from its own epoch. Only where --sparsity or --mask ask for another mask than it has, a new run
@@ -378,6 +403,14 @@ def prepare(trainer: Trainer, request: TrainRequest) -> tuple[int, list[str]]:
                 lines += [f"note: --{n.replace('_', '-')} was {found.flags[n]} before" for n in changed]
         else:
             lines.append(f"A new run from the weights in {request.resume}")
+        if found.taken and held is not None:
+            lines.append(f"note: {held.total - held.kept} weights of the file are zero: they stay pruned")
+        before = found.flags.get("ranks", ranks)
+        if same and before != ranks:
+            each = request.optimizer.batch_size
+            lines.append(
+                f"note: {before} ranks before, {ranks} now: a step sees {each * ranks} images, not {each * before}"
+            )
     if request.mask is not None:
         trainer.set_mask(fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask))
     elif request.sparsity is not None:
@@ -397,24 +430,24 @@ def _is_held(request: TrainRequest, trainer: Trainer, held: Mask | None) -> bool
 
 
 def _prune(trainer: Trainer, sparsity: float) -> None:
-    """Prunes until round(sparsity x all) conv weights are gone. InputError if more are gone, or none would be left."""
+    """Prunes until round(sparsity x all) weights are gone. InputError if more are gone, or none would be left."""
     now = trainer_mask(trainer)
     goal, gone = round(sparsity * now.total), now.total - now.kept
     if goal < gone:
         raise InputError(f"--sparsity {sparsity} is less than the {gone / now.total:.4f} pruned already")
     if goal == now.total:
-        raise InputError(f"--sparsity {sparsity} would prune all {now.total} conv weights")
+        raise InputError(f"--sparsity {sparsity} would prune all {now.total} weights")
     if goal > gone:
         trainer.prune((goal - gone) / now.kept)
 
 
-def _sparsity(trainer: Trainer) -> str:
-    mask = trainer_mask(trainer)
+def _sparsity(trainer: Trainer, prune: str | None) -> str:
+    mask, kind = trainer_mask(trainer), "" if prune not in (None, "conv") else "conv "
     if mask.kept == mask.total:
-        return f"Dense: {mask.total} conv weights"
+        return f"Dense: {mask.total} {kind}weights"
     dead = [name for name, ratio in mask.layerwise_ratios().items() if ratio == 1.0]
     empty = f"; nothing is left of {', '.join(dead)}" if dead else ""
-    return f"Sparsity {1 - mask.density:.4f}: {mask.kept} of {mask.total} conv weights are left{empty}"
+    return f"Sparsity {1 - mask.density:.4f}: {mask.kept} of {mask.total} {kind}weights are left{empty}"
 
 
 def _name(device: torch.device) -> str:

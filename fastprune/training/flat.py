@@ -3,13 +3,15 @@
 The optimiser step, masking, pruning and rewinding are then a few operations on long vectors, for any model.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastprune.kernels import Segment, masked_cast, masked_sgd_
-from fastprune.pruning.masks import buffer_size, layout, prunable
+from fastprune.pruning.coverage import conv_weights
+from fastprune.pruning.masks import buffer_size, layout
 
 
 class FlatParams:
@@ -22,16 +24,22 @@ class FlatParams:
 
     Rebinding a parameter breaks the views: `.to(dtype)`, `load_state_dict(assign=True)` and
     `zero_grad(set_to_none=True)` do so, and `check_aliased()` detects it. `copy.deepcopy` of the model gives an
-    independent model; of a FlatParams it is a TypeError. ValueError for a frozen parameter.
+    independent model; of a FlatParams it is a TypeError. Frozen parameters stay where they are. names: of the prunable
+    parameters, by default those of the convs. ValueError for trained parameters that are not float32.
     """
 
-    def __init__(self, model: nn.Module, linear: bool = False, half_precision: torch.dtype | None = None) -> None:
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                raise ValueError(f"{name} is frozen: set its requires_grad, because FlatParams trains all parameters")
-        named = prunable(model, linear)
-        prunable_ids = {id(p) for _, p in named}
-        other = [(name, p) for name, p in model.named_parameters() if id(p) not in prunable_ids]
+    def __init__(
+        self, model: nn.Module, names: Sequence[str] | None = None, half_precision: torch.dtype | None = None
+    ) -> None:
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, parameter in parameters.items():
+            if parameter.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} is {parameter.dtype}, expected float32: call model.float(), and use precision="
+                )
+        wanted = [name for name, _ in conv_weights(model)] if names is None else names
+        named = [(name, parameters[name]) for name in wanted]
+        other = [(name, p) for name, p in parameters.items() if name not in set(wanted)]
         device = next(model.parameters()).device
         self.segments = layout(named)
         self.other_segments = layout((name, p.reshape(-1)) for name, p in other)
@@ -48,14 +56,17 @@ class FlatParams:
             _rebind(p, segment.view(self.other_params).view(p.shape), segment.view(self.other_grad).view(p.shape))
         self.half = None if half_precision is None else torch.zeros_like(self.weight, dtype=half_precision)
         self._rewind: tuple[Tensor, Tensor] | None = None
-        self._leaves = [p for _, p in named] + [p for _, p in other]
+        self._leaves: list[Tensor] = [p for _, p in [*named, *other]]
         self._grads = [p.grad for p in self._leaves if p.grad is not None]
         self.half_views: dict[str, Tensor] = {}
         """By parameter name, leaf views of `half` that a forward in low precision uses in place of the weights."""
         if self.half is not None:
             # Leaves, so that gradients arrive in low precision: autograd need not go through a cast of every weight.
-            self.half_views = {s.name: s.view(self.half).requires_grad_() for s in self.segments}
-            self._leaves[: len(named)] = self.half_views.values()
+            # Recurrent layers keep references to their parameters, which a replacement by name does not reach.
+            fixed = {id(p) for m in model.modules() if isinstance(m, nn.RNNBase) for p in m.parameters()}
+            views = {s.name: s.view(self.half).requires_grad_() for s in self.segments}
+            self.half_views = {name: views[name] for name, p in named if id(p) not in fixed}
+            self._leaves[: len(named)] = [self.half_views.get(name, p) for name, p in named]
         self.sync()
 
     @property
@@ -102,6 +113,11 @@ class FlatParams:
     def set_mask(self, mask: Tensor) -> None:
         """Writes `mask` (bool [n]) into the mask in place, and +0 into pruned weights and their momentum."""
         self.mask.copy_(mask)
+        self.mask_changed()
+
+    @torch.no_grad()
+    def mask_changed(self) -> None:
+        """Writes +0 into pruned weights and momentum, and renews `half`, after other code has written the mask."""
         # Momentum, too: a weight that a later mask keeps again must not move by a momentum from before it was pruned.
         masked_cast(self.momentum, self.mask, self.momentum)
         self.sync()
@@ -151,8 +167,7 @@ class FlatParams:
     ) -> None:
         """One masked SGD step on all parameters, in place, as kernels.masked_sgd_ defines it.
 
-        Mutates weights, momentum and `half`; pruned weights and their momentum are exactly +0 afterwards. The gradients
-        are undefined afterwards.
+        Mutates weights, momentum and `half`; pruned weights and their momentum are exactly +0 afterwards.
         """
         hyper: dict[str, Any] = {
             "lr": lr,

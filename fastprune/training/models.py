@@ -9,7 +9,6 @@ from torch import nn
 from torchvision.models import resnet
 
 from fastprune.errors import InputError
-from fastprune.pruning.masks import prunable
 from fastprune.specs import Init, ModelSpec
 
 _RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
@@ -87,12 +86,6 @@ def build_model(name: str, asked: str | None, classes: int, size: tuple[int, int
             f"cannot fetch {weights} ({' '.join(str(error).split())}): fetch {weights.url} elsewhere and give the file "
             "with --resume"
         ) from None
-    try:
-        convs = prunable(model)
-    except ValueError as error:
-        raise InputError(f"{name} is not supported: {error}") from None
-    if not convs:
-        raise InputError(f"{name} is not supported: it has no conv layer, there is nothing to prune")
     _try_size(model, name, size)
     return model
 

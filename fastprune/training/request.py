@@ -14,7 +14,8 @@ class TrainRequest:
 
     data: a folder, a .beton file of a prepared one, or "synthetic".  device: None for a GPU if there is one.
     train_crop, val_resize, val_crop: pixels, None where not asked for.  workers: None for what is useful.
-    resume, mask, output, store: None where not given.  sparsity: of all conv weights together, in [0, 1), or None.
+    resume, mask, output, store: None where not given.  prune: conv, all or a pattern of names, None where not asked
+    for.  sparsity: of the weights that `prune` covers together, in [0, 1), or None.
     flags: all flags as plain values, for the checkpoint.
     """
 
@@ -35,6 +36,7 @@ class TrainRequest:
     resume: Path | None = None
     start_epoch: int = 0
     sparsity: float | None = None
+    prune: str | None = None
     mask: Path | None = None
     output: Path | None = None
     test_only: bool = False

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""The label of pixels that do not count, as in torch's cross_entropy."""
+
 Step = Callable[[Tensor, Tensor], None]
 """step(images, labels). All other memory that it reads or writes must keep its address, so that it can be captured."""
 
@@ -87,9 +90,12 @@ class GraphedStep:
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """ValueError unless all labels (int64 [B]) are in [0, classes). Waits for the device."""
+    """ValueError unless all labels (int64) are in [0, classes); probabilities pass. Per pixel, -100 is no label. Waits
+    for the device."""
     # Without this check the loss fails in a device-side assertion, after which the process cannot use its GPU.
-    if labels.numel():
+    if labels.dim() > 1 and not labels.is_floating_point():
+        labels = labels[labels != IGNORED]
+    if labels.numel() and not labels.is_floating_point():
         low, high = (int(end) for end in labels.aminmax())
         if low < 0 or high >= classes:
             raise ValueError(f"labels reach from {low} to {high}, but the network has {classes} classes")
@@ -108,10 +114,20 @@ class EpochSums:
         self.sums.zero_()
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Adds a batch. loss: its mean, []. logits: [B, classes]. labels: int64 [B]."""
+        """Adds a batch. loss: its mean, []. logits: [B, classes, ...]. labels: int64 [B, ...], or floats as the logits.
+
+        Of labels per pixel an image counts with the fraction of its pixels that is right.
+        """
         count = len(labels)
+        if labels.is_floating_point():  # probabilities: the most likely class is the right one
+            labels = labels.argmax(1)
+        hits = logits.detach().argmax(1) == labels
         self.sums[0] += loss.detach() * count
-        self.sums[1] += (logits.detach().argmax(1) == labels).sum()
+        if labels.dim() == 1:
+            self.sums[1] += hits.sum()
+        else:
+            known = (labels != IGNORED).flatten(1).sum(1)
+            self.sums[1] += (hits.flatten(1).sum(1) / known.clamp(min=1)).sum()
         self.sums[2] += count
 
     def result(self) -> tuple[float, float, int]:

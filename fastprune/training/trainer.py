@@ -1,7 +1,8 @@
 """The training loop: one Trainer runs any number of dense and masked trainings, in place, compiled once."""
 
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastprune.pruning.allocation import prune
-from fastprune.pruning.masks import Mask, masks_of, share_masks, unshare_masks
+from fastprune.pruning.coverage import Kinds, Selectors
+from fastprune.pruning.masks import Mask
+from fastprune.pruning.pruner import Pruner
 from fastprune.specs import PRECISIONS, OptimizerSpec, ScheduleSpec
 from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics
 from fastprune.training.flat import FlatParams, FlatSGD
 from fastprune.training.step import EpochMetrics, EpochSums, GraphedStep, Step, check_labels
 
 _HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """(images [B, 3, H, W], labels int64 [B]). A `set_epoch(epoch)` method, if there is one, is called before each training
@@ -27,13 +32,17 @@ epoch, with the epoch from 0."""
 class Trainer:
     """Trains a model with masks: SGD on flat parameters, channels-last.
 
-    The model is moved to `device` and its parameters become views of flat buffers (`FlatParams`). Masks of an attached
-    model apply from the start. Masks, weights and learning rates are written in place, so a Trainer compiles and
+    The model is moved to `device` and its parameters become views of flat buffers (`FlatParams`). `pruner` is a Pruner
+    on them: convs by default, other layers by kinds, include and exclude. Weights of the model that are zero already
+    count as pruned, as in Pruner. Masks, weights and learning rates are written in place, so a Trainer compiles and
     captures once for each shape of batch, over any number of trainings.
 
     precision: "fp32", "bf16" (autocast) or "fp16" (autocast and a gradient scaler). With bf16 and fp16, convs read the
     low-precision copy of the weights that the optimiser's pass writes. compile: torch.compile for the network, by
     default on a GPU only. graph: the whole step as one CUDA graph, by default on a GPU; without effect on a CPU.
+    loss: from (logits, labels) to the mean loss of a batch, [], by default cross-entropy; with a loss of its own, a
+    Trainer does not use `label_smoothing`. Labels are classes (int64 [B], or [B, H, W] per pixel) or their
+    probabilities (floating, of the logits' shape). Frozen parameters stay as they are.
 
     Under torch.distributed, gradients are averaged over all ranks, each of which reads its own batches. Batch-norm
     statistics are local during an epoch; after it, all ranks get those of rank 0.
@@ -47,9 +56,13 @@ class Trainer:
         precision: str = "fp32",
         compile: bool | str | None = None,
         graph: bool | None = None,
+        loss: Loss | None = None,
+        kinds: Kinds = "conv",
+        include: Selectors | None = None,
+        exclude: Selectors | None = None,
     ) -> None:
         """compile: True, False, or the name of a torch.compile backend. ValueError for an unknown precision, for a
-        model without convs, for frozen parameters, and for a weight that two layers share."""
+        model with nothing to prune, and for trained parameters that are not float32."""
         if precision not in PRECISIONS:
             raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
         self.device = torch.device(device)
@@ -59,12 +72,11 @@ class Trainer:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.precision = precision
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        carried = masks_of(self.model)
-        if not carried.segments:
-            raise ValueError(f"{type(model).__name__} has no conv layer: there is nothing to prune")
-        self.flat = FlatParams(self.model, half_precision=_HALF[precision])
-        self.flat.set_mask(carried.keep)
-        share_masks(self.model, self.flat.segments, self.flat.mask)
+        self.pruner = Pruner(self.model, kinds=kinds, include=include, exclude=exclude, verbose=False, hooks=False)
+        if self.pruner.kept < self.pruner.total:
+            print(f"fastprune: {self.pruner.described()}", file=sys.stderr)
+        self.flat = FlatParams(self.model, self.pruner.names, half_precision=_HALF[precision])
+        self.pruner.share({s.name: s.view(self.flat.mask) for s in self.flat.segments}, self.flat.mask_changed)
         # On the device, because a captured graph would keep a Python number forever. float64, so that it is exactly the
         # schedule's number.
         self._lr = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -90,7 +102,7 @@ class Trainer:
             (torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)) if on_gpu and graph is not False else None
         )
         self._sums = EpochSums(self.device)
-        self._smoothing = 0.0
+        self._smoothing, self._loss = 0.0, loss
         self._classes: int | None = None  # of the network's output; known after the first batch
         self._marked: dict[str, Tensor] = {}
 
@@ -106,6 +118,11 @@ class Trainer:
         for name, value in self.scaler.state_dict().items():
             state[f"scaler.{name}"] = torch.tensor(value, dtype=torch.float64)
         return state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The model's state dict, for a model without a Trainer: fresh contiguous tensors on the CPU."""
+        # Copies, because torch.save of a view writes the whole buffer under it.
+        return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in self.model.state_dict().items()}
 
     def load_state(self, state: dict[str, Tensor], *, momentum: bool = True) -> None:
         """Restores a `state()` in place: weights, batch-norm statistics, and with `momentum` momentum and scaler.
@@ -147,20 +164,17 @@ class Trainer:
             mask = Mask.dense(self.flat.segments)
         if mask.segments != self.flat.segments:
             raise ValueError("the mask has other layers or shapes than the model")
-        self.flat.set_mask(mask.keep)
+        self.flat.mask.copy_(mask.keep)
+        self.pruner.apply()
 
     def close(self) -> None:
-        """Frees the memory of captured steps, and makes the model's layers mask their weights themselves again.
-
-        Call it before the model is trained by other code, and before a process group is destroyed.
-        """
+        """Frees the memory of captured steps. Call it before a process group is destroyed."""
         # Destroying a process group waits for the graphs that captured its collectives.
         self._graphed.clear()
-        unshare_masks(self.model)
 
     def preview_prune(self, fraction: float) -> Mask:
         """The mask that `prune(fraction)` would set, on the device; changes nothing."""
-        return prune(self.flat.weight.abs(), Mask(self.flat.mask, self.flat.segments), fraction)
+        return prune(self.flat.weight, Mask(self.flat.mask, self.flat.segments), fraction)
 
     def prune(self, fraction: float) -> Mask:
         """Prunes exactly round(fraction x kept) weights, those of lowest magnitude over all layers, in place.
@@ -168,14 +182,14 @@ class Trainer:
         Returns the new mask, a copy on the device. ValueError for a fraction outside [0, 1].
         """
         new = self.preview_prune(fraction)
-        self.flat.set_mask(new.keep)
+        self.set_mask(new)
         return new
 
     @torch.no_grad()
     def save_rewind_point(self) -> None:
         """Copies the present weights and batch-norm statistics, on the device, for `rewind`."""
         self.flat.save_rewind_point()
-        self._marked = {name: b.clone() for name, b in self.model.named_buffers() if b.dtype != torch.bool}
+        self._marked = {name: b.clone() for name, b in self.model.named_buffers()}
 
     @torch.no_grad()
     def rewind(self) -> None:
@@ -185,8 +199,7 @@ class Trainer:
         """
         self.flat.rewind()
         for name, buffer in self.model.named_buffers():
-            if name in self._marked:
-                buffer.copy_(self._marked[name])
+            buffer.copy_(self._marked[name])
         if self._fresh_scaler:
             self.scaler.load_state_dict(dict(self._fresh_scaler))
 
@@ -242,7 +255,13 @@ class Trainer:
         self.model.train()
         self._sums.clear()
         # A loader needs no length unless the rate changes from batch to batch.
-        steps = len(train) if schedule.varies_within(epoch) else 1  # type: ignore[arg-type]
+        steps = 1
+        if schedule.varies_within(epoch):
+            if not isinstance(train, Sized):
+                raise ValueError(
+                    "the rate changes from batch to batch (warm-up), so the loader needs a length: __len__"
+                )
+            steps = len(train)
         rate = None
         for step, (images, labels) in enumerate(train):
             # Written when it changes only: each write is a launch.
@@ -279,7 +298,7 @@ class Trainer:
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         with self._autocast():
             logits = self._logits(images, labels)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self._smoothing)
+            loss = self._mean_loss(logits, labels, self._smoothing)
         self.flat.backward(self.scaler.scale(loss))
         all_reduce_mean(self.flat.grad, self.flat.other_grad)
         self.scaler.step(self.optimizer)
@@ -290,15 +309,25 @@ class Trainer:
         with self._autocast():
             logits = self._logits(images, labels)
             # Without label smoothing: validation losses are comparable among runs that smooth differently.
-            loss = F.cross_entropy(logits, labels)
+            loss = self._mean_loss(logits, labels, 0.0)
         self._sums.add(loss, logits, labels)
 
     def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
         logits = self._network(images)
         if self._classes is None:
+            if not isinstance(logits, Tensor) or logits.dim() < 2:
+                what = type(logits).__name__ if not isinstance(logits, Tensor) else f"{logits.dim()} dimensions"
+                raise ValueError(
+                    f"the model returns {what}, expected logits [B, classes, ...]: wrap it in a module that does"
+                )
             self._classes = logits.shape[1]
             check_labels(labels, self._classes)
         return logits
+
+    def _mean_loss(self, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        if self._loss is not None:
+            return self._loss(logits, labels)
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
 
     def _run(self, step: Step, images: Tensor, labels: Tensor) -> None:
         try:
@@ -342,9 +371,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters and batch-norm statistics by name, the tensors themselves."""
-        # Without masks, so that the state of a plain model loads, too.
-        buffers = {name: b for name, b in self.model.named_buffers() if b.dtype != torch.bool}
-        return dict(self.model.named_parameters()) | buffers
+        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
     def _rest(self, buffer: Tensor) -> dict[str, Tensor]:
         """The segments of a buffer of other parameters [m] by name: fresh CPU tensors of the parameters' shapes."""

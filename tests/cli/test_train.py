@@ -15,13 +15,15 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
 from fastprune.cli.train import UNSUPPORTED, main, parser, request_of
 from fastprune.errors import InputError
 from fastprune.loaders import Crop, find_or_prepare, open_data
 from fastprune.loaders.preparation import prepare
 from fastprune.loaders.synthetic import SyntheticData
-from fastprune.pruning.masks import Mask, layout, prunable
+from fastprune.pruning.coverage import conv_weights
+from fastprune.pruning.masks import Mask, layout
 from fastprune.specs import ScheduleSpec
 from fastprune.training import classification as classify
 from fastprune.training import models as train_model
@@ -143,6 +145,17 @@ def test_all_flags_of_the_reference_are_known():
 )
 def test_bad_usage(capsys, given, expected):
     assert refused(capsys, ["--data-path", "x", *given]).startswith(expected)
+
+
+def test_a_home_folder_is_found_where_no_shell_expands_it(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/user")
+    given = ["--data-path=~/images", "--output-dir=~/out", "--resume=~/c.pth", "--store=~/runs", "--mask=~/m"]
+    request = request_of(parser().parse_args(given))
+    home = Path("/home/user")
+    assert request.data == "/home/user/images"
+    assert [request.output, request.resume, request.store, request.mask] == [
+        home / name for name in ("out", "c.pth", "runs", "m")
+    ]
 
 
 @pytest.mark.parametrize("decay", ["steplr", "cosineannealinglr", "exponentiallr"])
@@ -305,7 +318,7 @@ def test_sparsity_prunes_the_smallest_weights_and_holds(folder, tmp_path, capsys
     with torch.random.fork_rng():
         torch.manual_seed(0)
         initial = torchvision.models.get_model(MODEL, num_classes=CLASSES)
-    named = prunable(initial)
+    named = conv_weights(initial)
     bar = torch.cat([w.detach().abs().flatten() for _, w in named]).sort().values[WEIGHTS - WEIGHTS // 10]
     mask = Mask.load(tmp_path / "mask.safetensors").tensors()
     content = load(tmp_path / "checkpoint.pth")
@@ -324,7 +337,7 @@ def test_sparsity_prunes_the_smallest_weights_and_holds(folder, tmp_path, capsys
 
 def test_a_mask_from_a_file(folder, tmp_path):
     g = torch.Generator().manual_seed(0)
-    named = prunable(torchvision.models.get_model(MODEL, num_classes=CLASSES))
+    named = conv_weights(torchvision.models.get_model(MODEL, num_classes=CLASSES))
     mask = Mask.from_tensors({name: torch.rand(w.shape, generator=g) < 0.3 for name, w in named})
     mask.save(tmp_path / "given.safetensors")
     out = tmp_path / "out"
@@ -368,7 +381,7 @@ def test_masks_of_other_networks(folder, tmp_path, capsys):
     ):
         with torch.device("meta"):
             model = torchvision.models.get_model(name)
-        Mask.dense(layout(prunable(model))).save(tmp_path / f"{name}.safetensors")
+        Mask.dense(layout(conv_weights(model))).save(tmp_path / f"{name}.safetensors")
         line = refused(capsys, flags(folder, tmp_path, "--mask", str(tmp_path / f"{name}.safetensors")))
         assert line.startswith(f"{tmp_path}/{name}.safetensors is a mask for another network: ")
         assert expected in line
@@ -398,6 +411,64 @@ def test_plain_weights_begin_a_run(folder, tmp_path, dense, capsys):
     assert f"A new run from the weights in {tmp_path / 'weights.pth'}" in out
     assert "Epoch: [1]" in out
     assert "Epoch: [0]" not in out
+
+
+def test_weights_that_are_pruned_stay_so_whatever_file_they_come_in(folder, tmp_path, dense, capsys):
+    """Plain weights with zeros, those of DDP, and those under torch.nn.utils.prune: not trained as dense."""
+    model = plain(load(dense)).train()
+    convs = [(m, "weight") for m in model.modules() if isinstance(m, nn.Conv2d)]
+    torch_prune.global_unstructured(convs, torch_prune.L1Unstructured, amount=0.75)
+    hooked = model.state_dict()
+    for module, name in convs:
+        torch_prune.remove(module, name)
+    files = {
+        "zeros": model.state_dict(),
+        "ddp": {f"module.{name}": value for name, value in model.state_dict().items()},
+        "hooks": hooked,
+        "ddp with hooks": {"model": {f"module.{name}": value for name, value in hooked.items()}},
+    }
+    expected = {name: w != 0 for name, w in conv_weights(model)}
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        out = tmp_path / name
+        capsys.readouterr()
+        assert main(flags(folder, out, "--resume", str(tmp_path / f"{name}.pth"), "--epochs", "1")) == 0
+        said = capsys.readouterr().out
+        gone = WEIGHTS - WEIGHTS // 4
+        assert f"note: {gone} weights of the file are zero: they stay pruned\nSparsity 0.7500" in said
+        found = load(out / "checkpoint.pth")
+        for layer, keep in expected.items():
+            assert torch.equal(found["mask"][layer], keep)
+            assert not found["model"][layer][~keep].any()
+
+
+def test_prune_says_which_layers_and_is_asked_for_where_convs_are_few(folder, tmp_path, capsys):
+    few = ["--model", "alexnet", "--epochs", "1", "-b", "36", "--train-crop-size", "64", "--val-resize-size", "64"]
+    few += ["--val-crop-size", "64"]
+    line = refused(capsys, flags(folder, tmp_path, *few, "--sparsity", "0.9"))
+    assert line.startswith("--sparsity 0.9 would prune convs only, 2,468,544 of the 57,016,131 parameters of alexnet: ")
+    assert "--prune all" in line
+    assert refused(capsys, flags(folder, tmp_path, "--prune", "nothing*")).startswith(
+        "--prune nothing*: include nothing* selects none of the weights"
+    )
+    assert main(flags(folder, tmp_path, "--prune", "stage4.*", "--sparsity", "0.5", "--epochs", "1")) == 0
+    kept = load(tmp_path / "checkpoint.pth")["mask"]
+    assert kept
+    assert all(name.startswith("stage4.") for name in kept)
+    assert sum(int(m.sum()) for m in kept.values()) == sum(m.numel() for m in kept.values()) // 2
+    assert main(flags(folder, tmp_path, "--prune", "all", "--sparsity", "0.5", "--epochs", "1")) == 0
+    assert "fc.weight" in load(tmp_path / "checkpoint.pth")["mask"]
+
+
+def test_another_number_of_ranks_is_said(folder, tmp_path, dense, capsys):
+    content = load(dense)
+    assert content["args"]["ranks"] == 1
+    content["args"]["ranks"] = 4
+    content["epoch"] = 0
+    torch.save(content, tmp_path / "four.pth")
+    capsys.readouterr()
+    assert main(flags(folder, tmp_path, "--resume", str(tmp_path / "four.pth"))) == 0
+    assert "note: 4 ranks before, 1 now: a step sees 12 images, not 48" in capsys.readouterr().out
 
 
 def test_checkpoints_that_do_not_fit(folder, tmp_path, dense, capsys):
@@ -489,7 +560,9 @@ def test_models_that_cannot_be_trained(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         torchvision.models, "get_model", lambda *a, **k: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, CLASSES))
     )
-    assert line(MODEL) == f"{MODEL} is not supported: it has no conv layer, there is nothing to prune"
+    no_convs = line(MODEL)
+    assert no_convs.startswith("--prune conv: Sequential has nothing to prune")
+    assert no_convs.endswith("; --prune all covers other layers, too")
 
 
 def test_pretrained_weights(folder, tmp_path, capsys, monkeypatch):

@@ -144,14 +144,14 @@ def test_a_chain_by_ratios_needs_its_donor_first():
 def test_sizes_are_those_of_the_networks(model):
     import torch
 
-    from fastprune.pruning.masks import prunable
+    from fastprune.pruning.coverage import conv_weights
     from fastprune.training.models import build
 
     with torch.device("meta"):
         network = build(model)
     size = NetworkSize.of(model)
-    assert size.weights == sum(w.numel() for _, w in prunable(network))
-    assert size.layers == len(list(prunable(network)))
+    assert size.weights == sum(w.numel() for _, w in conv_weights(network))
+    assert size.layers == len(list(conv_weights(network)))
     assert size.parameters == sum(p.numel() for p in network.parameters())
     assert size.statistics == sum(b.numel() for b in network.buffers() if b.dtype == torch.float32)
 

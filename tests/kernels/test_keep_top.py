@@ -2,15 +2,17 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from fastprune.kernels import Segment, keep_top, kth_smallest_magnitude, segment_counts
+from fastprune.kernels import Segment, keep_top, keep_top_each, kth_smallest_magnitude, segment_counts
 from fastprune.kernels.dispatch import INTERPRETED
 from fastprune.kernels.keep_top import keep_top_reference, kth_smallest_magnitude_reference
 from tests.kernels.inputs import (
     EDGE,
     FAR,
+    FINITE,
     FLOATS,
     INF,
     KEPT,
@@ -310,3 +312,143 @@ def test_all_kept_beyond_2_to_31_elements(device):
     pruned = max(score[part][~new[part]].max().item() for part in chunks())
     left = min(score[part].masked_fill(~new[part], INF).min().item() for part in chunks())
     assert pruned <= left
+
+
+# Weights in memory of their own
+
+
+def pieces(seed: int, shapes, ties: bool):
+    """(scores, masks, segments): tensors of their own memory, with the segments of one flat buffer; every third weight
+    is stored in logical order."""
+    g = torch.Generator().manual_seed(seed)
+    segments, offset, position = [], 0, 0
+    for i, shape in enumerate(shapes):
+        segments.append(Segment(f"layer{i}", shape, offset, position, channels_last=i % 3 != 0))
+        offset += segments[-1].numel + 5
+        position += segments[-1].numel
+    scores = [torch.randn(s.numel, generator=g) for s in segments]
+    if ties:
+        scores = [(2 * score).round() / 2 for score in scores]
+    masks = [torch.rand(s.numel, generator=g) < 0.7 for s in segments]
+    return scores, masks, segments
+
+
+def in_one(tensors, segments):
+    buffer = torch.zeros(segments[-1].offset + segments[-1].numel, dtype=tensors[0].dtype)
+    for s, t in zip(segments, tensors, strict=True):
+        buffer[s.span] = t
+    return buffer
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize(
+    "shapes", [[(3, 2, 3, 3), (4, 5, 2, 1), (7,), (5, 3)], [(6, 4, 3, 3), (1, 1, 1, 1), (0, 3), (2, 9)]]
+)
+def test_weights_in_their_own_memory(shapes, local, ties, signed, device):
+    scores, masks, segments = pieces(len(shapes[0]), shapes, ties)
+    for share in (0.0, 0.3, 0.9, 1.0):
+        counts = [int(share * int(m.sum())) for m in masks]
+        n_prune = counts if local else sum(counts)
+        new = keep_top_each(
+            [s.to(device) for s in scores], [m.to(device) for m in masks], n_prune, segments, signed=signed
+        )
+        joined = keep_top_reference(in_one(scores, segments), in_one(masks, segments), n_prune, segments, signed)
+        for s, keep in zip(segments, new, strict=True):
+            assert torch.equal(keep.cpu(), joined[s.span])
+
+
+def test_many_weights_in_their_own_memory():
+    """Enough for the sample that brackets the threshold."""
+    scores, masks, segments = pieces(1, [(64, 32, 3, 3), (200, 300), (10,), (128, 64, 3, 3)], False)
+    for signed in (False, True):
+        new = keep_top_each(scores, masks, 60_000, segments, signed=signed)
+        joined = keep_top_reference(in_one(scores, segments), in_one(masks, segments), 60_000, segments, signed)
+        assert all(torch.equal(keep, joined[s.span]) for s, keep in zip(segments, new, strict=True))
+
+
+def test_zeros_of_both_signs_tie():
+    segment = [Segment("a", (4,), 0, 0)]
+    score, mask = [torch.tensor([1.0, 0.0, -0.0, -2.0])], [torch.ones(4, dtype=torch.bool)]
+    assert keep_top_each(score, mask, 2, segment, signed=True)[0].tolist() == [True, False, True, False]
+    assert keep_top_each(score, mask, 2, segment)[0].tolist() == [True, False, False, True]
+
+
+def test_pieces_that_do_not_fit(device):
+    score, mask = torch.ones(4, device=device), torch.ones(4, dtype=torch.bool, device=device)
+    segment = Segment("a", (4,), 0, 0)
+    for scores, masks, n, segments, words in [
+        ([score], [mask], 5, [segment], "cannot prune 5 of the 4"),
+        ([score], [mask], [5], [segment], "cannot prune 5 of the 4"),
+        ([score], [mask], [1, 1], [segment], "2 counts for 1 segments"),
+        ([score], [mask, mask], 1, [segment], "2 masks"),
+        ([score[:3]], [mask], 1, [segment], "a has 3 scores for 4 weights"),
+        ([], [], 1, [], "cannot prune 1 of no elements"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            keep_top_each(scores, masks, n, segments)
+    with pytest.raises(ValueError, match="cannot prune 5 of the 4"):
+        keep_top_each([score], [mask], 5, [segment], signed=True)
+    assert keep_top_each([], [], 0, []) == []
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, *FLOATS], ids=str)
+def test_pieces_of_each_dtype_with_infinities_and_denormals(dtype, signed, device):
+    """Magnitudes with NaN, too. Neither scores nor masks are written."""
+    where = torch.device("cpu") if dtype == torch.float64 else device
+    shapes = [(5, 4, 3, 2), (11,), (6, 3, 1, 1), (9, 7)]
+    _, masks, segments = pieces(3, shapes, False)
+    special = [*FINITE, INF, -INF] if signed else VALUES
+    scores = [values(s.numel, special, i, dtype) for i, s in enumerate(segments)]
+    given = [[t.to(where, copy=True) for t in tensors] for tensors in (scores, masks)]
+    counts = [int(0.6 * int(m.sum())) for m in masks]
+    for n_prune in (sum(counts), counts, tuple(counts), np.int64(sum(counts)), [np.int64(c) for c in counts]):
+        new = keep_top_each(*given, n_prune, segments, signed=signed)
+        plain = sum(counts) if n_prune is not counts and not isinstance(n_prune, (list, tuple)) else counts
+        joined = keep_top_reference(in_one(scores, segments), in_one(masks, segments), plain, segments, signed)
+        for s, keep in zip(segments, new, strict=True):
+            assert torch.equal(keep.cpu(), joined[s.span])
+    for before, after in zip([*scores, *masks], [*given[0], *given[1]], strict=True):
+        assert_same_bits(after, before)
+
+
+@pytest.mark.usefixtures("cpu_path")
+def test_pieces_whose_sample_misleads():
+    """Large values exactly where the sample of each looks, and a piece that is smaller than the stride."""
+    shapes = [(300, 400), (70, 1000), (5,)]
+    _, masks, segments = pieces(2, shapes, False)
+    masks = [torch.ones_like(mask) for mask in masks]
+    stride = sum(s.numel for s in segments) // (4 << 14) | 1
+    for offset in (100.0, -100.0):
+        scores = [torch.rand(s.numel, generator=torch.Generator().manual_seed(s.numel)) for s in segments]
+        for score in scores:
+            score[::stride] += offset
+        for count in (1, 1000, 90_000, 190_004, 190_005):
+            for signed in (False, True):
+                new = keep_top_each(scores, masks, count, segments, signed=signed)
+                joined = keep_top_reference(in_one(scores, segments), in_one(masks, segments), count, segments, signed)
+                assert all(torch.equal(keep, joined[s.span]) for s, keep in zip(segments, new, strict=True))
+
+
+def test_ties_across_pieces_go_by_position_and_not_by_the_order_given(device):
+    first, second = Segment("a", (1, 2, 1, 2), 0, 0), Segment("b", (3,), 0, 4)
+    ones = {s.name: torch.ones(s.numel, device=device) for s in (first, second)}
+    every = {s.name: torch.ones(s.numel, dtype=torch.bool, device=device) for s in (first, second)}
+    for signed in (False, True):
+        new = keep_top_each([ones["a"], ones["b"]], [every["a"], every["b"]], 3, [first, second], signed=signed)
+        # Stored as (w, i): the first three logical positions are stored elements 0, 2 and 1.
+        assert [m.tolist() for m in new] == [[False, False, False, True], [True, True, True]]
+
+
+def test_pieces_of_several_dtypes_or_devices_are_refused():
+    masks = [torch.ones(2, dtype=torch.bool)] * 2
+    segments = [Segment("a", (2,), 0, 0), Segment("b", (2,), 2, 2)]
+    with pytest.raises(ValueError, match=r"b has torch\.float64 on cpu, others torch\.float32 on cpu"):
+        keep_top_each([torch.ones(2), torch.ones(2, dtype=torch.float64)], masks, 1, segments)
+    with pytest.raises(ValueError, match=r"b has torch\.bfloat16"):
+        keep_top_each([torch.ones(2), torch.ones(2, dtype=torch.bfloat16)], masks, 1, segments)
+    there = [masks[0], masks[0].to("meta")]
+    with pytest.raises(ValueError, match=r"b has torch\.float32 on meta"):
+        keep_top_each([torch.ones(2), torch.ones(2, device="meta")], there, 1, segments)

@@ -1,21 +1,17 @@
-"""Masked layers compute what they should, and an unmasked one what it computed before, bit for bit."""
-
-import copy
+"""Mask: its file, its counts; nested and exact over rounds."""
 
 import pytest
 import torch
-import torchvision
 from torch import nn
 
 from fastprune.errors import InputError
 from fastprune.kernels import pack_bits
 from fastprune.pruning.allocation import prune
 from fastprune.pruning.criteria import magnitude_scores, random_scores
-from fastprune.pruning.masks import Mask, MaskedConv2d, attach, masks_of
+from fastprune.pruning.masks import Mask
 from fastprune.specs import ModelSpec, n_to_prune
 from fastprune.training.flat import FlatParams
 from fastprune.training.models import build
-from fastprune.training.trainer import Trainer
 
 
 def tiny() -> nn.Module:
@@ -27,127 +23,6 @@ def random_mask(model: nn.Module, keep: float = 0.5) -> Mask:
     g = torch.Generator().manual_seed(1)
     flat = {n: torch.rand(p.shape, generator=g) < keep for n, p in model.named_parameters() if p.dim() == 4}
     return Mask.from_tensors(flat)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
-def test_unmasked_wrapper_is_bit_identical(name):
-    torch.manual_seed(0)
-    model = torchvision.models.get_model(name, num_classes=10)
-    images = torch.randn(2, 3, 64, 64)
-    plain, wrapped = copy.deepcopy(model), attach(copy.deepcopy(model))
-    assert wrapped.state_dict().keys() == plain.state_dict().keys()
-    assert sum(isinstance(m, MaskedConv2d) for m in wrapped.modules()) == sum(
-        isinstance(m, nn.Conv2d) for m in plain.modules()
-    )
-    outputs = [m(images) for m in (plain, wrapped)]
-    for out in outputs:
-        out.square().sum().backward()
-    assert torch.equal(*outputs)
-    for (n, p), (_, q) in zip(plain.named_parameters(), wrapped.named_parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad), n
-    for (n, p), (_, q) in zip(plain.named_buffers(), wrapped.named_buffers(), strict=True):
-        assert torch.equal(p, q), n
-
-
-def test_wrapping_keeps_hyperparameters_and_bias():
-    conv = nn.Conv2d(4, 8, 3, stride=2, padding=2, dilation=2, groups=4, bias=True, padding_mode="reflect")
-    x = torch.randn(1, 4, 9, 9)
-    expected = conv(x)
-    attach(conv)
-    assert isinstance(conv, MaskedConv2d)
-    assert torch.equal(conv(x), expected)
-
-
-def test_masked_model_is_a_model_with_zeroed_weights():
-    model, images = tiny().eval(), torch.randn(2, 3, 32, 32)
-    mask = random_mask(model)
-    zeroed = copy.deepcopy(model)
-    for name, keep in mask.tensors().items():
-        zeroed.get_parameter(name).data.mul_(keep)
-    attach(model, mask)
-    assert torch.equal(model(images), zeroed(images))
-    model(images).sum().backward()
-    for name, keep in mask.tensors().items():
-        weight = model.get_parameter(name)
-        assert not weight[~keep].any()
-        assert not torch.signbit(weight[~keep]).any()
-        assert not weight.grad[~keep].any()
-        assert weight.grad[keep].any()
-
-
-def test_masks_are_written_in_place():
-    model = attach(tiny(), random_mask(tiny()))
-    before = model.conv1.mask
-    attach(model, random_mask(model, keep=0.1))
-    assert model.conv1.mask is before
-    assert masks_of(model).kept == random_mask(model, keep=0.1).kept
-
-
-def test_state_dict_carries_the_masks():
-    mask = random_mask(tiny())
-    state = attach(tiny(), mask).state_dict()
-    other = attach(tiny())
-    other.load_state_dict(state)
-    assert torch.equal(masks_of(other).keep, mask.keep)
-
-
-def test_a_plain_state_dict_loads_into_a_masked_model_and_back():
-    mask = random_mask(tiny())
-    masked = attach(tiny(), mask)
-    masked.load_state_dict(tiny().state_dict())
-    assert torch.equal(masks_of(masked).keep, mask.keep)
-
-
-def test_a_trainer_keeps_the_masks_that_a_model_carries():
-    mask = random_mask(tiny())
-    trainer = Trainer(attach(tiny(), mask))
-    assert torch.equal(trainer.flat.mask, mask.keep)
-
-
-def test_a_weight_that_two_layers_share_is_refused():
-    one, two = nn.Conv2d(1, 1, 3), nn.Conv2d(1, 1, 3)
-    two.weight = one.weight
-    with pytest.raises(ValueError, match=r"0\.weight and 1\.weight"):
-        FlatParams(nn.Sequential(one, two))
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-def test_a_masked_model_compiles_without_graph_breaks(autocast):
-    model, images = attach(tiny(), random_mask(tiny())).eval(), torch.randn(2, 3, 32, 32)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        assert torch.equal(compiled(images), model(images))
-    torch.compiler.reset()
-
-
-def test_autocast_computes_with_the_mask_too():
-    model, images = tiny().eval(), torch.randn(2, 3, 32, 32)
-    mask = random_mask(model)
-    zeroed = copy.deepcopy(model)
-    for name, keep in mask.tensors().items():
-        zeroed.get_parameter(name).data.mul_(keep)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(attach(model, mask)(images), zeroed(images))
-
-
-def test_linear_layers_when_asked():
-    model = attach(nn.Sequential(nn.Linear(4, 3), nn.Conv2d(1, 1, 1)), linear=True)
-    keep = {"0.weight": torch.eye(3, 4, dtype=torch.bool), "1.weight": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
-    attach(model, Mask.from_tensors(keep), linear=True)
-    x = torch.randn(2, 4)
-    assert torch.equal(model[0](x), nn.functional.linear(x, model[0].weight * keep["0.weight"], model[0].bias))
-
-
-def test_foreign_masks_and_layers_are_refused():
-    class Odd(nn.Conv2d):
-        pass
-
-    with pytest.raises(ValueError, match="Odd"):
-        attach(nn.Sequential(Odd(1, 1, 1)))
-    with pytest.raises(ValueError, match="layers"):
-        attach(tiny(), Mask.from_tensors({"conv1.weight": torch.ones(1, 1, 1, 1, dtype=torch.bool)}))
-    with pytest.raises(ValueError, match="shape"):
-        attach(nn.Sequential(nn.Conv2d(1, 1, 3)), Mask.from_tensors({"0.weight": torch.ones(1, 1, 1, 1) > 0}))
 
 
 def test_saved_mask_is_one_bit_a_weight_and_comes_back(tmp_path):

@@ -12,7 +12,9 @@ from torch import nn
 
 from fastprune.pruning.allocation import prune
 from fastprune.pruning.criteria import random_scores
-from fastprune.pruning.masks import Mask, attach, plain_state_dict
+from fastprune.pruning.layers import MaskedConv2d, mask_layers
+from fastprune.pruning.masks import Mask
+from fastprune.pruning.pruner import Pruner
 from fastprune.specs import ModelSpec, OptimizerSpec, ScheduleSpec
 from fastprune.training.flat import FlatParams
 from fastprune.training.models import build
@@ -136,11 +138,11 @@ def test_model_zero_grad_in_place_is_allowed():
 def test_saved_packed_in_logical_order_it_loads_into_torchvisions_model(tmp_path):
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=4)
-    trainer = Trainer(attach(model), precision="bf16")
+    trainer = Trainer(model, precision="bf16")
     mask = trainer.prune(0.7)
     batch = [(torch.randn(4, 3, 32, 32), torch.arange(4))]
     trainer.fit(batch, batch, OptimizerSpec(4), ScheduleSpec(0.1, 1, (), 0.1))
-    state = plain_state_dict(model)
+    state = trainer.state_dict()
     torch.save(state, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=True)
     plain = torchvision.models.resnet18(num_classes=4)
@@ -161,9 +163,9 @@ def test_convs_that_read_the_copy_equal_masked_convs_under_autocast(precision):
     """The Trainer's way against a user's own loop, step by step, to the bit."""
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     ours = Trainer(flat_of()._model, precision=precision)
-    theirs = attach(copy.deepcopy(ours.model))
+    theirs = mask_layers(copy.deepcopy(ours.model), linear=False)
     mask = ours.prune(0.5)
-    attach(theirs, mask)
+    Pruner(theirs, kinds="conv", verbose=False).set_masks(mask)
     sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     g = torch.Generator().manual_seed(1)
@@ -184,20 +186,71 @@ def test_convs_that_read_the_copy_equal_masked_convs_under_autocast(precision):
             assert torch.equal(a, b), name
 
 
-def test_masks_of_an_attached_model_are_the_trainers():
-    model = attach(build(SPEC))
-    trainer = Trainer(model)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_pruner_is_the_trainers(masked):
+    """Both write the same masks, which masked layers follow."""
+    model = build(SPEC)
+    trainer = Trainer(mask_layers(model) if masked else model)
     mask = trainer.prune(0.4)
-    for name, keep in mask.tensors().items():
+    assert torch.equal(trainer.pruner.mask.keep, mask.keep)
+    trainer.pruner.prune(0.5, criterion="lamp", allocation="uniform")
+    assert trainer.flat.mask.data_ptr() == trainer.pruner.masks["conv1.weight"].data_ptr()
+    assert int(trainer.flat.mask.sum()) == trainer.pruner.kept == mask.kept - round(0.5 * mask.kept)
+    assert not trainer.flat.weight[~trainer.flat.mask].any()
+    for name, keep in trainer.pruner.masks.items():
         layer = model.get_submodule(name.removesuffix(".weight"))
-        assert torch.equal(layer.mask, keep)
+        assert isinstance(layer, MaskedConv2d) == masked
+        assert not masked or torch.equal(layer.mask, keep)
     trainer.set_mask(None)
-    assert model.conv1.mask.all()
+    assert trainer.pruner.density == 1
+    assert not masked or model.conv1.mask.all()
 
 
-def test_a_model_without_convs_is_refused():
-    with pytest.raises(ValueError, match="no conv layer"):
-        Trainer(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+def test_zeros_of_a_model_are_its_mask(capsys):
+    model = build(SPEC)
+    keep = torch.rand(model.conv1.weight.shape) < 0.5
+    model.conv1.weight.data.masked_fill_(~keep, 0)
+    trainer = Trainer(model)
+    assert torch.equal(trainer.pruner.masks["conv1.weight"], keep)
+    assert "are zero already and count as pruned" in capsys.readouterr().err
+
+
+def test_a_model_without_convs_trains_when_asked():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="nothing to prune"):
+        Trainer(model)
+    trainer = Trainer(model, kinds="linear")
+    trainer.prune(0.5)
+    batch = [(torch.randn(3, 1, 2, 2), torch.tensor([0, 1, 1]))]
+    trainer.fit(batch, batch, OptimizerSpec(3), ScheduleSpec(0.1, 1))
+    assert int((model[1].weight == 0).sum()) == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["attention", "recurrent"])
+def test_other_layers_than_convs_train_under_masks(precision, kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm = nn.LSTM(4, 8, batch_first=True)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            x, _ = self.lstm(x.flatten(1, 2).transpose(1, 2))
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    torch.manual_seed(0)
+    model = Net()
+    trainer = Trainer(model, kinds=kind, precision=precision)
+    trainer.prune(0.5)
+    before = trainer.state_dict()
+    batch = [(torch.randn(6, 2, 2, 5), torch.arange(6) % 3)]
+    trainer.fit(batch, batch, OptimizerSpec(6), ScheduleSpec(0.1, 3))
+    for name, weight in trainer.pruner.weights().items():
+        keep = trainer.pruner.masks[name]
+        assert not weight[~keep].any()
+        assert (weight[keep] != before[name][keep]).any(), name
 
 
 def odd_model() -> nn.Module:
@@ -223,34 +276,20 @@ def test_a_model_of_odd_sizes_trains_prunes_and_takes_masks(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_evaluation_sees_weights_and_masks_that_somebody_wrote(precision):
-    model = attach(odd_model())
+def test_evaluation_sees_weights_and_masks_that_other_code_wrote(precision):
+    model = odd_model()
     trainer = Trainer(model, precision=precision)
     before, _ = trainer.evaluate(BATCH)
     model.load_state_dict({k: v * 3 if v.is_floating_point() else v for k, v in model.state_dict().items()})
     changed, _ = trainer.evaluate(BATCH)
     assert changed != before
-    model[3].set_mask(torch.zeros_like(model[3].weight, dtype=torch.bool))
+    trainer.pruner.masks["3.weight"].zero_()
     assert trainer.evaluate(BATCH)[0] != changed
     assert not model[3].weight.any()
 
 
-def test_who_trains_a_copy_or_a_released_model_masks_again():
-    model = attach(odd_model())
-    trainer = Trainer(model)
-    mask = trainer.prune(0.7)
-    twin = copy.deepcopy(model)
-    trainer.close()
-    for own in (twin, model):
-        for name, keep in mask.tensors().items():
-            layer = own.get_submodule(name.removesuffix(".weight"))
-            with torch.no_grad():
-                layer.weight.fill_(1.0)
-            assert torch.equal(layer._masked_weight() != 0, keep)
-
-
-def test_a_plain_models_state_loads_where_masks_are_attached_and_a_wrong_one_changes_nothing():
-    trainer = Trainer(attach(odd_model()))
+def test_a_plain_models_state_loads_and_a_wrong_one_changes_nothing():
+    trainer = Trainer(odd_model())
     trainer.load_state({f"model.{k}": v for k, v in odd_model().state_dict().items()})
     before = trainer.state()
     wrong = {k: v + 1 for k, v in before.items()} | {"model.5.bias": torch.zeros(1)}
@@ -266,8 +305,20 @@ def test_other_parameters_of_four_dimensions_are_laid_out_too():
     Trainer(model).fit(BATCH, BATCH, OptimizerSpec(4), ScheduleSpec(0.1, 1))
 
 
-def test_frozen_parameters_are_refused():
+def test_frozen_parameters_stay_as_they_are():
     model = odd_model()
-    model[3].bias.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"3\.bias is frozen"):
-        Trainer(model)
+    for frozen in (model[0].weight, model[3].bias):
+        frozen.requires_grad_(False)
+    before = [model[0].weight.clone(), model[3].bias.clone()]
+    trainer = Trainer(model)
+    assert trainer.pruner.names == ("3.weight",)
+    trainer.prune(0.5)
+    trainer.fit(BATCH, BATCH, OptimizerSpec(4), ScheduleSpec(0.1, 2))
+    assert torch.equal(model[0].weight, before[0])
+    assert torch.equal(model[3].bias, before[1])
+    assert int((model[3].weight == 0).sum()) == round(0.5 * model[3].weight.numel())
+
+
+def test_half_models_are_refused():
+    with pytest.raises(ValueError, match=r"0\.weight is torch\.float16, expected float32"):
+        Trainer(odd_model().half())

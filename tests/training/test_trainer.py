@@ -337,3 +337,104 @@ def test_marked_weights_and_statistics_come_back(device):
     for name, keep in mask.tensors().items():
         initial[f"model.{name}"] = torch.where(keep.cpu(), initial[f"model.{name}"], 0.0)
     assert same(after, initial)
+
+
+class Segmenter(nn.Module):
+    """Logits per pixel, [B, 3, H, W]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_labels_per_pixel():
+    """An image counts with the fraction of its labelled pixels that is right."""
+    model = Segmenter()
+    with torch.no_grad():
+        model.conv.weight.copy_(torch.eye(3)[:, :, None, None])
+        model.conv.bias.zero_()
+    made = Trainer(model)
+    images = F.one_hot(torch.tensor([[[0, 1], [2, 0]], [[1, 1], [1, 1]]]), 3).permute(0, 3, 1, 2).float()
+    labels = torch.tensor(
+        [
+            [[0, 1], [0, -100]],
+            [
+                [
+                    1,
+                    1,
+                ],
+                [2, 2],
+            ],
+        ]
+    )
+    loss, accuracy = made.evaluate([(images, labels)])
+    assert accuracy == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert loss == pytest.approx(F.cross_entropy(model(images), labels).item())
+    with pytest.raises(ValueError, match="labels reach from 0 to 7"):
+        Trainer(Segmenter()).evaluate([(images, torch.tensor([[[0, 1], [7, 0]], [[1, 1], [1, 1]]]))])
+
+
+def test_labels_that_are_probabilities():
+    """As mixup gives them: the right class is the most likely one."""
+    made = trainer()
+    images = torch.randn(8, 3, 32, 32)
+    classes, mixed = torch.arange(8) % 4, torch.full((8, 4), 0.1)
+    mixed[torch.arange(8), classes] = 0.7
+    exact, accuracy = made.evaluate([(images, classes)])
+    loss, same_accuracy = made.evaluate([(images, mixed)])
+    assert accuracy == same_accuracy
+    made.model.eval()
+    logits = made.model(images.to(memory_format=torch.channels_last))
+    assert loss == pytest.approx(F.cross_entropy(logits, mixed).item(), rel=1e-6)
+    assert loss != exact
+    history = made.fit([(images, mixed)], [(images, classes)], SGD, ScheduleSpec(0.01, 1))
+    assert history[0].train_loss == pytest.approx(F.cross_entropy(_train_logits(images), mixed).item(), rel=1e-5)
+
+
+def _train_logits(images):
+    return trainer().model.train()(images.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_of_the_users(precision):
+    """Twice the loss at half the rate makes the same step; label smoothing is the loss's own matter."""
+    batch = [(torch.randn(8, 3, 32, 32), torch.arange(8) % 4)]
+    ours = trainer(precision)
+    other = Trainer(build(SPEC), precision=precision, loss=lambda logits, labels: 2 * F.cross_entropy(logits, labels))
+    other.load_state(initial_state())
+    plain = OptimizerSpec(8, momentum=0.0, weight_decay=0.0)
+    ours.fit(batch, batch, plain, ScheduleSpec(0.1, 1))
+    smoothed = OptimizerSpec(8, momentum=0.0, weight_decay=0.0, label_smoothing=0.3)
+    history = other.fit(batch, batch, smoothed, ScheduleSpec(0.05, 1))
+    for (name, a), b in zip(ours.model.named_parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+    expected = 2 * F.cross_entropy(_train_logits(batch[0][0]), batch[0][1]).item()
+    assert history[0].train_loss == pytest.approx(expected, rel=1e-5 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "words"),
+    [(lambda out: {"out": out}, "the model returns dict"), (lambda out: out.sum(1), "the model returns 1 dimensions")],
+)
+def test_outputs_that_are_no_logits_are_refused(wrap, words):
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build(SPEC)
+
+        def forward(self, x):
+            return wrap(self.inner(x))
+
+    with pytest.raises(ValueError, match=words):
+        Trainer(Wrapped()).evaluate([(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))])
+
+
+def test_a_warm_up_needs_a_length():
+    batch = (torch.randn(4, 3, 32, 32), torch.arange(4))
+    with pytest.raises(ValueError, match="needs a length"):
+        trainer().fit(iter([batch]), [batch], SGD, ScheduleSpec(0.1, 2, warmup_epochs=1))
+    trainer().fit(iter([batch]), [batch], SGD, ScheduleSpec(0.1, 1))
