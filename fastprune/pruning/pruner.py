@@ -44,8 +44,8 @@ class Pruner:
     what is covered to stderr. hooks: zero the gradients of pruned weights after each accumulation, so that clipping
     counts what is kept; without it the caller keeps pruned weights at +0.
 
-    To keep pruned weights at +0 under an optimiser, `attach` it. A backward pass raises RuntimeError if pruned weights
-    are not 0 and no attached optimiser has made a step with them. Not for parameters sharded over processes (FSDP).
+    To keep pruned weights at +0 under an optimiser, `attach` it. A backward pass raises RuntimeError if other code
+    has written pruned weights, and they are not 0. Not for parameters sharded over processes (FSDP).
     ValueError if there is nothing to prune, and as in `coverage`.
     """
 
@@ -99,7 +99,8 @@ class Pruner:
         self._wrapped: list[ref[Any]] = []  # wrappers whose step() runs none of torch's hooks
         self._handles: list[RemovableHandle] = []
         self._grad_hooks: dict[str, tuple[nn.Parameter, RemovableHandle]] = {}
-        self._stepped: set[str] = set()  # the weights with which an attached optimiser has made a step
+        # By weight with which an attached optimiser has made a step: autograd's count of its writes, at the last one.
+        self._written: dict[str, int] = {}
         self._read: dict[str, Tensor] | None = None
         self._hook_gradients()
 
@@ -296,6 +297,7 @@ class Pruner:
 
     def _trained(self) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
         """Weights and masks of the layers that are not frozen now. ValueError if there are none."""
+        self._find()
         weights, masks = {n: w for n, w in self.weights().items() if w.requires_grad}, self.masks
         if not weights:
             raise ValueError("all covered layers are frozen now: there is nothing to prune")
@@ -331,7 +333,8 @@ class Pruner:
         found = list(dict.fromkeys(_optimizers_in(optimizer)))
         if not found:
             raise TypeError(f"{type(optimizer).__name__} is no torch optimiser and holds none: attach the inner one")
-        ours = {id(w): name for name, w in self.weights().items()}
+        self._find()
+        ours = {id(w) for w in self.weights().values()}
         if not any(id(p) in ours for o in found for group in o.param_groups for p in group["params"]):
             raise ValueError(f"{type(optimizer).__name__} has none of the pruned parameters: is it of another model?")
         # A wrapper whose step() does not run torch's hooks may write weights after the optimisers inside it.
@@ -341,9 +344,7 @@ class Pruner:
                 raise ValueError(f"{type(one).__name__} is attached to another Pruner: finalize() that one first")
         new = [one for one in found if one not in self._optimizers]
         for one in new:
-            if getattr(one, "keeps_pruned", False):
-                self._stepped.update(ours[id(p)] for g in one.param_groups for p in g["params"] if id(p) in ours)
-            elif _runs_hooks(one):
+            if _runs_hooks(one):
                 # Not compiled with a step() that is: the kernels are no torch operations.
                 self._handles.append(one.register_step_post_hook(torch.compiler.disable(self._after_step)))
             if hasattr(one, "_optimizer_state_dict_post_hooks"):
@@ -407,11 +408,14 @@ class Pruner:
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         held, masks = {id(p) for group in optimizer.param_groups for p in group["params"]}, self.masks
+        keeps = getattr(optimizer, "keeps_pruned", False)
         for name, weight in self.weights().items():
             if id(weight) in held:
-                _zero(weight, masks[name])
-                self._stepped.add(name)
-        self._zero_state(optimizer)
+                if not keeps:
+                    _zero(weight, masks[name])
+                self._written[name] = weight._version
+        if not keeps:
+            self._zero_state(optimizer)
 
     def _zero_state(self, optimizer: torch.optim.Optimizer) -> None:
         # State, too: momentum from before the pruning would move a weight that a later mask keeps again.
@@ -530,13 +534,15 @@ class _GradientHook:
         assert grad is not None
         if mask.device != weight.device:
             mask = pruner.masks[self.name]
-        unknown = self.name not in pruner._stepped
-        # A masked layer may hold anything in pruned weights.
-        if unknown and _any_pruned_is_not_zero(weight, mask) and self.name not in _layer_masks(pruner.model):
-            raise RuntimeError(
-                f"{self.name} has pruned weights that are not 0, and no attached optimiser has made a step: attach the "
-                "optimiser whose step() runs, or call pruner.apply() after writing weights"
-            )
+        if pruner._written.get(self.name) != weight._version:
+            # A masked layer may hold anything in pruned weights.
+            if _any_pruned_is_not_zero(weight, mask) and self.name not in _layer_masks(pruner.model):
+                raise RuntimeError(
+                    f"{self.name} has pruned weights that are not 0, written by other code than an attached optimiser: "
+                    "attach the one whose step() runs, or call pruner.apply() after writing weights"
+                )
+            if self.name in pruner._written:
+                pruner._written[self.name] = weight._version
         if pruner.dense_grad:
             pruner.dense_grads[self.name] = grad.to_dense() if grad.is_sparse else grad.clone()
         _zero_grad(weight, mask)

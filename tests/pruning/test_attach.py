@@ -17,6 +17,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import swa_utils
 
 from fastprune import MaskedSGD, Pruner, criteria, mask_layers, schedules
+from fastprune.pruning import pruner as pruner_module
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -500,8 +501,64 @@ def test_a_step_of_an_optimizer_that_is_not_attached_is_found(attach):
     pruner.prune(0.5)
     loss_of(model).backward()
     optimizers.take()
-    with pytest.raises(RuntimeError, match="no attached optimiser has made a step: attach the optimiser whose step"):
+    with pytest.raises(RuntimeError, match=r"attach the one whose step\(\) runs, or call pruner\.apply"):
         loss_of(model).backward()
+
+
+def test_an_optimizer_that_is_attached_and_not_used_is_found():
+    model = network()
+    pruner = Pruner(model, verbose=False)
+    MaskedSGD(model.parameters(), pruner, lr=0.1)
+    used = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    train(model, used)
+    pruner.prune(0.5)
+    with pytest.raises(RuntimeError, match="written by other code than an attached optimiser"):
+        train(model, used)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW fused", "MaskedSGD", "SAM"])
+def test_weights_that_are_rewound_without_apply_are_found(kind):
+    model = network()
+    dense = copy.deepcopy(model.state_dict())
+    pruner = Pruner(model, verbose=False)
+    if kind == "MaskedSGD":
+        optimizer: Any = MaskedSGD(model.parameters(), pruner, lr=0.1, momentum=0.9)
+    elif kind == "SAM":
+        optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    else:
+        optimizer = OPTIMIZERS[kind](model.parameters())
+    pruner.attach(optimizer)
+    train(model, optimizer)
+    pruner.prune(0.5)
+    train(model, optimizer)
+    model.load_state_dict(dense)
+    with pytest.raises(RuntimeError, match=r"^4\.weight has pruned weights that are not 0, written by other code"):
+        train(model, optimizer)
+    pruner.apply()
+    train(model, optimizer)
+    check(pruner)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "SGD fused", "MaskedSGD", "AdamW foreach"])
+def test_weights_that_only_attached_optimizers_write_are_not_searched(kind, monkeypatch):
+    searched: list[int] = []
+    search = pruner_module._any_pruned_is_not_zero
+    monkeypatch.setattr(pruner_module, "_any_pruned_is_not_zero", lambda *a: (searched.append(1), search(*a))[1])
+    model = network()
+    pruner = pruner_of(model, 0.5)
+    if kind == "MaskedSGD":
+        optimizer: Any = MaskedSGD(model.parameters(), pruner, lr=0.1)
+    else:
+        optimizer = OPTIMIZERS[kind](model.parameters())
+    pruner.attach(optimizer)
+    train(model, optimizer, 1)
+    assert len(searched) == 2  # no step before
+    train(model, optimizer, 3)
+    assert len(searched) == 2
+    with torch.no_grad():
+        model[4].weight.mul_(2)
+    train(model, optimizer, 3)
+    assert len(searched) == 3
 
 
 def test_each_weight_waits_for_its_own_optimizer():
