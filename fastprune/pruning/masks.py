@@ -38,14 +38,17 @@ def buffer_size(segments: tuple[Segment, ...]) -> int:
 
 
 def masks_of_zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """By parameter name, bool of the weights' shapes: False where a weight is 0. None if fewer than 0.01 % are.
+    """By parameter name, bool of the weights' shapes: False where a weight is 0. None if the model looks unpruned.
 
-    weights: floating, by parameter name. Without values (on the meta device) there are none.
+    That is, if fewer than 0.01 % of the weights are 0, not counting layers that are all zeros.  weights: floating, by
+    parameter name. Without values (on the meta device) there are none.
     """
     known = {name: w.detach() for name, w in weights.items() if w.device.type != "meta"}
-    zeros = sum(w.numel() - int(w.count_nonzero()) for w in known.values())
-    # A normal draw is exactly 0 about once in 2^24: so few zeros are chance, and no pruning.
-    if zeros == 0 or zeros < 1e-4 * sum(w.numel() for w in known.values()):
+    zeros = {name: w.numel() - int(w.count_nonzero()) for name, w in known.items()}
+    # Many models initialise a head, or the last layer of a block, with zeros alone (ViT's, LoRA's). And a normal draw
+    # is exactly 0 about once in 2^24: so few zeros are chance.
+    partly = {name: n for name, n in zeros.items() if n < known[name].numel()}
+    if not any(partly.values()) or sum(partly.values()) < 1e-4 * sum(known[name].numel() for name in partly):
         return None
     return {name: w != 0 for name, w in known.items()}
 

@@ -78,7 +78,7 @@ class Pruner:
         taken = _take_over_torch_masks(self.model, found)
         self._masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights().items()}
         self._start()
-        adopted = _zeros_of_a_pruned_model(self.weights()) if adopt_zeros else {}
+        adopted = (masks_of_zeros(self.weights()) if adopt_zeros else None) or {}
         self._adopted = bool(adopted)
         with torch.no_grad():
             own = {name: mask for name, mask in _layer_masks(self.model).items() if name in self._masks}
@@ -689,14 +689,6 @@ def _optimizers_in(holder: Any, depth: int = 4) -> Iterator[torch.optim.Optimize
             for one in held:
                 if isinstance(one, torch.optim.Optimizer) or hasattr(one, "param_groups"):
                     yield from (o for o in _optimizers_in(one, depth - 1) if o is not holder)
-
-
-def _zeros_of_a_pruned_model(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """bool by name: False where a weight is 0; empty if the model does not look pruned."""
-    # Layers of zeros alone do not: many models initialise a head or the last layer of a block so (ViT's, LoRA's).
-    if masks_of_zeros({n: w for n, w in weights.items() if w.device.type == "meta" or w.any()}) is None:
-        return {}
-    return masks_of_zeros(weights) or {}
 
 
 def _take_over_torch_masks(model: nn.Module, coverage: Coverage) -> dict[str, Tensor]:

@@ -113,7 +113,6 @@ SMALLEST = {
     "convnext_tiny": 64,
     "densenet121": 64,
     "efficientnet_b0": 64,
-    "efficientnet_v2_s": 64,
     "googlenet": 64,
     "inception_v3": 75,
     "maxvit_t": 224,
@@ -121,16 +120,12 @@ SMALLEST = {
     "mobilenet_v2": 64,
     "mobilenet_v3_small": 64,
     "regnet_x_400mf": 64,
-    "regnet_y_400mf": 64,
     "resnet18": 64,
-    "resnext50_32x4d": 64,
     "shufflenet_v2_x0_5": 64,
     "squeezenet1_1": 64,
     "swin_t": 64,
-    "swin_v2_t": 64,
     "vgg11_bn": 64,
     "vit_b_32": 64,
-    "wide_resnet50_2": 64,
 }
 
 
@@ -236,7 +231,7 @@ def test_the_smallest_of_each_family_in_full(name, tmp_path):
     if name == "vit_b_32":
         kwargs["image_size"] = 64
     side = SMALLEST[name]
-    in_full(lambda: build(name, **kwargs), torch.randn(4, 3, side, side), tmp_path / "checkpoint.pt")
+    in_full(lambda: build(name, **kwargs), torch.randn(2, 3, side, side), tmp_path / "checkpoint.pt")
 
 
 @pytest.mark.slow
@@ -245,4 +240,4 @@ def test_timms_models_in_full(name, size, tmp_path):
     timm = pytest.importorskip("timm")
     kwargs = {"img_size": size} if name.startswith("vit") else {}
     make = lambda: timm.create_model(name, num_classes=10, **kwargs)  # noqa: E731
-    in_full(make, torch.randn(4, 3, size, size), tmp_path / "checkpoint.pt")
+    in_full(make, torch.randn(2, 3, size, size), tmp_path / "checkpoint.pt")
