@@ -62,8 +62,7 @@ if not TYPE_CHECKING:
     def __getattr__(name):
         if name not in _HOME:
             raise AttributeError(f"module 'fastprune' has no attribute {name!r}")
-        home = import_module(_HOME[name])
-        return import_module(f"{_HOME[name]}.{name}") if name in ("criteria", "schedules") else getattr(home, name)
+        return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -71,11 +71,11 @@ def keep_top(
 ) -> Tensor:
     """A new mask, bool [n]: `mask` without exactly n_prune of its kept elements, those with the lowest |score|.
 
-    score: floating [n] (NaN counts as +inf; float64 on a CPU only).  mask: bool [n], False outside
-    segments.  n_prune: a number for all segments together (global pruning), or one for each segment (local).  block:
-    elements per program.  Of tied elements those with the lowest position are pruned first: the logical position if
-    segments are given, else the index.  On a GPU the host waits once, to check the counts.  ValueError if n_prune
-    exceeds the number of kept elements.
+    score: floating [n] (NaN counts as +inf; float64 on a CPU only).  mask: bool [n], False outside segments.  n_prune:
+    a number for all segments together (global pruning), or one for each segment (local).  block: elements per program.
+    Of tied elements those with the lowest position are pruned first: the logical position if segments are given, else
+    the index.  On a GPU the host waits once, to check the counts.  ValueError if n_prune exceeds the number of kept
+    elements.
     """
     on_triton = _check_scores("score", score, mask)
     local = isinstance(n_prune, Sequence)
@@ -326,10 +326,11 @@ def _clear_lowest(parts: Sequence[_Part], count: int, kept: int, top: int) -> No
     stay = kept - count - sum(np.count_nonzero(part.new) for part in parts)
     if not stay:  # all tied elements are pruned, so their positions do not matter
         return
-    positions = np.concatenate([part.positions(tied) for part, tied in zip(parts, ties, strict=True)])
-    first = np.partition(positions, len(positions) - stay)[len(positions) - stay]
-    for part, tied in zip(parts, ties, strict=True):
-        part.new[tied[part.positions(tied) >= first]] = True
+    positions = [part.positions(tied) for part, tied in zip(parts, ties, strict=True)]
+    every = np.concatenate(positions)
+    first = np.partition(every, len(every) - stay)[len(every) - stay]
+    for part, tied, where in zip(parts, ties, positions, strict=True):
+        part.new[tied[where >= first]] = True
 
 
 def _bracket_cpu(parts: Sequence[_Part], k: int, kept: int, top: int) -> tuple[int, int]:

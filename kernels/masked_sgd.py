@@ -40,11 +40,11 @@ def masked_sgd_(
 
     weight, momentum_buffer: float32 [n] (float32 or float64 on a CPU), mutated; exactly +0 afterwards where mask (bool
     [n]) is False, whatever the gradient. A momentum buffer of zeros gives torch's first step.  grad: like weight, not
-    changed.  low_precision_copy: bf16 or fp16 [n], overwritten with the new weight.  lr: a
-    number, or a float tensor of one element on the same device (for a captured graph).  grad_scale, found_inf: float32
-    of one element each, both or neither, as GradScaler passes them to fused optimisers: the gradient is divided by the
-    scale, and nothing changes if found_inf is not 0.  block: elements per program.  ValueError if dtypes, sizes or
-    devices do not match, or if two buffers share memory.
+    changed.  low_precision_copy: bf16 or fp16 [n], overwritten with the new weight.  lr: a number, or a float tensor of
+    one element on the same device (for a captured graph).  grad_scale, found_inf: float32 of one element each, both or
+    neither, as GradScaler passes them to fused optimisers: the gradient is divided by the scale, and nothing changes if
+    found_inf is not 0.  block: elements per program.  ValueError if dtypes, sizes or devices do not match, or if two
+    buffers share memory.
     """
     on_triton = uses_triton(weight)
     check_tensor("weight", weight, weight, FULL[:1] if on_triton else FULL)
@@ -124,7 +124,16 @@ def _sgd_cpu(
             nesterov=nesterov, maximize=False, is_first_step=False,
         )  # fmt: skip
         return
-    # The operations of torch.optim.SGD's default implementation, in its order.
+    sgd_by_torch(weight, grad, buffer, lr, momentum, weight_decay, nesterov)
+
+
+def sgd_by_torch(
+    weight: Tensor, grad: Tensor, buffer: Tensor, lr: float, momentum: float, weight_decay: float, nesterov: bool
+) -> None:
+    """The operations of torch.optim.SGD's default implementation, in its order, for tensors of any dtype and device.
+
+    Mutates weight and buffer.
+    """
     if weight_decay:
         grad = grad.add(weight, alpha=weight_decay)
     buffer.mul_(momentum).add_(grad)

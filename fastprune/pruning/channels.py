@@ -30,7 +30,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastprune.pruning.coverage import Selectors, _Selection
+from fastprune.pruning.coverage import Selecting, Selectors
 from fastprune.pruning.layers import masked_layers
 from fastprune.specs import n_to_prune
 
@@ -395,7 +395,7 @@ def _unselected(
     model: nn.Module, groups: Sequence[Group], include: Selectors | None, exclude: Selectors | None
 ) -> dict[str, str]:
     """By name, the layers of the groups that `include` and `exclude` leave, and why."""
-    chosen, barred = _Selection(model, include), _Selection(model, exclude)
+    chosen, barred = Selecting(model, include), Selecting(model, exclude)
     why: dict[str, str] = {}
     for name, layer in _layers(model):
         names, weight = [f"{name}.weight" if name else "weight"], layer._parameters.get("weight")

@@ -84,7 +84,7 @@ def coverage(
         name = name.removesuffix("_orig") if id(parameter) in hooked else name
         names.setdefault(id(parameter), []).append(name)
         parameters[id(parameter)] = parameter
-    chosen, barred = _Selection(model, include), _Selection(model, exclude)
+    chosen, barred = Selecting(model, include), Selecting(model, exclude)
     wanted: dict[int, None] = {}
     left: dict[int, None] = {}
     seen: list[str] = []
@@ -209,7 +209,9 @@ def _why_not(module: nn.Module, module_name: str, own: str) -> str:
     )
 
 
-class _Selection:
+class Selecting:
+    """What selectors select, and which of them have selected anything yet. ValueError for what is no selector."""
+
     def __init__(self, model: nn.Module, selectors: Selectors | None) -> None:
         if selectors is None:
             given: list[Selector] = []
@@ -235,6 +237,7 @@ class _Selection:
                 raise ValueError(f"cannot select by a {kind}: give a pattern of names, a module or a predicate")
 
     def has(self, names: list[str], parameter: nn.Parameter | None) -> bool:
+        """Whether a parameter, by any of its names, is selected. parameter: None for a computed weight."""
         found = False
         for i, test in enumerate(self._tests):
             if any(test(name, parameter) for name in names):

@@ -74,10 +74,9 @@ class Pruner:
         """By parameter name, the unmasked gradients of the last backward pass; with `dense_grad` only."""
         self.coverage = found
         self._hooked = hooks
-        self._find()
         taken = _take_over_torch_masks(self.model, found)
-        self._masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights().items()}
         self._start()
+        self._masks = {n: torch.ones_like(w, dtype=torch.bool) for n, w in self.weights().items()}
         adopted = (masks_of_zeros(self.weights()) if adopt_zeros else None) or {}
         self._adopted = bool(adopted)
         with torch.no_grad():

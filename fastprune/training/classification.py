@@ -438,7 +438,7 @@ def _prune(trainer: Trainer, sparsity: float) -> None:
     if goal == now.total:
         raise InputError(f"--sparsity {sparsity} would prune all {now.total} weights")
     if goal > gone:
-        trainer.prune((goal - gone) / now.kept)
+        trainer.pruner.prune(n=goal - gone)
 
 
 def _sparsity(trainer: Trainer, prune: str | None) -> str:

@@ -38,8 +38,8 @@ class FlatParams:
                     f"{name} is {parameter.dtype}, expected float32: call model.float(), and use precision="
                 )
         wanted = [name for name, _ in conv_weights(model)] if names is None else names
-        named = [(name, parameters[name]) for name in wanted]
-        other = [(name, p) for name, p in parameters.items() if name not in set(wanted)]
+        named = [(name, parameters.pop(name)) for name in wanted]
+        other = list(parameters.items())
         device = next(model.parameters()).device
         self.segments = layout(named)
         self.other_segments = layout((name, p.reshape(-1)) for name, p in other)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastprune.kernels import masked_cast, masked_sgd_
+from fastprune.kernels.masked_sgd import sgd_by_torch
 from fastprune.pruning.pruner import Pruner
 from fastprune.training.flat import scaling
 
@@ -102,16 +103,12 @@ def _half_step(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """masked_sgd_ in bf16 or fp16, by torch's own operations in SGD's order."""
+    """masked_sgd_ in bf16 or fp16, for which there is no kernel."""
     if found_inf is not None and grad_scale is not None:
         if found_inf.item():
             return
         grad = grad * grad_scale.double().reciprocal().to(grad.dtype)
-    if weight_decay:
-        grad = grad.add(weight, alpha=weight_decay)
-    buffer.mul_(momentum).add_(grad)
-    update = grad.add(buffer, alpha=momentum) if nesterov else buffer
-    weight.add_(update, alpha=-float(lr))
+    sgd_by_torch(weight, grad, buffer, float(lr), momentum, weight_decay, nesterov)
     if mask is not None:
         masked_cast(weight, mask, weight)
         masked_cast(buffer, mask, buffer)

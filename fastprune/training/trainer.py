@@ -151,9 +151,9 @@ class Trainer:
             scaler = {k: type(v)(state[f"scaler.{k}"].item()) for k, v in scaler.items()}
         if scaler:
             self.scaler.load_state_dict(scaler)  # it writes in place: a captured step keeps reading the same memory
-        for s in self.flat.segments:
-            self.flat.mask[s.span] = True
-        self.flat.sync()
+        for segment in self.flat.segments:
+            self.flat.mask[segment.span] = True
+        self.pruner.apply()
 
     def set_mask(self, mask: Mask | None) -> None:
         """Writes the mask (None: dense) in place, and +0 into pruned weights and their momentum.

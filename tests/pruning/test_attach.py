@@ -18,16 +18,7 @@ from torch.optim import swa_utils
 
 from fastprune import MaskedSGD, Pruner, criteria, mask_layers, schedules
 from fastprune.pruning import pruner as pruner_module
-
-
-def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 9, 5))
-
-
-def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(4, 3, 5, 5, generator=g), torch.randint(5, (4,), generator=g)
+from tests.pruning.small import batch, is_plus_zero, network
 
 
 def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
@@ -54,10 +45,6 @@ def train(model: nn.Module, optimizer: Any, steps: int = 2, seed: int = 0) -> No
             optimizer.step(closure)
         else:
             optimizer.step()
-
-
-def is_plus_zero(tensor: Tensor) -> bool:
-    return not tensor.any() and not torch.signbit(tensor).any()
 
 
 def check(pruner: Pruner, *optimizers: torch.optim.Optimizer) -> None:
@@ -399,13 +386,6 @@ def test_a_learning_rate_schedule_around_a_wrapped_step():
     pruner.finalize()
     train(model, optimizer, 2)
     assert model[4].weight.count_nonzero() > 300
-
-
-@pytest.fixture
-def gloo(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_zero_redundancy_optimizer(gloo):

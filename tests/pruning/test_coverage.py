@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torchvision
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -347,13 +346,6 @@ def test_complex_weights_are_refused():
     with pytest.raises(ValueError, match=r"^1\.weight is torch.complex64, expected floats: exclude it$"):
         coverage(model)
     assert names(model, exclude="1") == ["0.weight"]
-
-
-@pytest.fixture
-def gloo(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_sharded_weights_are_refused(gloo):

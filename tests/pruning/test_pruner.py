@@ -14,16 +14,7 @@ from torch import Tensor, nn
 from fastprune import MaskedConv2d, MaskedLinear, MaskedSGD, Pruner, mask_layers
 from fastprune.errors import InputError
 from fastprune.pruning.masks import Mask
-
-
-def network(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), nn.Linear(7 * 9, 5))
-
-
-def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(4, 3, 5, 5, generator=g), torch.randint(5, (4,), generator=g)
+from tests.pruning.small import batch, is_plus_zero, network
 
 
 def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
@@ -36,10 +27,6 @@ def pruned(model: nn.Module, fraction: float = 0.5, **kwargs) -> Pruner:
     pruner = Pruner(model, verbose=False, **kwargs)
     pruner.prune(fraction)
     return pruner
-
-
-def is_plus_zero(tensor: Tensor) -> bool:
-    return not tensor.any() and not torch.signbit(tensor).any()
 
 
 def check_weights(pruner: Pruner) -> None:

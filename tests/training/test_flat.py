@@ -204,6 +204,10 @@ def test_the_pruner_is_the_trainers(masked):
     trainer.set_mask(None)
     assert trainer.pruner.density == 1
     assert not masked or model.conv1.mask.all()
+    trainer.prune(0.5)
+    trainer.load_state(trainer.state())
+    assert trainer.pruner.density == 1
+    assert not masked or model.conv1.mask.all()
 
 
 def test_zeros_of_a_model_are_its_mask(capsys):
