@@ -135,7 +135,8 @@ def trainer_ways(trainer: Trainer, batches: Any, size: Size) -> dict[str, Way]:
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(number)
         # Not fit: that would evaluate after each epoch.
-        return trainer._epoch(batches, SCHEDULE, number, None)[2]
+        with trainer._deciding("auto"):
+            return trainer._epoch(batches, SCHEDULE, number, None, None)[2]
 
     dense, pruned = masks(trainer)
     return {

@@ -19,6 +19,8 @@ SEMANTICS = 3
 # Raising it makes every stored result unusable, so it is raised once per change of meaning, never for a refactoring.
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+
+COMPUTES = ("auto", "dense", "sparse", "plain")
 ALLOCATIONS = ("global", "local")
 DECAYS = ("multistep", "cosine", "exponential")
 WARMUPS = ("linear", "constant")

@@ -2,9 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sized
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import inf
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,14 @@ from fastprune.pruning.allocation import prune
 from fastprune.pruning.coverage import Kinds, Selectors
 from fastprune.pruning.masks import Mask
 from fastprune.pruning.pruner import Pruner
-from fastprune.specs import PRECISIONS, OptimizerSpec, ScheduleSpec
+from fastprune.specs import COMPUTES, PRECISIONS, OptimizerSpec, ScheduleSpec
+from fastprune.training.compute import Compute, Dense
 from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics
 from fastprune.training.flat import FlatParams, FlatSGD
 from fastprune.training.step import EpochMetrics, EpochSums, GraphedStep, Step, check_labels
+
+if TYPE_CHECKING:
+    from fastprune.sparse.choice import Chooser
 
 _HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -44,6 +49,11 @@ class Trainer:
     Trainer does not use `label_smoothing`. Labels are classes (int64 [B], or [B, H, W] per pixel) or their
     probabilities (floating, of the logits' shape). Frozen parameters stay as they are.
 
+    compute: how a training computes. "plain": torch's own operations. "dense": convs of small maps as GEMMs, where that
+    is faster. "sparse": kept weights alone, in float32 on a CPU. "auto": for each training the cheaper of the last two,
+    by a rule on mask and shapes. Outside `fit` a Trainer evaluates densely. They differ by rounding; resume a training
+    with `fit(compute=trainer.computed)`. `computed` says how the last training computed, `reason` why not otherwise.
+
     Under torch.distributed, gradients are averaged over all ranks, each of which reads its own batches. Batch-norm
     statistics are local during an epoch; after it, all ranks get those of rank 0.
     """
@@ -60,11 +70,13 @@ class Trainer:
         kinds: Kinds = "conv",
         include: Selectors | None = None,
         exclude: Selectors | None = None,
+        compute: str = "auto",
     ) -> None:
-        """compile: True, False, or the name of a torch.compile backend. ValueError for an unknown precision, for a
-        model with nothing to prune, and for trained parameters that are not float32."""
-        if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+        """compile: True, False, or the name of a torch.compile backend. ValueError for an unknown precision or
+        `compute`, for a model with nothing to prune, and for trained parameters that are not float32."""
+        for what, given, known in (("precision", precision, PRECISIONS), ("compute", compute, COMPUTES)):
+            if given not in known:
+                raise ValueError(f"unknown {what} {given!r}: choose one of {', '.join(known)}")
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         if on_gpu and self.device.index is None:
@@ -95,6 +107,18 @@ class Trainer:
             dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
             # Static shapes: each shape of batch gets code of its own, as it gets a graph of its own.
             self._network = torch.compile(self._network, dynamic=False, backend=backend)
+        lowers = not on_gpu and half is None and not compile
+        self._dense = {
+            name: Dense(self._network, self.flat, self.optimizer, self.scaler, half, lowers and name == "dense")
+            for name in ("plain", "dense")
+        }
+        self._asked = compute
+        reasons = {"a GPU": on_gpu, f"precision {precision}": half is not None, "compiled": bool(compile)}
+        self._not_sparse = next((why for why, holds in reasons.items() if holds), "")
+        self._chooser: Chooser | None = None
+        self._compute: Compute | None = None  # of the training that runs
+        self.computed, self.reason = self._dense["plain" if compute == "plain" else "dense"].name, ""
+        self._hyper: dict[str, Any] = {}
         self._graphed: dict[tuple[Any, ...], GraphedStep] = {}
         # One pool and one stream for all graphs: they run one after the other and leave no result in the pool, so they
         # can share its memory.
@@ -168,9 +192,11 @@ class Trainer:
         self.pruner.apply()
 
     def close(self) -> None:
-        """Frees the memory of captured steps. Call it before a process group is destroyed."""
+        """Frees the memory of captured steps and ends threads. Call it before a process group is destroyed."""
         # Destroying a process group waits for the graphs that captured its collectives.
         self._graphed.clear()
+        if self._chooser is not None:
+            self._chooser.close()
 
     def preview_prune(self, fraction: float) -> Mask:
         """The mask that `prune(fraction)` would set, on the device; changes nothing."""
@@ -214,43 +240,96 @@ class Trainer:
         stop: int | None = None,
         on_batch: Callable[[int], None] | None = None,
         on_epoch: Callable[[EpochMetrics], None] | None = None,
+        report: Callable[[int], None] | None = None,
+        compute: str | None = None,
     ) -> list[EpochMetrics]:
         """Trains epochs `start` + 1 to `stop` (counted from 1; default: the schedule's last), from the present state.
 
         The batch size is the loader's; `optimizer.batch_size` is not read. on_batch gets the number of images of each
-        training batch, on_epoch the metrics of each epoch. Training ends after an epoch that diverged. Returns the
-        metrics of the epochs trained. ValueError for labels outside the network's classes (of batches on a GPU only the
-        first is checked) and for a loader without a batch. RuntimeError if a parameter was rebound.
+        training batch, on_epoch the metrics of each epoch; both may read and write model, weights and masks. report:
+        as on_batch, but it touches none of them, which costs a sparse training less. compute: for this training, in
+        place of the Trainer's. Training ends after an epoch that diverged. Returns the metrics of the epochs trained.
+        ValueError for labels outside the network's classes (of batches on a GPU only the first is checked), for a
+        loader without a batch, and for compute="sparse" where that is not possible. RuntimeError if a parameter was
+        rebound.
         """
         # Both ends are checked: a parameter that was rebound would train apart from its mask, without any error.
         self.flat.check_aliased()
-        self.flat.sync()  # a caller may have written weights or masks since
         self._smoothing = optimizer.label_smoothing
-        self.optimizer.param_groups[0].update(
-            momentum=optimizer.momentum, weight_decay=optimizer.weight_decay, nesterov=optimizer.nesterov
-        )
+        self._hyper = {
+            "lr": self._lr,
+            "momentum": optimizer.momentum,
+            "weight_decay": optimizer.weight_decay,
+            "nesterov": optimizer.nesterov,
+        }
         history = []
-        for epoch in range(start, schedule.epochs if stop is None else stop):
-            began = time.perf_counter()
-            if hasattr(train, "set_epoch"):
-                train.set_epoch(epoch)
-            loss, accuracy, count = self._epoch(train, schedule, epoch, on_batch)
-            rate = count / (time.perf_counter() - began)
-            val_loss, val_accuracy = self._evaluate(val)
-            seconds = time.perf_counter() - began
-            metrics = EpochMetrics(
-                epoch + 1, schedule.lr_at(epoch), loss, accuracy, val_loss, val_accuracy, rate, seconds
-            )
-            history.append(metrics)
-            if on_epoch is not None:
-                on_epoch(metrics)
-            if metrics.diverged:
-                break
+        with self._deciding(compute or self._asked):
+            for epoch in range(start, schedule.epochs if stop is None else stop):
+                began = time.perf_counter()
+                if hasattr(train, "set_epoch"):
+                    train.set_epoch(epoch)
+                loss, accuracy, count = self._epoch(train, schedule, epoch, on_batch, report)
+                rate = count / (time.perf_counter() - began)
+                val_loss, val_accuracy = self._evaluate(val)
+                seconds = time.perf_counter() - began
+                metrics = EpochMetrics(
+                    epoch + 1, schedule.lr_at(epoch), loss, accuracy, val_loss, val_accuracy, rate, seconds
+                )
+                history.append(metrics)
+                if on_epoch is not None:
+                    on_epoch(metrics)
+                if metrics.diverged:
+                    break
         self.flat.check_aliased()
         return history
 
+    @contextmanager
+    def _deciding(self, asked: str) -> Iterator[None]:
+        """One training: its first batch decides how it computes. At its end the flat parameters are up to date."""
+        self._compute, self._asked_now = None, asked
+        try:
+            yield
+        finally:
+            if self._compute is not None:
+                self._compute.push()  # also when an exception ends an epoch: weights fit the statistics then
+            self._compute = None
+
+    def _begin(self, images: Tensor, steps: float) -> Compute:
+        """The way to compute this training, from its first batch and its length, ready to go on from the flat
+        parameters."""
+        if self._compute is None:
+            self._compute, self.reason = self._decide(images, steps)
+            self.computed = self._compute.name
+        # Not at the first batch alone: a caller may have written weights or masks after the last epoch.
+        self._compute.pull()
+        return self._compute
+
+    def _decide(self, images: Tensor, steps: float) -> tuple[Compute, str]:
+        """(how to compute, why not otherwise). ValueError if it must be sparse and can not."""
+        asked, why = self._asked_now, self._not_sparse
+        if asked in self._dense:
+            return self._dense[asked], ""
+        if not why:
+            # numba compiles for seconds: only a training that is pruned enough waits for it.
+            from fastprune.sparse.choice import Chooser
+
+            if self._chooser is None:
+                self._chooser = Chooser(self.model, self.flat)
+            found = self._chooser.choose(images, steps, forced=asked == "sparse")
+            if not isinstance(found, str):
+                return found, ""
+            why = found
+        if asked == "sparse":
+            raise ValueError(f"compute='sparse' is not possible here: {why}")
+        return self._dense["dense"], why
+
     def _epoch(
-        self, train: Batches, schedule: ScheduleSpec, epoch: int, on_batch: Callable[[int], None] | None
+        self,
+        train: Batches,
+        schedule: ScheduleSpec,
+        epoch: int,
+        on_batch: Callable[[int], None] | None,
+        report: Callable[[int], None] | None,
     ) -> tuple[float, float, int]:
         self.model.train()
         self._sums.clear()
@@ -262,14 +341,22 @@ class Trainer:
                     "the rate changes from batch to batch (warm-up), so the loader needs a length: __len__"
                 )
             steps = len(train)
-        rate = None
+        rate, compute = None, None
         for step, (images, labels) in enumerate(train):
+            if compute is None:
+                compute = self._begin(images, schedule.epochs * len(train) if isinstance(train, Sized) else inf)
             # Written when it changes only: each write is a launch.
             if rate != (rate := schedule.lr_at(epoch, step / steps)):
                 self._lr.fill_(rate)
             self._run(self._train_step, images, labels)
+            if report is not None:
+                report(len(labels))
             if on_batch is not None:
+                compute.push()
                 on_batch(len(labels))
+                compute.pull()
+        if compute is not None:
+            compute.push()
         broadcast_statistics(self.model)
         return self._result()
 
@@ -296,24 +383,28 @@ class Trainer:
         return self._sums.result()
 
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
+        compute = self._now()
+        logits = self._checked(compute.logits(images, True), labels)
         with self._autocast():
-            logits = self._logits(images, labels)
             loss = self._mean_loss(logits, labels, self._smoothing)
-        self.flat.backward(self.scaler.scale(loss))
-        all_reduce_mean(self.flat.grad, self.flat.other_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        compute.backward(loss)
+        all_reduce_mean(*compute.gradients())
+        compute.step(self._hyper)
         self._sums.add(loss, logits, labels)
 
     def _eval_step(self, images: Tensor, labels: Tensor) -> None:
+        logits = self._checked(self._now().logits(images, False), labels)
         with self._autocast():
-            logits = self._logits(images, labels)
             # Without label smoothing: validation losses are comparable among runs that smooth differently.
             loss = self._mean_loss(logits, labels, 0.0)
         self._sums.add(loss, logits, labels)
 
-    def _logits(self, images: Tensor, labels: Tensor) -> Tensor:
-        logits = self._network(images)
+    def _now(self) -> Compute:
+        """How to compute: as the training that runs, else densely."""
+        return self._compute or self._dense["plain" if self._asked == "plain" else "dense"]
+
+    def _checked(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The logits, once both are known to fit. ValueError if the model returns no logits."""
         if self._classes is None:
             if not isinstance(logits, Tensor) or logits.dim() < 2:
                 what = type(logits).__name__ if not isinstance(logits, Tensor) else f"{logits.dim()} dimensions"
@@ -351,8 +442,7 @@ class Trainer:
             return
         # A graph keeps the Python numbers that it was captured with: another momentum needs another graph. The learning
         # rate is in memory and needs none; an evaluation uses none of them.
-        group = self.optimizer.param_groups[0]
-        hyper = (self._smoothing, *(group[name] for name in ("momentum", "weight_decay", "nesterov")))
+        hyper = (self._smoothing, *(value for name, value in self._hyper.items() if name != "lr"))
         key = (step, images.shape, images.dtype, hyper if step == self._train_step else None)
         if key not in self._graphed:
             self._graphed[key] = GraphedStep(step, *self._pool)

@@ -26,8 +26,8 @@ def initial_state(seed: int = 0) -> dict[str, torch.Tensor]:
     return {f"model.{k}": v for k, v in initial_model(Init(SPEC, seed)).state_dict().items()}
 
 
-def trainer(precision: str = "fp32", device="cpu") -> Trainer:
-    made = Trainer(build(SPEC), device=device, precision=precision, compile=False)
+def trainer(precision: str = "fp32", device="cpu", compute: str = "auto") -> Trainer:
+    made = Trainer(build(SPEC), device=device, precision=precision, compile=False, compute=compute)
     made.load_state(initial_state())
     return made
 
@@ -104,7 +104,7 @@ def test_a_masked_run_on_the_device_is_plain_pytorchs(device, monkeypatch):
 
 
 def test_imp_in_thirty_lines_of_plain_pytorch_finds_the_same_masks_and_weights():
-    ours, initial = trainer(), initial_state()
+    ours, initial = trainer(compute="plain"), initial_state()
     mask = Mask.dense(ours.flat.segments)
     theirs_keep: dict[str, torch.Tensor] = {}
     for _ in range(4):
@@ -306,7 +306,7 @@ def test_thirty_rounds_compile_once(precision):
     counters = torch._dynamo.utils.counters
     torch.compiler.reset()
     counters.clear()
-    plain = trainer(precision)
+    plain = trainer(precision, compute="plain")
     compiled = Trainer(build(SPEC), precision=precision, compile="aot_eager")
     compiled.load_state(initial_state())
     for made in (plain, compiled):

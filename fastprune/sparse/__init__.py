@@ -1,0 +1,1 @@
+"""Computing with what is left of a pruned network on a CPU."""

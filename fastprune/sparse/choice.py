@@ -1,0 +1,88 @@
+"""Whether a training computes on kept weights alone: if it can, and if that is cheaper."""
+
+from math import inf
+
+import torch
+from torch import Tensor, nn
+
+from fastprune.sparse.cost import SECONDS_TO_START, estimate
+from fastprune.sparse.engine import Flat, Sparse, masks
+from fastprune.sparse.program import Conv, Program, Torch, Unsupported, fuse, lower, names
+
+_DENSEST = 0.75
+"""No network of a larger density is worth the seconds that exporting it takes."""
+
+_FEWEST = 200
+"""Nor is a training of fewer steps."""
+
+
+class Chooser:
+    """Chooses for one model's trainings, one after another; keeps its programs and its last engine."""
+
+    def __init__(self, model: nn.Module, flat: Flat) -> None:
+        self._model, self._flat = model, flat
+        self._programs: dict[tuple[int, ...], Program | str] = {}
+        self._made: tuple[tuple[int, ...], Sparse] | None = None
+
+    def choose(self, images: Tensor, steps: float = inf, *, forced: bool = False) -> Sparse | str:
+        """The engine for a training whose first batch is `images`, or in words why it computes densely.
+
+        steps: of the whole training. forced: whatever is cheaper.
+        """
+        found = self._choose(images, steps, forced)
+        if isinstance(found, str):
+            self.close()
+        return found
+
+    def _choose(self, images: Tensor, steps: float, forced: bool) -> Sparse | str:
+        kept, total = int(self._flat.mask.sum()), sum(s.numel for s in self._flat.segments)
+        cheaper = f"at density {kept / total:.2f} dense is cheaper"
+        if not forced and kept > _DENSEST * total:
+            return cheaper
+        if not forced and steps < _FEWEST:
+            return f"a training of {steps:.0f} steps is too short"
+        if images.dim() != 4 or images.dtype != torch.float32:
+            return f"batches of {images.dim()} dimensions in {str(images.dtype).removeprefix('torch.')}"
+        shape = tuple(images.shape[1:])
+        if shape not in self._programs:
+            self._programs[shape] = program_of(self._model, self._flat, images)
+        program = self._programs[shape]
+        if isinstance(program, str):
+            return program
+        if not forced:
+            sparse, dense = estimate(program, masks(self._flat), len(images))
+            if sparse >= dense:
+                return cheaper
+            if (dense - sparse) * steps / 1000 < SECONDS_TO_START:
+                return f"a training of {steps:.0f} steps is too short"
+        if self._made is None or self._made[0] != shape:
+            self.close()
+            self._made = shape, Sparse(self._model, self._flat, program)
+        return self._made[1]
+
+    def close(self) -> None:
+        """Frees the engine's memory and ends its threads."""
+        if self._made is not None:
+            self._made[1].close()
+            self._made = None
+
+
+def program_of(model: nn.Module, flat: Flat, images: Tensor) -> Program | str:
+    """The fused training program of a model with masks, or why the sparse engine cannot train it."""
+    try:
+        program = fuse(lower(model, images, train=True))
+    except Unsupported as error:
+        return str(error)
+    if program.unknown:
+        return f"the sparse engine does not know {program.unknown[0]}"
+    if any(isinstance(op, Torch) for op in program.ops) or len(program.output.shape) != 1:
+        return "the sparse engine does not know the shape of the output"
+    used = [name for op in program.ops for name in names(op)]
+    for name, p in model.named_parameters():
+        if p.requires_grad and used.count(name) != 1:
+            return f"{name} is used {used.count(name)} times in the forward"
+    covered = {s.name for s in flat.segments}
+    for op in program.ops:
+        if isinstance(op, Conv) and op.weight not in covered:
+            return f"{op.weight} has no mask"
+    return program

@@ -1,0 +1,441 @@
+"""A convolution with a mask as lists: where each kept weight finds its input, for each of the three passes.
+
+Values are in the layout of kernels/lanes.py, [N/16][C][H+2p][W+2p][16] (`Plane`). Any kernel size, stride and padding
+is only a list of offsets: a weight of tap (i, j) and input channel c reads c planes, i rows and j columns further. The
+gradient of the input is the same product with the transposed lists; at stride 2 there is one list for each of the four
+parities of the input's position, because each sees other taps.
+
+Maps of at most 2 x 2 outputs are *unrolled*: each position counts as a channel of its own, so that taps which fall
+outside the map cost nothing (20 of 36 for a 3 x 3 kernel on 2 x 2 maps) and no border is needed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property, lru_cache
+from math import ceil
+
+import numpy as np
+from llvmlite import binding
+
+from fastprune.kernels.dispatch import compiled
+from fastprune.kernels.lanes import BYTES
+from fastprune.kernels.sparse_conv import Tile, sddmm, spmm, tile
+
+UNROLLED = 4
+"""Maps of at most so many outputs are unrolled."""
+
+_TILE_BYTES = 24_000
+"""Bytes of input that a tile reads in one block of channels: they stay in a first-level cache of 32 kB or more."""
+
+_ENTRIES = 10
+"""Entries that a row has at least in a block of channels, on average: they pay for loading and storing its tile."""
+
+
+@lru_cache
+def tile_vectors() -> int:
+    """Vectors of sixteen images in a tile: what the machine's registers hold beside a broadcast weight."""
+    # AVX-512 has 32 registers of 16 floats, AVX2 16 of 8.
+    return 16 if _has_avx512() else 6
+
+
+def _has_avx512() -> bool:
+    from numba.core import config
+
+    features = getattr(
+        config, "CPU_FEATURES", None
+    )  # of the environment, for a smaller instruction set than the machine's
+    if features is not None:
+        return "+avx512f" in features
+    return bool(binding.get_host_cpu_features().get("avx512f", False))
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A value [C, H, W] in memory: [N/16][C][H+2p][W+2p][16] float32 with a border of p = `border` zeros. Sizes of
+    steps are in bytes."""
+
+    channels: int
+    height: int
+    width: int
+    border: int = 0
+
+    @property
+    def row(self) -> int:
+        return (self.width + 2 * self.border) * BYTES
+
+    @property
+    def channel(self) -> int:
+        return (self.height + 2 * self.border) * self.row
+
+    @property
+    def block(self) -> int:
+        return self.channels * self.channel
+
+    @property
+    def origin(self) -> int:
+        """From the start of a plane to its first position inside the border."""
+        return self.border * (self.row + BYTES)
+
+    def shape(self, blocks: int) -> tuple[int, int, int, int, int]:
+        p = 2 * self.border
+        return blocks, self.channels, self.height + p, self.width + p, 16
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a convolution: channels, positions, kernel, stride and padding, each (vertical, horizontal)."""
+
+    inputs: tuple[int, int, int]
+    outputs: tuple[int, int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls,
+        inputs: tuple[int, int, int],
+        channels: int,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+    ) -> "Geometry":
+        height, width = (
+            (n + 2 * p - k) // s + 1 for n, p, k, s in zip(inputs[1:], padding, kernel, stride, strict=True)
+        )
+        return cls(inputs, (channels, height, width), kernel, stride, padding)
+
+    @property
+    def unrolled(self) -> bool:
+        return self.outputs[1] * self.outputs[2] <= UNROLLED
+
+    @property
+    def border(self) -> int:
+        """Border that the input needs."""
+        if self.unrolled:
+            return 0
+        after = (
+            (o - 1) * s + k - 1 - p - (n - 1)
+            for o, s, k, p, n in zip(
+                self.outputs[1:], self.stride, self.kernel, self.padding, self.inputs[1:], strict=True
+            )
+        )
+        return max(0, *self.padding, *after)
+
+    @property
+    def gradient_border(self) -> int:
+        """Border that the gradient of the output needs for the gradient of the input."""
+        if self.unrolled:
+            return 0
+        need = 0
+        for axis in range(2):
+            for parity in range(self.stride[axis]):
+                count, steps = self.parity(axis, parity)
+                for _, step in steps:
+                    need = max(need, -step, count - 1 + step - (self.outputs[1 + axis] - 1))
+        return need
+
+    def parity(self, axis: int, parity: int) -> tuple[int, list[tuple[int, int]]]:
+        """Of input positions parity, parity + stride, ...: their number, and (tap, output position - number) of the
+        taps that reach them."""
+        n, s, k, p = (each[axis] for each in (self.inputs[1:], self.stride, self.kernel, self.padding))
+        taps = [(i, (parity + p - i) // s) for i in range(k) if (parity + p - i) % s == 0]
+        return ceil((n - parity) / s), taps
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a map is covered: pieces of equal tiles, [(rows, columns, [(first row, first column), ...])]."""
+
+    pieces: tuple[tuple[int, int, tuple[tuple[int, int], ...]], ...]
+
+
+@cache
+def tiling(height: int, width: int, vectors: int) -> Tiling:
+    """The cheapest cover of height x width positions by tiles of at most `vectors`; only the last rows may be fewer."""
+
+    def pieces(rows: int, columns: int) -> Tiling:
+        full = height // rows * rows
+        parts = []
+        for r, first, last in ((rows, 0, full), (height - full, full, height)):
+            if r and last > first:
+                at = tuple((y, x) for y in range(first, last, r) for x in range(0, width, columns))
+                parts.append((r, columns, at))
+        return Tiling(tuple(parts))
+
+    def cost(found: Tiling) -> tuple[float, int]:
+        # An entry costs a tile about three instructions beside its vectors. Among equals the squarest, which reads the
+        # fewest inputs.
+        return (
+            sum(len(at) * (r * c + 3) for r, c, at in found.pieces),
+            sum(len(at) * (r + 2) * (c + 2) for r, c, at in found.pieces),
+        )
+
+    columns = [c for c in range(1, min(width, vectors) + 1) if width % c == 0]
+    return min((pieces(min(height, vectors // c), c) for c in columns), key=cost)
+
+
+@dataclass
+class Lists:
+    """A sparse matrix by blocks of columns.
+
+    start: int64 [blocks, rows + 1], first entry of each row. offsets: int32 [entries + 3], bytes. index: int32
+    [entries], the kept weight of each entry in storage order, or None where they agree.
+    """
+
+    start: np.ndarray
+    offsets: np.ndarray
+    index: np.ndarray | None
+    _splits: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def entries(self) -> int:
+        return len(self.offsets) - 3
+
+    @property
+    def rows(self) -> int:
+        return self.start.shape[1] - 1
+
+    def split(self, parts: int) -> list[int]:
+        """Bounds of `parts` ranges of rows with about equal work."""
+        if parts not in self._splits:
+            # A row costs about what four entries cost, for loading and storing its tile.
+            work = np.cumsum(np.diff(self.start, axis=1).sum(0) + 4)
+            inner = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts)
+            self._splits[parts] = [0, *map(int, inner), self.rows]
+        return self._splits[parts]
+
+
+def build(keep: np.ndarray, transposed: bool, taps: Sequence[Sequence[tuple[int, int]]], rows: int, plane: int,
+          block: int) -> Lists:  # fmt: skip
+    """Lists of a mask `keep`, bool [O, KH, KW, I].
+
+    taps: for each tap (i, j), row by row, the (row within a channel, byte offset) of its entries. Rows are output
+    channels x `rows`, with `transposed` input channels x `rows`; an entry reads from `plane` bytes a channel of the
+    other side. block: channels in a block of columns.
+    """
+    first = np.cumsum([0, *map(len, taps)])
+    pairs = np.array([pair for tap in taps for pair in tap], np.int64).reshape(-1, 2)
+    channels, others = (keep.shape[3], keep.shape[0]) if transposed else (keep.shape[0], keep.shape[3])
+    blocks = max(1, ceil(others / block))
+    start = np.zeros((blocks, channels * rows + 1), np.int64)
+    _count(keep, transposed, first, pairs, rows, block, start)
+    # The entries of a block follow those of the block before it.
+    start[:, 1:] = np.cumsum(start[:, 1:]).reshape(blocks, -1)
+    start[1:, 0] = start[:-1, -1]
+    entries = int(start[-1, -1])
+    offsets, index = np.zeros(entries + 3, np.int32), np.empty(entries, np.int32)
+    _fill(keep, transposed, first, pairs, rows, plane, block, start.copy(), offsets, index)
+    in_order = blocks == 1 and not transposed and rows == 1 and all(len(tap) == 1 for tap in taps)
+    return Lists(start, offsets, None if in_order else index)
+
+
+@compiled
+def _count(keep, transposed, first, pairs, rows, block, start):
+    for o in range(keep.shape[0]):
+        for tap in range(keep.shape[1] * keep.shape[2]):
+            if first[tap] == first[tap + 1]:
+                continue
+            line = keep[o, tap // keep.shape[2], tap % keep.shape[2]]
+            for c in range(keep.shape[3]):
+                if line[c]:
+                    mine, other = (c, o) if transposed else (o, c)
+                    for e in range(first[tap], first[tap + 1]):
+                        start[other // block, mine * rows + pairs[e, 0] + 1] += 1
+
+
+@compiled
+def _fill(keep, transposed, first, pairs, rows, plane, block, place, offsets, index):
+    number = 0
+    for o in range(keep.shape[0]):
+        for tap in range(keep.shape[1] * keep.shape[2]):
+            line = keep[o, tap // keep.shape[2], tap % keep.shape[2]]
+            for c in range(keep.shape[3]):
+                if line[c]:
+                    mine, other = (c, o) if transposed else (o, c)
+                    for e in range(first[tap], first[tap + 1]):
+                        k, row = other // block, mine * rows + pairs[e, 0]
+                        at = place[k, row]
+                        place[k, row] = at + 1
+                        offsets[at] = other * plane + pairs[e, 1]
+                        index[at] = number
+                    number += 1
+
+
+@dataclass
+class Product:
+    """A pass of a convolution: lists, and the tiles of its maps.
+
+    x_*: what entries read. y_*: where rows lie. cover: of the map, by tiles. step: positions between columns and rows
+    of a tile, vertical and horizontal, in x and in y.
+    """
+
+    lists: Lists
+    x: Plane
+    y: Plane
+    x_first: int
+    y_first: int
+    x_step: tuple[int, int]
+    y_step: tuple[int, int]
+    cover: Tiling
+    row_at: np.ndarray
+    _pieces: dict[int, list[tuple[Tile, Tile, np.ndarray, np.ndarray]]] = field(default_factory=dict)
+
+    def pieces(self, blocks: int) -> list[tuple[Tile, Tile, np.ndarray, np.ndarray]]:
+        """(tile of x, tile of y, byte offsets in x, byte offsets in y) for so many blocks of images."""
+        if blocks not in self._pieces:
+            found: list[tuple[Tile, Tile, np.ndarray, np.ndarray]] = []
+            for rows, columns, at in self.cover.pieces:
+                together, first = max(1, tile_vectors() // (rows * columns)), 0
+                while first < blocks:
+                    # Powers of two, so that few shapes of tiles are compiled.
+                    deep = min(together, 1 << ((blocks - first).bit_length() - 1))
+                    deep = 1 << (deep.bit_length() - 1)
+                    firsts = range(first, first + (blocks - first) // deep * deep, deep)
+                    x_at, y_at = (
+                        np.array(
+                            [
+                                begin + a * plane.block + r * step[0] * plane.row + c * step[1] * BYTES
+                                for a in firsts
+                                for r, c in at
+                            ],
+                            np.int64,
+                        )
+                        for plane, begin, step in (
+                            (self.x, self.x_first, self.x_step),
+                            (self.y, self.y_first, self.y_step),
+                        )
+                    )
+                    x_tile, y_tile = (tile(deep, rows, columns, step[1]) for step in (self.x_step, self.y_step))
+                    found.append((x_tile, y_tile, x_at, y_at))
+                    first = firsts[-1] + deep
+            self._pieces[blocks] = found
+        return self._pieces[blocks]
+
+    def multiply(
+        self, x: int, y: int, values: int, blocks: int, part: tuple[int, int], add: bool = False,
+        bias: np.ndarray | None = None, residual: int = 0, positive: bool = False,
+    ) -> None:  # fmt: skip
+        """spmm for rows part[0] to part[1]. x, y, values, residual: addresses."""
+        lists = self.lists
+        for x_tile, y_tile, x_at, y_at in self.pieces(blocks):
+            spmm(
+                x_tile, y_tile, x, y, self.x.block, self.x_step[0] * self.x.row, self.y.block,
+                self.y_step[0] * self.y.row, x_at, y_at, self.row_at, *part, lists.start, lists.offsets.ctypes.data,
+                values, add, bias, residual, positive,
+            )  # fmt: skip
+
+    def correlate(self, x: int, y: int, gradients: int, blocks: int, part: tuple[int, int]) -> None:
+        """sddmm for rows part[0] to part[1]. x, y, gradients: addresses."""
+        lists = self.lists
+        for x_tile, y_tile, x_at, y_at in self.pieces(blocks):
+            sddmm(
+                x_tile, y_tile, x, y, self.x.block, self.x_step[0] * self.x.row, self.y.block,
+                self.y_step[0] * self.y.row, x_at, y_at, self.row_at, *part, lists.start, lists.offsets.ctypes.data,
+                gradients,
+            )  # fmt: skip
+
+
+def forward(keep: np.ndarray, geometry: Geometry, x: Plane, y: Plane) -> Product:
+    """The product that computes the output from the input."""
+    g = geometry
+    (_, height, width), (kh, kw), (sh, sw), (ph, pw) = g.outputs, g.kernel, g.stride, g.padding
+    if g.unrolled:
+        taps: list[list[tuple[int, int]]] = [[] for _ in range(kh * kw)]
+        for r, c, i, j in np.ndindex(height, width, kh, kw):
+            row, column = r * sh + i - ph, c * sw + j - pw
+            if 0 <= row < g.inputs[1] and 0 <= column < g.inputs[2]:
+                taps[i * kw + j].append((r * width + c, row * x.row + column * BYTES))
+        rows, size = height * width, g.inputs[1] * g.inputs[2] * BYTES
+        places = np.add.outer(np.arange(height) * y.row, np.arange(width) * BYTES).ravel()
+        cover, steps = tiling(1, 1, 1), (1, 1)
+    else:
+        taps = [[(0, (i - ph) * x.row + (j - pw) * BYTES)] for i in range(kh) for j in range(kw)]
+        rows, places, steps = 1, np.zeros(1, np.int64), (sh, sw)
+        cover = tiling(height, width, tile_vectors())
+        size = _tile_bytes(cover, g.kernel, g.stride)
+    block = _channels(keep, size, sum(map(len, taps)) / rows / (kh * kw), keep.shape[0])
+    lists = build(keep, False, taps, rows, x.channel, block)
+    row_at = np.add.outer(np.arange(g.outputs[0]) * y.channel, places).ravel()
+    return Product(lists, x, y, x.origin, y.origin, steps, (1, 1), cover, row_at)
+
+
+def backward(keep: np.ndarray, geometry: Geometry, y: Plane, x: Plane) -> list[Product]:
+    """The products that compute the gradient of the input x from that of the output y, each for its positions."""
+    g = geometry
+    (_, height, width), (kh, kw), (sh, sw), (ph, pw) = g.inputs, g.kernel, g.stride, g.padding
+    channels = np.arange(g.inputs[0])
+    if g.unrolled:
+        taps: list[list[tuple[int, int]]] = [[] for _ in range(kh * kw)]
+        for r, c, i, j in np.ndindex(g.outputs[1], g.outputs[2], kh, kw):
+            row, column = r * sh + i - ph, c * sw + j - pw
+            if 0 <= row < height and 0 <= column < width:
+                taps[i * kw + j].append((row * width + column, r * y.row + c * BYTES))
+        places = np.add.outer(np.arange(height) * x.row, np.arange(width) * BYTES).ravel()
+        size = g.outputs[1] * g.outputs[2] * BYTES
+        block = _channels(keep, size, sum(map(len, taps)) / (height * width) / (kh * kw), keep.shape[3])
+        lists = build(keep, True, taps, height * width, y.channel, block)
+        row_at = np.add.outer(channels * x.channel, places).ravel()
+        return [Product(lists, y, x, y.origin, x.origin, (1, 1), (1, 1), tiling(1, 1, 1), row_at)]
+    products = []
+    for a in range(sh):
+        rows, down = g.parity(0, a)
+        for b in range(sw):
+            columns, right = g.parity(1, b)
+            if not rows or not columns:
+                continue
+            taps = [[] for _ in range(kh * kw)]
+            for i, dr in down:
+                for j, dc in right:
+                    taps[i * kw + j].append((0, dr * y.row + dc * BYTES))
+            cover = tiling(rows, columns, tile_vectors())
+            size = _tile_bytes(cover, (max(1, len(down)), max(1, len(right))), (1, 1))
+            block = _channels(keep, size, len(down) * len(right) / (kh * kw), keep.shape[3])
+            lists = build(keep, True, taps, 1, y.channel, block)
+            first = x.origin + a * x.row + b * BYTES
+            products.append(Product(lists, y, x, y.origin, first, (1, 1), g.stride, cover, channels * x.channel))
+    return products
+
+
+def _tile_bytes(cover: Tiling, kernel: tuple[int, int], stride: tuple[int, int]) -> int:
+    """Bytes of a channel that a tile reads."""
+    rows, columns, _ = cover.pieces[0]
+    return ((rows - 1) * stride[0] + kernel[0]) * ((columns - 1) * stride[1] + kernel[1]) * BYTES
+
+
+def _channels(keep: np.ndarray, size: int, share: float, rows: int) -> int:
+    """Channels in a block of columns. size: bytes that a tile reads of a channel. share: of the taps that count for a
+    row. rows: channels of rows."""
+    per_row = np.count_nonzero(keep) * share / max(1, rows)  # entries of a row over all blocks
+    others = keep.size // (keep.shape[1] * keep.shape[2]) // rows
+    enough = ceil(others * _ENTRIES / max(per_row, 1e-9))
+    return min(others, max(1, _TILE_BYTES // size, enough))
+
+
+class SparseConv:
+    """The three passes of a convolution over kept weights alone.
+
+    keep: bool [O, KH, KW, I]. values and gradients: float32 [kept (+ 3 for gradients)], in storage order. x, y: planes
+    of input and output, g: of the output's gradient, dx: of the input's, None if it is not needed.
+    """
+
+    def __init__(
+        self, keep: np.ndarray, geometry: Geometry, x: Plane, y: Plane, g: Plane | None = None, dx: Plane | None = None
+    ) -> None:
+        self.kept = int(np.count_nonzero(keep))
+        self.ahead = forward(keep, geometry, x, y)
+        self.weight_pass: Product | None = None
+        if g is not None:
+            channels, places = np.arange(geometry.outputs[0]) * g.channel, np.zeros(1, np.int64)
+            if geometry.unrolled:
+                _, height, width = geometry.outputs
+                places = np.add.outer(np.arange(height) * g.row, np.arange(width) * BYTES).ravel()
+            a = self.ahead
+            row_at = np.add.outer(channels, places).ravel()
+            self.weight_pass = Product(a.lists, x, g, a.x_first, g.origin, a.x_step, (1, 1), a.cover, row_at)
+        self.back = backward(keep, geometry, g, dx) if g is not None and dx is not None else []
+
+    @cached_property
+    def entries(self) -> int:
+        """Entries of all lists: int32 offset and index each."""
+        return self.ahead.lists.entries + sum(p.lists.entries for p in self.back)

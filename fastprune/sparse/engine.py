@@ -1,0 +1,121 @@
+"""Training with kept weights alone: the sparse way to compute of a Trainer.
+
+FlatParams owns weights, momentum and mask; `pull` takes the kept ones from it, `push` writes them back. In between only
+kept weights exist, with their momentum: forward, both gradients and the optimiser's step cost what is kept. Batch-norm
+statistics and all other parameters are the module's own memory throughout.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastprune.kernels import Segment, masked_sgd_
+from fastprune.sparse.program import Program
+from fastprune.sparse.tape import Tape
+
+
+class Flat(Protocol):
+    """What is needed of training.flat.FlatParams."""
+
+    weight: Tensor
+    momentum: Tensor
+    mask: Tensor
+    other_params: Tensor
+    other_grad: Tensor
+    other_momentum: Tensor
+    segments: tuple[Segment, ...]
+
+
+def masks(flat: Flat) -> dict[str, np.ndarray]:
+    """The masks of all layers, bool [O, KH, KW, I] as they are stored, views of the flat mask."""
+    found = {}
+    for s in flat.segments:
+        shape = (s.shape[0], *s.shape[2:], s.shape[1]) if len(s.shape) == 4 else (s.shape[0], 1, 1, s.shape[1])
+        found[s.name] = flat.mask[s.span].view(shape).numpy()
+    return found
+
+
+class Sparse:
+    """A network's training step on kept weights alone, on a CPU in float32.
+
+    program: fused, of the model in training mode, without operations that run in torch. It uses every covered weight,
+    each once. The number of threads is torch's at `pull`; results do not depend on it.
+    """
+
+    name = "sparse"
+
+    def __init__(self, model: nn.Module, flat: Flat, program: Program) -> None:
+        self._model, self._flat, self.program = model, flat, program
+        self._mask: Tensor | None = None
+        self._tape: Tape | None = None
+        self._logits: Tensor | None = None
+
+    @property
+    def tape(self) -> Tape:
+        assert self._tape is not None, "pull() comes first"
+        return self._tape
+
+    def pull(self) -> None:
+        """Takes kept weights and momentum from the flat parameters; makes new lists if the mask has changed."""
+        flat, threads = self._flat, torch.get_num_threads()
+        if self._mask is None or not torch.equal(self._mask, flat.mask) or self.tape.threads.number != threads:
+            self.close()
+            self._mask = flat.mask.clone()
+            self._kept = flat.mask.nonzero().squeeze(1)
+            named: dict[str, Tensor] = dict(self._model.named_parameters())
+            gradients = {n: p.grad for n, p in named.items() if p.requires_grad and p.grad is not None}
+            covered = masks(flat)
+            others = {n: g for n, g in gradients.items() if n not in covered}
+            self._tape = Tape(self.program, named | dict(self._model.named_buffers()), others, covered, threads=threads)
+            self._momentum = torch.zeros_like(self._tape.values)
+        tape, count = self.tape, len(self._kept)
+        torch.index_select(flat.weight, 0, self._kept, out=tape.values[:count])
+        torch.index_select(flat.momentum, 0, self._kept, out=self._momentum[:count])
+        tape.values_changed()
+
+    def push(self) -> None:
+        """Writes kept weights and momentum back; pruned ones are +0 there already."""
+        count = len(self._kept)
+        self._flat.weight.index_copy_(0, self._kept, self.tape.values[:count])
+        self._flat.momentum.index_copy_(0, self._kept, self._momentum[:count])
+
+    @torch.no_grad()
+    def _forward(self, images: Tensor, train: bool) -> Tensor:
+        return self.tape.forward(images, train)
+
+    def logits(self, images: Tensor, train: bool) -> Tensor:
+        """The network's output. With `train` a leaf that requires a gradient, for `backward`."""
+        found = self._forward(images, train)
+        if train:
+            self._logits = found.requires_grad_()
+        return found
+
+    def backward(self, loss: Tensor) -> None:
+        """Computes the gradients of `loss`, a function of the last logits, with respect to all parameters."""
+        assert self._logits is not None
+        (gradient,) = torch.autograd.grad(loss, self._logits, allow_unused=True)
+        if gradient is None:
+            gradient = torch.zeros_like(self._logits)
+        with torch.no_grad():
+            self.tape.backward(gradient)
+
+    def gradients(self) -> list[Tensor]:
+        """What data parallel training averages: the mask, and so the order, is equal on all ranks."""
+        return [self.tape.kept_gradients, self._flat.other_grad]
+
+    @torch.no_grad()
+    def step(self, hyper: Mapping[str, Any]) -> None:
+        """One SGD step. hyper: lr, momentum, weight_decay, nesterov, as kernels.masked_sgd_ takes them."""
+        tape, flat = self.tape, self._flat
+        masked_sgd_(tape.values, tape.kept_gradients, self._momentum, None, **hyper)
+        masked_sgd_(flat.other_params, flat.other_grad, flat.other_momentum, None, **hyper)
+        tape.values_changed()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._tape is not None:
+            self._tape.close()
+            self._tape = None

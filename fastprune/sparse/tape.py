@@ -1,0 +1,551 @@
+"""The training tape: a program's operations, forward and backward, in the sparse layout.
+
+Values and gradients live in planes (`conv.Plane`) that are made once and reused at every step. Convolutions read and
+write kept weights alone, one vector for the whole network; all other parameters are the module's own.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastprune.kernels import lanes_norm as kernels
+from fastprune.kernels.lanes import address, blocks_of, from_lanes, to_lanes
+from fastprune.sparse.conv import Geometry, Lists, Plane, SparseConv
+from fastprune.sparse.program import Add, Conv, Linear, MaxPool, Mean, Norm, Program, Relu, Value, inputs
+
+Steps = tuple[int, int, int]
+
+
+def plane_of(shape: tuple[int, ...], border: int = 0) -> Plane:
+    """The plane of a value's shape; features (F,) are maps of one position."""
+    channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
+    return Plane(channels, height, width, border)
+
+
+class Threads:
+    """Runs a kernel over ranges of rows or channels, one for each thread. Results do not depend on their number."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._pool = ThreadPoolExecutor(number - 1) if number > 1 else None
+
+    def ranges(self, bounds: Sequence[int], run: Callable[[int, int, int], Any]) -> None:
+        """run(thread, first, last) for each two neighbouring bounds."""
+        parts = list(enumerate(pairwise(bounds)))
+        if self._pool is None or len(parts) == 1:
+            for i, (first, last) in parts:
+                run(i, first, last)
+            return
+        futures = [self._pool.submit(run, i, *part) for i, part in parts[1:]]
+        run(0, *parts[0][1])
+        for future in futures:
+            future.result()
+
+    def channels(self, count: int, run: Callable[[int, int, int], Any]) -> None:
+        """run(thread, first, last) for equal ranges of `count` channels."""
+        parts = max(1, min(self.number, count))
+        self.ranges([count * i // parts for i in range(parts + 1)], run)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+class _Buffer:
+    """Memory of a plane for as many images as were ever seen. address: of its first element."""
+
+    def __init__(self, plane: Plane, blocks: int) -> None:
+        self.plane, self.blocks = plane, blocks
+        self.tensor = torch.zeros(plane.shape(blocks))  # kernels write the inside only, so that borders stay 0
+        self.address = address(self.tensor)
+
+    @property
+    def inner(self) -> int:
+        return self.address + self.plane.origin
+
+    @property
+    def steps(self) -> Steps:
+        return self.plane.block, self.plane.channel, self.plane.row
+
+    def interior(self, blocks: int) -> Tensor:
+        p = self.plane
+        b = p.border
+        return self.tensor[:blocks, :, b : b + p.height, b : b + p.width]
+
+
+class Tape:
+    """Forward and backward of a program.
+
+    parameters: the module's parameters and buffers by name; running statistics are updated in place. gradients: by
+    name, where gradients of parameters that are not in `keep` are written. keep: masks of convs and linear layers,
+    bool [O, KH, KW, I]. `values` and `kept_gradients`, float32, hold the kept weights of all of these, one after the
+    other in `spans`, each in storage order; call `values_changed` after writing values.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        keep: Mapping[str, np.ndarray],
+        threads: int = 1,
+    ) -> None:
+        self.program, self.parameters, self.gradients = program, parameters, gradients
+        self.threads = Threads(threads)
+        self.spans: dict[str, slice] = {}
+        end = 0
+        for name, mask in keep.items():
+            self.spans[name] = slice(end, end := end + int(np.count_nonzero(mask)))
+        # torch's fused SGD rounds the elements that do not fill a vector of 64 differently.
+        self.values, self.kept_gradients = (torch.zeros(-(-end // 64) * 64) for _ in range(2))
+        self._count = 0  # of changes of the values
+        self._blocks = 0  # that the buffers have room for
+        self._values: dict[int, _Buffer] = {}
+        self._free: dict[Plane, list[_Buffer]] = defaultdict(list)
+        self._saved: dict[int, Any] = {}
+        producers = {op.y.number: op for op in program.ops}
+        self._planes, self._gradient_planes = {}, {}
+        consumers: dict[int, list[Any]] = defaultdict(list)
+        for op in program.ops:
+            consumers[inputs(op)[0].number].append(op)
+        values = [program.input, *(op.y for op in program.ops)]
+        for v in values:
+            border = max((self._geometry(op).border for op in consumers[v.number] if isinstance(op, Conv)), default=0)
+            self._planes[v.number] = plane_of(v.shape, border)
+            made = producers.get(v.number)
+            border = self._geometry(made).gradient_border if isinstance(made, Conv) else 0
+            self._gradient_planes[v.number] = plane_of(v.shape, border)
+        self._ops: list[_Op] = [self._lowered(op, keep) for op in program.ops]
+
+    def _geometry(self, op: Conv) -> Geometry:
+        shape: Any = op.x.shape
+        return Geometry.of(shape, op.y.shape[0], op.kernel, op.stride, op.padding)
+
+    def _lowered(self, op: Any, keep: Mapping[str, np.ndarray]) -> "_Op":
+        if isinstance(op, Conv | Linear) and op.weight in keep:
+            return _Weighted(self, op, keep[op.weight])
+        return {Linear: _Linear, Norm: _Norm, Relu: _Relu, Add: _Add, MaxPool: _MaxPool, Mean: _Mean}[type(op)](
+            self, op
+        )
+
+    def values_changed(self) -> None:
+        """To be called after `values` were written."""
+        self._count += 1
+
+    def forward(self, images: Tensor, train: bool) -> Tensor:
+        """The output, float32 [B, ...], new memory. images: float32 [B, C, H, W]. train: batch norm takes the batch's
+        statistics and updates the running ones, and `backward` may follow."""
+        self.images, self.blocks, self.train = len(images), blocks_of(len(images)), train
+        if self.blocks > self._blocks:
+            # Buffers are as large as the largest batch so far; smaller ones use their first blocks.
+            self._blocks = self.blocks
+            self._values.clear()
+            self._free.clear()
+        to_lanes(images, self.value(self.program.input).interior(self.blocks))
+        for op in self._ops:
+            op.forward()
+        return self.batch(self.value(self.program.output))
+
+    def backward(self, gradient: Tensor) -> None:
+        """Writes the gradients of all parameters, given that of the output, float32 [B, ...]."""
+        self._grads: dict[int, _Buffer] = {}
+        to_lanes(_as_maps(gradient), self.gradient(self.program.output)[0].interior(self.blocks))
+        for op in reversed(self._ops):
+            found = self._grads.pop(op.op.y.number, None)
+            if found is None:  # nothing that the loss depends on
+                op.no_gradient()
+                continue
+            op.backward(found)
+            if found not in self._grads.values():
+                self._free[found.plane].append(found)
+
+    def batch(self, value: _Buffer) -> Tensor:
+        """A value as float32 [B, F] or [B, C, H, W], new memory."""
+        found = from_lanes(value.interior(self.blocks), self.images)
+        return found.flatten(1) if found.shape[2:] == (1, 1) else found
+
+    def value(self, v: Value) -> _Buffer:
+        if v.number not in self._values:
+            self._values[v.number] = _Buffer(self._planes[v.number], self._blocks)
+        return self._values[v.number]
+
+    def gradient(self, v: Value) -> tuple[_Buffer, bool]:
+        """(the buffer of a value's gradient, whether it holds a part of it that must be added to)."""
+        if v.number in self._grads:
+            return self._grads[v.number], True
+        plane = self._gradient_planes[v.number]
+        self._grads[v.number] = self._free[plane].pop() if self._free[plane] else _Buffer(plane, self._blocks)
+        return self._grads[v.number], False
+
+    def pass_on(self, v: Value, gradient: _Buffer, give: bool = True) -> None:
+        """Adds `gradient` to that of `v`. give: it is not needed otherwise, so that its memory may become v's."""
+        if give and v.number not in self._grads and gradient.plane == self._gradient_planes[v.number]:
+            self._grads[v.number] = gradient
+            return
+        into, add = self.gradient(v)
+        p = into.plane
+        self.threads.channels(
+            p.channels,
+            lambda _, first, last: kernels.add_planes(
+                gradient.inner, gradient.steps, into.inner if add else 0, into.steps, into.inner, into.steps, p.height,
+                p.width, self.blocks, False, first, last,
+            ),
+        )  # fmt: skip
+
+    def needs_gradient(self, v: Value) -> bool:
+        return v.number != self.program.input.number
+
+    def ordered(self, lists: Lists, span: slice, into: Tensor | None) -> Tensor:
+        """The kept values in the order of the lists. into: memory for them."""
+        if lists.index is None:
+            return self.values[span]
+        assert into is not None
+        index, values, out = lists.index, self.values[span].numpy(), into.numpy()
+        self.threads.channels(len(index), lambda _, first, last: kernels.gather(values, index, out, first, last))
+        return into
+
+    @property
+    def changes(self) -> int:
+        return self._count
+
+    def close(self) -> None:
+        self.threads.close()
+
+    def nbytes(self) -> int:
+        """Bytes of all buffers of values and gradients."""
+        every = [*self._values.values(), *(b for free in self._free.values() for b in free)]
+        return sum(b.tensor.nbytes for b in every)
+
+
+def _as_maps(features: Tensor) -> Tensor:
+    return features[:, :, None, None] if features.dim() == 2 else features
+
+
+class _Op:
+    """An operation on a tape. forward reads and writes values; backward gets the gradient of y and adds to that of x,
+    which it may overwrite."""
+
+    def __init__(self, tape: Tape, op: Any) -> None:
+        self.tape, self.op = tape, op
+
+    def forward(self) -> None:
+        raise NotImplementedError
+
+    def backward(self, g: _Buffer) -> None:
+        raise NotImplementedError
+
+    def no_gradient(self) -> None:
+        """Sets the gradients of the parameters to 0: the loss does not depend on them."""
+        for name in (getattr(self.op, "weight", None), getattr(self.op, "bias", None)):
+            if name is not None and name in self.tape.gradients:
+                self.tape.gradients[name].zero_()
+
+
+class _Weighted(_Op):
+    """A convolution, or a linear layer as one on maps of one position, over kept weights."""
+
+    def __init__(self, tape: Tape, op: Conv | Linear, keep: np.ndarray) -> None:
+        super().__init__(tape, op)
+        x, y = tape._planes[op.x.number], tape._planes[op.y.number]
+        shape = (x.channels, x.height, x.width)
+        geometry = (
+            tape._geometry(op) if isinstance(op, Conv) else Geometry.of(shape, y.channels, (1, 1), (1, 1), (0, 0))
+        )
+        dx = tape._gradient_planes[op.x.number] if tape.needs_gradient(op.x) else None
+        self.conv = SparseConv(keep, geometry, x, y, tape._gradient_planes[op.y.number], dx)
+        self.span = tape.spans[op.weight]
+        self.positions = y.height * y.width if geometry.unrolled else 1
+        products = [self.conv.ahead, *self.conv.back]
+        self._lists = [(p, None if p.lists.index is None else torch.empty(p.lists.entries)) for p in products]
+        self._gradients = torch.empty(self.conv.ahead.lists.entries + 3)
+        self._seen = -1
+
+    def _ordered(self) -> list[Tensor]:
+        if self._seen != self.tape.changes:
+            self._ready = [self.tape.ordered(p.lists, self.span, into) for p, into in self._lists]
+            self._seen = self.tape.changes
+        return self._ready
+
+    def forward(self) -> None:
+        tape, product = self.tape, self.conv.ahead
+        x, y, values = tape.value(self.op.x), tape.value(self.op.y), address(self._ordered()[0])
+        bias = None
+        if self.op.bias is not None:
+            bias = np.repeat(tape.parameters[self.op.bias].detach().numpy(), self.positions)
+        tape.threads.ranges(
+            product.lists.split(tape.threads.number),
+            lambda _, *part: product.multiply(x.address, y.address, values, tape.blocks, part, bias=bias),
+        )
+
+    def backward(self, g: _Buffer) -> None:
+        tape, product = self.tape, self.conv.weight_pass
+        assert product is not None
+        x, sums = tape.value(self.op.x), self._gradients.zero_()
+        tape.threads.ranges(
+            product.lists.split(tape.threads.number),
+            lambda _, *part, p=product: p.correlate(x.address, g.address, address(sums), tape.blocks, part),
+        )
+        kept = tape.kept_gradients[self.span]
+        if product.lists.index is None:
+            kept.copy_(sums[: len(kept)])
+        else:
+            kernels.scatter_add(sums.numpy(), product.lists.index, kept.zero_().numpy())
+        if self.op.bias in tape.gradients:
+            torch.sum(g.interior(tape.blocks), (0, 2, 3, 4), out=tape.gradients[self.op.bias])
+        if not self.conv.back:
+            return
+        dx, add = tape.gradient(self.op.x)
+        for product, values in zip(self.conv.back, self._ordered()[1:], strict=True):
+            tape.threads.ranges(
+                product.lists.split(tape.threads.number),
+                lambda _, *part, p=product, v=values: p.multiply(
+                    g.address, dx.address, address(v), tape.blocks, part, add
+                ),
+            )
+
+    def no_gradient(self) -> None:
+        super().no_gradient()
+        self.tape.kept_gradients[self.span].zero_()
+
+
+class _Norm(_Op):
+    """Batch norm with what follows it: a residual sum, a ReLU, max pooling."""
+
+    def __init__(self, tape: Tape, op: Norm) -> None:
+        super().__init__(tape, op)
+        norm, c = op.batch_norm, op.x.shape[0]
+        self._mean, self._variance = np.zeros(c), np.zeros(c)
+        ones, zeros = torch.ones(c), torch.zeros(c)
+        self._weight = ones if norm.weight is None else tape.parameters[norm.weight].detach()
+        self._bias = zeros if norm.bias is None else tape.parameters[norm.bias].detach()
+        # Gradients of parameters that are frozen or do not exist go nowhere.
+        self._into = [tape.gradients.get(n or "", torch.empty(c)).numpy() for n in (norm.weight, norm.bias)]
+        if op.pool is not None:
+            self._window = _window(op.pool, op.y)
+            self._places: Tensor | None = None
+
+    def forward(self) -> None:
+        tape, norm = self.tape, self.op.batch_norm
+        y, z = tape.value(self.op.x), tape.value(self.op.y)
+        p, train = y.plane, tape.train
+        if not train:
+            self._mean[:] = tape.parameters[norm.mean].numpy()
+            self._variance[:] = tape.parameters[norm.var].numpy()
+        affine = self._weight.numpy(), self._bias.numpy(), norm.eps, self._mean, self._variance, train
+        sizes = p.height, p.width, tape.blocks, tape.images
+        if self.op.pool is not None:
+            where = address(self._room_for_places()) if train else 0
+            padding = self.op.pool.padding
+            scratch = torch.empty(tape.threads.number, *_padded(p, padding), 16)
+            tape.threads.channels(
+                p.channels,
+                lambda i, *part: kernels.norm_pool_forward(
+                    y.inner, y.steps, z.inner, z.steps, where, *sizes, *affine, self._window, padding,
+                    address(scratch[i]), *part,
+                ),
+            )  # fmt: skip
+        else:
+            add = None if self.op.residual is None else tape.value(self.op.residual)
+            where, steps = (0, (0, 0, 0)) if add is None else (add.inner, add.steps)
+            tape.threads.channels(
+                p.channels,
+                lambda _, *part: kernels.norm_forward(
+                    y.inner, y.steps, z.inner, z.steps, where, steps, *sizes, *affine, self.op.relu, *part
+                ),
+            )
+        if train:
+            self._update_running()
+
+    def _update_running(self) -> None:
+        norm, tape = self.op.batch_norm, self.tape
+        count = tape.images * self.op.x.shape[1] * self.op.x.shape[2]
+        variance = torch.from_numpy(self._variance) * (count / max(1, count - 1))
+        for name, now in ((norm.mean, torch.from_numpy(self._mean)), (norm.var, variance)):
+            tape.parameters[name].mul_(1 - norm.momentum).add_(now.float(), alpha=norm.momentum)
+        if norm.count is not None:
+            tape.parameters[norm.count].add_(1)
+
+    def _room_for_places(self) -> Tensor:
+        size = (self.tape._blocks, *self.op.y.shape, 16)
+        if self._places is None or self._places.shape != size:
+            self._places = torch.empty(size)
+        return self._places
+
+    def backward(self, g: _Buffer) -> None:
+        tape, norm = self.tape, self.op.batch_norm
+        y, z = tape.value(self.op.x), tape.value(self.op.y)
+        p = y.plane
+        dy, add = tape.gradient(self.op.x)
+        before = dy
+        if add:  # another operation reads what is normalised: its gradient is added afterwards
+            del tape._grads[self.op.x.number]
+            dy, _ = tape.gradient(self.op.x)
+        sizes = p.height, p.width, tape.blocks, tape.images
+        saved = self._weight.numpy(), norm.eps, self._mean, self._variance
+        if self.op.pool is not None:
+            assert self._places is not None
+            where, padding = address(self._places), self.op.pool.padding
+            scratch = torch.empty(tape.threads.number, tape.blocks, *_padded(p, padding), 16)
+            tape.threads.channels(
+                p.channels,
+                lambda i, *part: kernels.norm_pool_backward(
+                    y.inner, y.steps, z.inner, z.steps, where, g.inner, g.steps, dy.inner, dy.steps, *sizes, *saved,
+                    *self._into, self._window, padding, address(scratch[i]), *part,
+                ),
+            )  # fmt: skip
+        else:
+            tape.threads.channels(
+                p.channels,
+                lambda _, *part: kernels.norm_backward(
+                    y.inner, y.steps, z.inner, z.steps, g.inner, g.steps, dy.inner, dy.steps, *sizes, *saved,
+                    self.op.relu, *self._into, *part,
+                ),
+            )  # fmt: skip
+            if self.op.residual is not None:
+                tape.pass_on(self.op.residual, g)
+        if add:
+            tape.pass_on(self.op.x, before)
+            tape._free[before.plane].append(before)
+
+    def no_gradient(self) -> None:
+        for into in self._into:
+            into[:] = 0
+
+
+class _Relu(_Op):
+    def forward(self) -> None:
+        _add(self.tape, self.op.x, None, self.op.y, True)
+
+    def backward(self, g: _Buffer) -> None:
+        tape = self.tape
+        z, (dx, add) = tape.value(self.op.y), tape.gradient(self.op.x)
+        p = z.plane
+        tape.threads.channels(
+            p.channels,
+            lambda _, *part: kernels.relu_backward(
+                z.inner, z.steps, g.inner, g.steps, dx.inner, dx.steps, p.height, p.width, tape.blocks, add, *part
+            ),
+        )
+
+
+class _Add(_Op):
+    def forward(self) -> None:
+        _add(self.tape, self.op.x, self.op.other, self.op.y, False)
+
+    def backward(self, g: _Buffer) -> None:
+        # Copied for the first: the two gradients go different ways, and either may be added to.
+        self.tape.pass_on(self.op.x, g, give=False)
+        self.tape.pass_on(self.op.other, g)
+
+
+def _add(tape: Tape, x: Value, other: Value | None, y: Value, positive: bool) -> None:
+    a, z = tape.value(x), tape.value(y)
+    b = None if other is None else tape.value(other)
+    p = z.plane
+    tape.threads.channels(
+        p.channels,
+        lambda _, *part: kernels.add_planes(
+            a.inner, a.steps, 0 if b is None else b.inner, a.steps if b is None else b.steps, z.inner, z.steps,
+            p.height, p.width, tape.blocks, positive, *part,
+        ),
+    )  # fmt: skip
+
+
+class _MaxPool(_Op):
+    def __init__(self, tape: Tape, op: MaxPool) -> None:
+        super().__init__(tape, op)
+        self._window = _window(op, op.y)
+        self._places: Tensor | None = None
+
+    def forward(self) -> None:
+        tape = self.tape
+        x, z = tape.value(self.op.x), tape.value(self.op.y)
+        p, padding = x.plane, self.op.padding
+        size = (tape._blocks, *self.op.y.shape, 16)
+        if tape.train and (self._places is None or self._places.shape != size):
+            self._places = torch.empty(size)
+        where = address(self._places) if tape.train and self._places is not None else 0
+        scratch = torch.empty(tape.threads.number, *_padded(p, padding), 16)
+        tape.threads.channels(
+            p.channels,
+            lambda i, *part: kernels.pool_forward(
+                x.inner, x.steps, z.inner, z.steps, where, p.height, p.width, tape.blocks, p.channels, self._window,
+                padding, address(scratch[i]), *part,
+            ),
+        )  # fmt: skip
+
+    def backward(self, g: _Buffer) -> None:
+        tape = self.tape
+        assert self._places is not None
+        (dx, add), where, padding = tape.gradient(self.op.x), address(self._places), self.op.padding
+        p = dx.plane
+        scratch = torch.empty(tape.threads.number, *_padded(p, padding), 16)
+        tape.threads.channels(
+            p.channels,
+            lambda i, *part: kernels.pool_backward(
+                g.inner, g.steps, where, dx.inner, dx.steps, p.height, p.width, tape.blocks, p.channels, self._window,
+                padding, address(scratch[i]), add, *part,
+            ),
+        )  # fmt: skip
+
+
+class _Mean(_Op):
+    def forward(self) -> None:
+        tape = self.tape
+        x, z = tape.value(self.op.x), tape.value(self.op.y)
+        p = x.plane
+        tape.threads.channels(
+            p.channels,
+            lambda _, *part: kernels.mean_forward(
+                x.inner, x.steps, z.address, p.height, p.width, tape.blocks, p.channels, *part
+            ),
+        )
+
+    def backward(self, g: _Buffer) -> None:
+        tape = self.tape
+        dx, add = tape.gradient(self.op.x)
+        p = dx.plane
+        tape.threads.channels(
+            p.channels,
+            lambda _, *part: kernels.mean_backward(
+                g.address, dx.inner, dx.steps, p.height, p.width, tape.blocks, p.channels, add, *part
+            ),
+        )
+
+
+class _Linear(_Op):
+    """A linear layer without a mask: torch's own product."""
+
+    def forward(self) -> None:
+        tape = self.tape
+        self._features = tape.batch(tape.value(self.op.x))
+        weight, bias = (n and tape.parameters[n].detach() for n in (self.op.weight, self.op.bias))
+        out = torch.nn.functional.linear(self._features, weight, bias)
+        to_lanes(_as_maps(out), tape.value(self.op.y).interior(tape.blocks))
+
+    def backward(self, g: _Buffer) -> None:
+        tape = self.tape
+        gradient = tape.batch(g)
+        if self.op.weight in tape.gradients:
+            torch.mm(gradient.t(), self._features, out=tape.gradients[self.op.weight])
+        if self.op.bias in tape.gradients:
+            torch.sum(gradient, 0, out=tape.gradients[self.op.bias])
+        into, add = tape.gradient(self.op.x)
+        back = gradient @ tape.parameters[self.op.weight].detach()
+        if add:
+            back += tape.batch(into)
+        to_lanes(_as_maps(back), into.interior(tape.blocks))
+
+
+def _window(op: MaxPool, y: Value) -> np.ndarray:
+    return np.array([*y.shape[1:], *op.kernel, *op.stride], np.int64)
+
+
+def _padded(p: Plane, padding: tuple[int, int]) -> tuple[int, int]:
+    return p.height + 2 * padding[0], p.width + 2 * padding[1]

@@ -1,0 +1,81 @@
+"""How a Trainer computes: one interface, and the dense way, by torch's autograd on flat parameters.
+
+The sparse way, on kept weights alone, is fastprune.sparse.engine. A training uses one of them from its beginning to its
+end; FlatParams owns weights, momentum and mask, and either goes on from what the other left there.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastprune.training.flat import FlatParams, FlatSGD
+from fastprune.training.lower import lowered
+
+
+class Compute(Protocol):
+    """What a training step consists of. name: "plain", "dense" or "sparse", for provenance and checkpoints."""
+
+    name: str
+
+    def logits(self, images: Tensor, train: bool) -> Tensor:
+        """The network's output for images float32 [B, 3, H, W], channels-last."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Computes the gradients of `loss`, a function of the last logits."""
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients, as the vectors that data parallel training averages in place."""
+
+    def step(self, hyper: Mapping[str, Any]) -> None:
+        """The masked optimiser's step. hyper: lr, momentum, weight_decay, nesterov."""
+
+    def pull(self) -> None:
+        """Takes weights, momentum and mask from the flat parameters, when other code may have written them."""
+
+    def push(self) -> None:
+        """Writes weights and momentum to the flat parameters, before other code reads them."""
+
+
+class Dense:
+    """Torch's autograd, on the flat parameters themselves. lower: small convs as GEMMs (training/lower.py)."""
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        flat: FlatParams,
+        optimizer: FlatSGD,
+        scaler: torch.amp.GradScaler,
+        half: torch.dtype | None,
+        lower: bool,
+    ) -> None:
+        self.name = "dense" if lower else "plain"
+        self._network, self._flat, self._optimizer, self._scaler = network, flat, optimizer, scaler
+        self._half, self._lower = half, lower
+
+    def logits(self, images: Tensor, train: bool) -> Tensor:
+        with lowered() if self._lower else nullcontext(), self._autocast():
+            return self._network(images)
+
+    def backward(self, loss: Tensor) -> None:
+        self._flat.backward(self._scaler.scale(loss))
+
+    def gradients(self) -> list[Tensor]:
+        return [self._flat.grad, self._flat.other_grad]
+
+    def step(self, hyper: Mapping[str, Any]) -> None:
+        self._optimizer.param_groups[0].update(hyper)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+
+    def pull(self) -> None:
+        self._flat.sync()
+
+    def push(self) -> None:
+        pass
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        half, device = self._half, self._flat.weight.device.type
+        return nullcontext() if half is None else torch.autocast(device, half)

@@ -1,0 +1,216 @@
+"""Convs of small maps as GEMMs on a CPU, where oneDNN's convs are slow.
+
+On a map of 2x2 positions, 20 of the 36 taps of a 3x3 kernel fall into the padding. Here they are not computed at all:
+for each output position and each row of the kernel, the taps inside the map are one run of inputs and one run of
+weights, contiguous if both are channels-last. So a conv is a few GEMMs of column ranges of three matrices,
+x [N, H*W*C], weight [O, KH*KW*C] and y [N, OH*OW*O], and so are its gradients. Nothing is unfolded or copied.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+# Chosen by measurements with oneDNN 3.13 and MKL (bench/NOTES.md): on larger maps oneDNN reaches the speed of a GEMM,
+# and skipping the padding makes up only for smaller products.
+_MAX_POSITIONS = 9
+# Multiply-adds of one tap for each output position: a GEMM must take longer than the 10 us of calling it.
+_MIN_WORK = 2**15
+# Runs of a few channels (of images, say) are too short for a GEMM.
+_MIN_CHANNELS = 16
+
+Ints = int | Sequence[int]
+Pair = tuple[int, int]
+Run = tuple[int, int, int, int]
+"""Taps that lie side by side: (output position, position of the first input, first tap, number of taps)."""
+
+
+def lowered() -> AbstractContextManager[None]:
+    """Within it, in this thread, F.conv2d (and so nn.Conv2d) computes the convs that `pays` names as GEMMs.
+
+    They are convs of float32 on a CPU that torch would compute channels-last. All other calls pass unchanged, and so do
+    convs under autocast, torch.compile and the transforms of torch.func. Results and gradients have torch's strides and
+    differ from torch's by rounding; torch.set_float32_matmul_precision holds. A second derivative is a RuntimeError.
+    """
+    return _Lowering()
+
+
+def pays(
+    x_shape: Sequence[int], weight_shape: Sequence[int], stride: Ints, padding: Ints | str, dilation: Ints, groups: int
+) -> bool:
+    """Whether GEMMs are faster for a conv with these arguments of F.conv2d; False for arguments that do not fit.
+
+    A rule on shapes alone: the rounding of a run must not depend on a timing.
+    """
+    return (
+        _plan(tuple(x_shape), tuple(weight_shape), _pair(stride), _pair(padding), _pair(dilation), groups) is not None
+    )
+
+
+class _Lowering(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # `types` are those of tensors with a __torch_function__ of their own, which gets the call then.
+        if func is torch.conv2d and not types and not torch.compiler.is_compiling():
+            func = _conv2d
+        return func(*args, **(kwargs or {}))
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """F.conv2d, by GEMMs where they pay."""
+    plan = _plan(input.shape, weight.shape, _pair(stride), _pair(padding), _pair(dilation), groups)
+    if (
+        plan is None
+        or any(t.dtype != torch.float32 or t.device.type != "cpu" or t.layout != torch.strided for t in (input, weight))
+        or (bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.shape[:1]))
+        or not (_is_channels_last(input) or _is_channels_last(weight))
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return _Gemms.apply(input, weight, bias, plan)
+
+
+class _Plan(NamedTuple):
+    """How a conv becomes GEMMs."""
+
+    out: Pair
+    """height and width of y"""
+    rows: int
+    """of x and y as matrices: the images, or their positions if the kernel is 1x1 and skips none"""
+    runs: tuple[Run, ...]
+
+
+class _Gemms(torch.autograd.Function):
+    """A conv, channels-last, once differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
+        ctx.save_for_backward(x, weight)  # as torch's conv does: there is no other matrix
+        ctx.plan = plan
+        shape = (len(x), *plan.out, len(weight))
+        y = x.new_zeros(shape) if bias is None else bias.expand(shape).contiguous()
+        for y_, x_, w_ in _products(plan, y, _nhwc(x), _nhwc(weight)):
+            y_.addmm_(x_, w_.t())
+        return _nchw(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight = (_nhwc(t) for t in ctx.saved_tensors)
+        dy, dx, dw, db = _nhwc(grad), None, None, None
+        if ctx.needs_input_grad[0]:
+            dx = x.new_zeros(x.shape)
+            for y_, x_, w_ in _products(ctx.plan, dy, dx, weight):
+                x_.addmm_(y_, w_)
+            dx = _nchw(dx)
+        if ctx.needs_input_grad[1]:
+            dw = weight.new_zeros(weight.shape)
+            for y_, x_, w_ in _products(ctx.plan, dy, x, dw):
+                w_.addmm_(y_.t(), x_)
+            dw = _nchw(dw)
+        if ctx.needs_input_grad[2]:
+            db = dy.sum((0, 1, 2))
+        return dx, dw, db, None
+
+
+def _products(plan: _Plan, y: Tensor, x: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Views y_ [M, O], x_ [M, K], w_ [O, K] of contiguous y [N, OH, OW, O], x [N, H, W, C], weight [O, KH, KW, C].
+
+    The conv is the sum of x_ @ w_.T into y_ over all of them.
+    """
+    C_out, C = len(weight), x.shape[-1]
+    y, x, weight = y.view(plan.rows, -1), x.view(plan.rows, -1), weight.view(C_out, -1)
+    for position, first, tap, taps in plan.runs:
+        yield (
+            y.narrow(1, position * C_out, C_out),
+            x.narrow(1, first * C, taps * C),
+            weight.narrow(1, tap * C, taps * C),
+        )
+
+
+@lru_cache(1024)
+def _plan(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+) -> _Plan | None:
+    """The plan of a conv that pays, or None."""
+    if len(x_shape) != 4 or len(weight_shape) != 4 or x_shape[1] != weight_shape[1] or groups != 1:
+        return None
+    (N, C, *size), (C_out, _, *kernel) = x_shape, weight_shape
+    if padding == "same" and stride == (1, 1):
+        pads = [k - 1 for k in kernel]
+    elif padding == "valid":
+        pads = [0, 0]
+    elif isinstance(padding, str):
+        return None
+    else:
+        pads = [2 * p for p in padding]
+    if dilation != (1, 1) or min(*stride, *size, *kernel) < 1 or min(pads) < 0:
+        return None
+    axes = list(zip(size, kernel, stride, pads, strict=True))
+    out = (height, width) = _pair([(m + p - k) // s + 1 for m, k, s, p in axes])
+    if min(out) < 1 or height * width > _MAX_POSITIONS:
+        return None
+    if C < _MIN_CHANNELS or N * C * C_out < _MIN_WORK * height * width:
+        return None
+    if kernel == [1, 1] and stride == (1, 1) and list(out) == size:
+        return _Plan(out, N * height * width, ((0, 0, 0, 1),))
+    down, across = (_runs(*axis) for axis in axes)
+    runs = (
+        (i * width + j, (y + row) * size[1] + x, (k + row) * kernel[1] + m, taps)
+        for i, y, k, rows in down
+        for row in range(rows)
+        for j, x, m, taps in across
+    )
+    return _Plan(out, N, tuple(runs))
+
+
+def _runs(size: int, kernel: int, stride: int, pads: int) -> list[Run]:
+    """The taps inside the map along one axis of it, for each output that has some."""
+    # torch, too, puts the smaller half of an odd padding ("same") first.
+    starts = range(-(pads // 2), size + pads - pads // 2 - kernel + 1, stride)
+    runs = ((i, max(a, 0), max(-a, 0), min(a + kernel, size) - max(a, 0)) for i, a in enumerate(starts))
+    return [run for run in runs if run[3] > 0]
+
+
+def _pair(value: Ints | str) -> Any:
+    """(height, width) of one number or two, as F.conv2d takes them; the name of a padding as it is."""
+    if isinstance(value, str):
+        return value
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    return values[0], values[-1]
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    """Whether torch computes with `t` channels-last: c10's is_channels_last_strides_2d, for sizes above zero."""
+    # is_contiguous(memory_format=) is true, too, of 1x1 kernels and maps that torch takes for contiguous.
+    _, C, H, W = t.shape
+    n, c, h, w = t.stride()
+    return c > 0 and c * C <= w and w * W <= h and c != h * H <= n
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    """t [N, C, H, W] as contiguous [N, H, W, C]: a view if it is channels-last."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def _nchw(t: Tensor) -> Tensor:
+    """The opposite: channels-last [N, C, H, W], a view."""
+    return t.permute(0, 3, 1, 2)

@@ -1,0 +1,310 @@
+"""lowered(): which convs become GEMMs, what they compute, and everything that must stay as it is."""
+
+import copy
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils.checkpoint import checkpoint
+
+from fastprune.pruning.layers import MaskedConv2d
+from fastprune.training.flat import FlatParams
+from fastprune.training.lower import lowered, pays
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """As FlatParams stores a weight: inside a longer buffer."""
+    A, B, H, W = t.shape
+    buffer = torch.cat([torch.full((64,), torch.nan), t.permute(0, 2, 3, 1).flatten()])
+    return buffer[64:].view(A, H, W, B).permute(0, 3, 1, 2)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels-last": channels_last,
+    "contiguous": lambda t: t.contiguous(),
+    "strided": lambda t: t.repeat_interleave(2, 3).repeat_interleave(2, 0)[::2, :, :, ::2],
+    "sliced": lambda t: channels_last(torch.cat([t, t], 1))[:, : t.shape[1]],
+    "expanded": lambda t: t[:1, :, :1, :1].expand(t.shape),
+}
+
+
+def results(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor, *how, **more) -> list[Tensor]:
+    """y and the gradients of x, weight and bias."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
+    y = F.conv2d(leaves[0], leaves[1], None if bias is None else leaves[2], *how, **more)
+    return [y, *torch.autograd.grad(y, leaves, grad)]
+
+
+def is_lowered(y: Tensor) -> bool:
+    return type(y.grad_fn).__name__ == "_GemmsBackward"
+
+
+@st.composite
+def convs(draw) -> tuple:
+    """(x, weight, bias or None, grad), stride and padding of a conv that pays; x or weight is channels-last."""
+    stride = draw(st.sampled_from([1, 2, (1, 2), (2, 1)]))
+    padding = draw(st.sampled_from([0, 1, 3, (0, 1), (3, 0), (1,), "valid", *(["same"] if stride == 1 else [])]))
+    kernel: list[int] = []
+    out: list[int] = []
+    size: list[int] = []
+    for axis in (0, 1):
+        k, o = draw(st.sampled_from([1, 2, 3, 7])), draw(st.integers(1, 3))
+        s = stride if isinstance(stride, int) else stride[axis]
+        p = padding if isinstance(padding, int) else 0 if isinstance(padding, str) else (padding * 2)[axis]
+        least = (o - 1) * s + (1 if padding == "same" else k - 2 * p)
+        kernel, out, size = [*kernel, k], [*out, o], [*size, least + draw(st.integers(0, s - 1))]
+    assume(min(size) > 0)
+    C, C_out = draw(st.integers(16, 40)), draw(st.integers(8, 40))
+    N = math.ceil(2**15 * math.prod(out) / (C * C_out)) + draw(st.integers(0, 3))
+    names = [draw(st.sampled_from(sorted(LAYOUTS))) for _ in range(3)]
+    names[draw(st.integers(0, 1))] = "channels-last"
+    tensors = random(N, C, *size), random(C_out, C, *kernel, seed=1), random(N, C_out, *out, seed=2)
+    x, weight, grad = (LAYOUTS[name](t) for name, t in zip(names, tensors, strict=True))
+    return (x, weight, draw(st.sampled_from([None, random(C_out, seed=3)])), grad), stride, padding
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@settings(deadline=None, max_examples=80)
+@given(convs())
+def test_results_are_those_of_float64_and_strides_are_torchs(conv):
+    tensors, *how = conv
+    exact = results(*(t if t is None else t.double() for t in tensors), *how)
+    by_torch = results(*tensors, *how)
+    with lowered():
+        ours = results(*tensors, *how)
+    assert pays(tensors[0].shape, tensors[1].shape, *how, 1, 1)
+    assert is_lowered(ours[0])
+    for our, theirs, right in zip(ours, by_torch, exact, strict=True):
+        assert our.stride() == theirs.stride()
+        # A sum of 7 x 7 x 40 products, or of some thousands over a batch, has an error of sqrt(2000) x 2^-24 of itself.
+        assert (our - right).abs().max() <= 4e-6 * right.abs().max()
+
+
+def conv_3x3(size: int = 2, channels: int = 64, batch: int = 64, **settings) -> tuple[nn.Conv2d, Tensor]:
+    """A conv and its input, channels-last, a conv that pays by default."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, channels, 3, **{"padding": 1} | settings)
+    return conv.to(memory_format=torch.channels_last), channels_last(random(batch, channels, size, size))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("poisoned", ["x", "weight", "grad"])
+def test_a_value_that_is_not_finite_reaches_what_depends_on_it_and_nothing_else(poisoned, value):
+    tensors = {"x": random(64, 64, 2, 2), "weight": random(64, 64, 3, 3), "grad": random(64, 64, 2, 2)}
+    tensors[poisoned].view(-1)[[0, 77]] = value
+    # How many of its terms are not finite: the same sums, of ones where a factor is not.
+    ones = {name: torch.ones_like(t) for name, t in tensors.items()}
+    ones[poisoned] = (~tensors[poisoned].isfinite()).float()
+    terms = results(ones["x"], ones["weight"], None, ones["grad"], 1, 1)
+    with lowered():
+        ours = results(tensors["x"], channels_last(tensors["weight"]), None, tensors["grad"], 1, 1)
+    dependent = {"x": (0, 2), "weight": (0, 1), "grad": (1, 2)}[poisoned]
+    for i, (our, count) in enumerate(zip(ours, terms, strict=True)):
+        assert torch.equal(~our.isfinite(), count > 0 if i in dependent else torch.zeros_like(our, dtype=torch.bool))
+
+
+PASSED_ON = {
+    "a large map": lambda: conv_3x3(size=4),
+    "too little work": lambda: conv_3x3(batch=4),
+    "few channels": lambda: conv_3x3(channels=8, batch=4096),
+    "groups": lambda: conv_3x3(groups=2),
+    "dilation": lambda: conv_3x3(dilation=2, padding=2),
+    "float64": lambda: tuple(t.double() for t in conv_3x3()),
+    "bfloat16": lambda: tuple(t.bfloat16() for t in conv_3x3()),
+    "contiguous": lambda: tuple(t.to(memory_format=torch.contiguous_format) for t in conv_3x3()),
+    "one image": lambda: (conv_3x3(channels=512)[0], conv_3x3(channels=512)[1][0]),
+    "no image": lambda: conv_3x3(batch=0),
+    "a tensor of another class": lambda: (conv_3x3()[0], conv_3x3()[1].as_subclass(type("Image", (Tensor,), {}))),
+}
+
+
+@pytest.mark.parametrize("name", PASSED_ON)
+def test_other_convs_stay_torchs_to_the_bit(name):
+    conv, x = PASSED_ON[name]()
+
+    def step() -> list[Tensor]:
+        y = conv(x)
+        assert not is_lowered(y)
+        return [y, *torch.autograd.grad(y.square().sum(), list(conv.parameters()))]
+
+    before = step()
+    with lowered():
+        inside = step()
+    for a, b in zip(before, inside, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.autocast("cpu"),
+        partial(torch.compile, backend="aot_eager"),
+        lambda conv: lambda x: vmap(conv)(torch.stack([x, -x])),
+        lambda conv: torch.func.grad(lambda x: conv(x).square().sum()),
+    ],
+    ids=["autocast", "torch.compile", "vmap", "torch.func.grad"],
+)
+def test_transformed_convs_stay_torchs_to_the_bit(transform):
+    conv, x = conv_3x3()
+    transformed = transform(conv)
+    before = transformed(x)
+    with lowered():
+        assert torch.equal(transformed(x), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"padding": -1},
+        {"padding": "all"},
+        {"padding": "same", "stride": 2},
+        {"stride": 0},
+        {"padding": 0, "stride": 1},  # the kernel is larger than the map
+        {"bias": torch.zeros(3)},
+        {"bias": torch.zeros(64, dtype=torch.float64)},
+        {"weight": torch.zeros(64, 32, 3, 3)},
+        {"weight": torch.zeros(64, 64, 3)},
+        {"input": torch.zeros(64, 64)},
+        {"input": None},
+    ],
+    ids=lambda change: " ".join(change),
+)
+def test_errors_are_torchs(change):
+    conv, x = conv_3x3()
+    arguments = {"input": x, "weight": conv.weight, "padding": 1} | change
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as theirs:
+        F.conv2d(**arguments)
+    with lowered(), pytest.raises(theirs.type) as ours:
+        F.conv2d(**arguments)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_nothing_changes_outside():
+    conv, x = conv_3x3()
+    with lowered():
+        with lowered():
+            assert is_lowered(conv(x))
+        assert is_lowered(conv(x))
+        with ThreadPoolExecutor(1) as other_thread:
+            assert not other_thread.submit(lambda: is_lowered(conv(x))).result()
+    assert not is_lowered(conv(x))
+    with pytest.raises(TypeError), lowered():
+        conv(x, x)
+    assert not is_lowered(conv(x))
+
+
+def test_modules_keep_their_classes_and_may_be_copied_and_called_by_name():
+    class Padded(nn.Conv2d):
+        pass
+
+    kinds = [nn.Conv2d, MaskedConv2d, Padded]
+    x = conv_3x3()[1]
+    model = nn.Sequential(*(kind(64, 64, 3, padding=1) for kind in kinds)).to(memory_format=torch.channels_last)
+    reflecting = nn.Conv2d(64, 64, 3, padding=1, padding_mode="reflect").to(memory_format=torch.channels_last)
+    weights = {name: torch.zeros_like(p, requires_grad=True) for name, p in model.named_parameters()}
+    expected = model(x), reflecting(x)
+    with lowered():
+        for y, by_torch in zip((copy.deepcopy(model)(x), reflecting(x)), expected, strict=True):
+            assert is_lowered(y)
+            torch.testing.assert_close(y, by_torch)
+        y = functional_call(model, weights, (x,))
+        assert is_lowered(y)
+        assert not y.any()
+        assert [type(layer) for layer in model] == kinds
+
+
+def test_only_gradients_that_are_asked_for_and_none_without_grad():
+    conv, x = conv_3x3()
+    with lowered():
+        for inputs in ([conv.weight], [conv.bias], [x.requires_grad_()]):
+            for p in (conv.weight, conv.bias, x):
+                p.requires_grad_(p is inputs[0])
+            y = conv(x)
+            assert is_lowered(y)
+            y.sum().backward()
+            assert [p.grad is not None for p in (conv.weight, conv.bias, x)] == [
+                p.requires_grad for p in (conv.weight, conv.bias, x)
+            ]
+            inputs[0].grad = None
+        with torch.no_grad():
+            assert not conv(x).requires_grad
+        with torch.inference_mode():
+            assert conv(x).is_inference()
+
+
+def test_a_second_derivative_is_an_error():
+    conv, x = conv_3x3()
+    with lowered():
+        (grad,) = torch.autograd.grad(conv(x).square().sum(), conv.weight, create_graph=True)
+        with pytest.raises(RuntimeError, match="twice"):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_compute_the_same_gradients(reentrant):
+    conv, x = conv_3x3()
+    x.requires_grad_()
+    with lowered():
+        (by_hand,) = torch.autograd.grad(conv(x).square().sum(), x)
+        checkpoint(conv, x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close(x.grad, by_hand)
+
+
+def test_resnet18_on_flat_parameters():
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10)
+    x, labels = channels_last(random(8, 3, 64, 64)), torch.arange(8)
+    exact = copy.deepcopy(model).double()
+    flat = FlatParams(model)
+
+    def compute() -> list[Tensor]:
+        loss = F.cross_entropy(model(x), labels)
+        flat.backward(loss)
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    loss = F.cross_entropy(exact(x.double()), labels)
+    right = [loss.detach(), *torch.autograd.grad(loss, list(exact.parameters()))]
+    by_torch = compute()
+    with lowered():
+        ours = compute()
+    for our, theirs, value in zip(ours, by_torch, right, strict=True):
+        error, of_torch = ((t - value).norm() / value.norm() for t in (our, theirs))
+        assert error <= 2 * of_torch + 2**-23
+    assert not all(map(torch.equal, ours, by_torch))  # something was lowered
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "stride", "padding", "pays_"),
+    [
+        # ResNet-18 of width 64, batch 64: layer4, its first conv and its shortcut at 64x64, then at 32x32
+        ((64, 512, 2, 2), (512, 512, 3, 3), 1, 1, True),
+        ((64, 256, 4, 4), (512, 256, 3, 3), (2, 2), (1, 1), True),
+        ((64, 256, 4, 4), (512, 256, 1, 1), [2, 2], [0, 0], True),
+        ((64, 512, 1, 1), (512, 512, 3, 3), 1, "same", True),
+        ((64, 256, 2, 2), (512, 256, 3, 3), 2, 1, True),
+        # layer3 at 64x64, and the stem
+        ((64, 256, 4, 4), (256, 256, 3, 3), 1, 1, False),
+        ((64, 3, 64, 64), (64, 3, 7, 7), 2, 3, False),
+        # layer4 of width 4
+        ((64, 32, 2, 2), (32, 32, 3, 3), 1, 1, False),
+        ((1024, 32, 2, 2), (32, 32, 3, 3), 1, 1, True),
+    ],
+)
+def test_which_convs_pay(x, weight, stride, padding, pays_):
+    assert pays(x, weight, stride, padding, 1, 1) is pays_
+    assert not pays(x, weight, stride, padding, 2, 1)
+    assert not pays(x, weight, stride, padding, 1, 2)
