@@ -51,15 +51,24 @@ class First:
         return itertools.islice(iter(self.batches), self.number)
 
 
-def masks(path: Path, segments: Sequence[Any], round_: int) -> Mask:
-    """A mask with the counts of a round: kept weights of a filter at random places, from a fixed seed."""
+def masks(path: Path, segments: Sequence[Any], round_: float) -> Mask:
+    """A mask with the counts of a round: kept weights of each filter at random places, from a fixed seed.
+
+    Between rounds, and for a network of another width, densities are interpolated filter by filter.
+    """
+    generator, found = np.random.default_rng(0), {}
     with np.load(path) as stored:
-        found = {}
-        generator = np.random.default_rng(round_)
-        for s in segments:
-            counts, size = stored[s.name][round_], int(np.prod(s.shape[1:]))
-            order = generator.random((s.shape[0], size)).argsort(1).argsort(1)
-            found[s.name] = torch.from_numpy(order < counts[:, None]).view(s.shape)
+        sizes = stored["sizes"]
+        for s, size in zip(segments, sizes, strict=True):
+            counts = stored[s.name]
+            low, part = int(round_), round_ - int(round_)
+            density = counts[low] / size
+            if part:  # density falls by a factor a round
+                density = density ** (1 - part) * (counts[low + 1] / size) ** part
+            density = density[np.arange(s.shape[0]) * len(density) // s.shape[0]]
+            kept = np.rint(density * np.prod(s.shape[1:])).astype(np.int64)
+            order = generator.random((s.shape[0], int(np.prod(s.shape[1:])))).argsort(1).argsort(1)
+            found[s.name] = torch.from_numpy(order < kept[:, None]).view(s.shape)
     return Mask.from_tensors(found)
 
 
@@ -95,13 +104,16 @@ def find(args: argparse.Namespace) -> None:
         tensors = {n: k.clone() for n, k in Mask(trainer.flat.mask, trainer.flat.segments).tensors().items()}
         tensors |= {f"counts.{n}": torch.from_numpy(np.stack(c)) for n, c in counts.items()}
         write_tensors(partial, tensors, {})
-    write_atomically(args.out, lambda p: save(p, counts), args.out.with_suffix(".tmp.npz"))
+    sizes = [int(np.prod(s.shape[1:])) for s in trainer.flat.segments]
+    write_atomically(args.out, lambda p: save(p, counts, sizes), args.out.with_suffix(".tmp.npz"))
     partial.unlink()
 
 
-def save(path: Path, counts: dict[str, list[np.ndarray]]) -> None:
+def save(path: Path, counts: dict[str, list[np.ndarray]], sizes: Sequence[int]) -> None:
+    """Writes the counts int32 [rounds, filters] by layer, and "sizes": weights of a filter of each layer."""
+    arrays: dict[str, Any] = {name: np.stack(rows) for name, rows in counts.items()}
     with path.open("wb") as file:
-        np.savez_compressed(file, **{name: np.stack(rows) for name, rows in counts.items()})  # type: ignore[arg-type]
+        np.savez_compressed(file, sizes=np.array(sizes), **arrays)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

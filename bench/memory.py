@@ -143,7 +143,7 @@ def run_nodes(config: WorkConfig, graph: Graph) -> list[Sample]:
     """Computes all nodes; a sample after each. Call it in a new process."""
     worker, samples = NodeComputer(config), []
     for node in graph.nodes:
-        worker.compute_node(node, graph.requested_outputs(node), lambda epoch, images: None)
+        worker.compute_node(node, graph.requested_outputs(node), lambda *_: None)
         samples.append(sample())
     return samples
 

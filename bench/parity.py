@@ -4,7 +4,10 @@
 
 Trains the same network with the same hyperparameters by each route: fastprune's Trainer with the named loader, or a
 plain PyTorch loop on torchvision's ImageFolder with torchvision's random crops and flips. Prints the validation
-accuracy of each seed, their mean and standard deviation. Exit code 2 for bad input.
+accuracy of each seed, their mean and standard deviation. Exit code 2 for bad input. With --computes it compares ways to
+compute instead, under a mask of --density:
+
+    python bench/parity.py --data DIR --store DIR --computes plain dense sparse --density 0.1
 """
 
 import argparse
@@ -31,10 +34,12 @@ from fastprune.training.trainer import Trainer
 PLAIN = "plain PyTorch"
 
 
-def ours(args: argparse.Namespace, source: Any, spec: ModelSpec, seed: int) -> float:
+def ours(args: argparse.Namespace, source: Any, spec: ModelSpec, seed: int, compute: str = "auto") -> float:
     """Validation accuracy in [0, 1] after the last epoch."""
     # A batch depends on seed and epoch, not on the loader: on a CPU all loaders give the same accuracy to the bit.
-    trainer = Trainer(initial_model(Init(spec, seed)), device=args.device, precision=args.precision)
+    trainer = Trainer(initial_model(Init(spec, seed)), device=args.device, precision=args.precision, compute=compute)
+    if args.density < 1:
+        trainer.prune(1 - args.density)
     part = Subset(args.classes)
     train = source.train(seed=seed, batch_size=args.batch, subset=part)
     val = source.val(batch_size=args.batch, subset=part)
@@ -99,6 +104,8 @@ def main() -> int:
     p.add_argument("--data", required=True, help="Tiny ImageNet, as distributed")
     p.add_argument("--store", type=Path, required=True, help="folder for prepared data")
     p.add_argument("--routes", nargs="+", default=["resident", "ffcv", PLAIN], help="loaders, or 'plain PyTorch'")
+    p.add_argument("--computes", nargs="+", metavar="WAY", help="plain, dense, sparse: compare these, one loader")
+    p.add_argument("--density", type=float, default=1.0, help="kept weights, of largest initial magnitude (ours only)")
     p.add_argument("--classes", type=int, default=20)
     p.add_argument("--epochs", type=int, default=8)
     p.add_argument("--seeds", type=int, default=3)
@@ -112,10 +119,13 @@ def main() -> int:
         manifest, folder = find_or_prepare(args.data, args.store)
         spec = ModelSpec("resnet18", args.classes, width=args.width)
         print(f"{manifest.name}, {args.classes} classes, {args.epochs} epochs, {args.precision}, {args.device}")
-        for route in args.routes:
+        for route in args.computes or args.routes:
             began, found = time.perf_counter(), []
             for seed in range(args.seeds):
-                if route == PLAIN:
+                if args.computes:
+                    source = open_data(manifest, folder, loader=args.routes[0])
+                    found.append(ours(args, source, spec, seed, route))
+                elif route == PLAIN:
                     found.append(plain(args, manifest, spec, seed))
                 else:
                     found.append(ours(args, open_data(manifest, folder, loader=route), spec, seed))

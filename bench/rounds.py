@@ -8,6 +8,8 @@ metrics, a bit mask, all flushed to disk). Plain PyTorch is bench/plain.py: `mas
 torch.optim.SGD, kthvalue, load_state_dict, torch.save, a new DataLoader each round over images decoded beforehand.
 Writes rounds.json, rounds.png and rounds.pdf. Exit code 2 for bad input.
 
+With --masks it measures what a training step costs in each round, plain, dense and sparse (bench/step_cost.py).
+
 Parts: "loading" is the time that a loop waits for its loader; "steps" and "evaluation" are the rest of their epochs.
 "compilation" is a difference: the first time of steps, evaluation, loading and pruning, less the median of their later
 times. "other" is the rest of the round.
@@ -32,7 +34,7 @@ if not __package__:  # run as a file: `bench` then is importable from the folder
 import torch
 from torch import Tensor
 
-from bench import plain
+from bench import plain, step_cost
 from bench.rows import environment
 from fastprune.errors import InputError
 from fastprune.files import write_tensors
@@ -449,6 +451,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    p.add_argument(
+        "--masks", type=Path, help="kept counts of a find run: measure only what steps cost, by bench/step_cost.py"
+    )
+    p.add_argument("--repeats", type=int, default=5, help="with --masks: steps of each way and round")
     args = p.parse_args(arguments)
     if args.rounds < 2:
         p.error("--rounds: at least 2, since compilation is the difference between rounds")
@@ -461,6 +467,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
     facts = environment(torch.device(args.device))
+    if args.masks is not None:
+        step_cost.run(args, facts)
+        return 0
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         data, ours, theirs = open_both(args, args.store or args.out)

@@ -51,6 +51,8 @@ class _Meter:
             if self.seen[-1][0] - self.seen[0][0] > self.window:
                 raise _EnoughError
 
+    def computes(self, worker: int, node: Runnable, how: str) -> None: ...
+
     def note(self, text: str) -> None: ...
 
     def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fastprune import sparse
     from fastprune.errors import InputError
     from fastprune.pruning import criteria, schedules
     from fastprune.pruning.channels import remove_channels
@@ -36,6 +37,7 @@ __all__ = [
     "mask_layers",
     "remove_channels",
     "schedules",
+    "sparse",
     "to_torch_prune",
 ]
 
@@ -52,6 +54,7 @@ _HOME = {
     "mask_layers": "fastprune.pruning.layers",
     "remove_channels": "fastprune.pruning.channels",
     "schedules": "fastprune.pruning",
+    "sparse": "fastprune.sparse",
     "to_torch_prune": "fastprune.pruning.exchange",
 }
 
@@ -62,7 +65,8 @@ if not TYPE_CHECKING:
     def __getattr__(name):
         if name not in _HOME:
             raise AttributeError(f"module 'fastprune' has no attribute {name!r}")
-        return getattr(import_module(_HOME[name]), name)
+        module = import_module(_HOME[name])
+        return module if module.__name__ == f"fastprune.{name}" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ import operator
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core.datamodel import models
@@ -190,11 +191,11 @@ def relu(context, value):
 
 @intrinsic
 def where_positive(context, sign, value):
-    """`value` in lanes where `sign` > 0, else +0."""
+    """`value` in lanes where `sign` > 0 or, as in torch, NaN, else +0."""
 
     def code(_, b, sig, args):
         zero = ir.Constant(VECTOR, [0.0] * LANES)
-        return b.select(b.fcmp_ordered(">", args[0], zero), args[1], zero)
+        return b.select(b.fcmp_unordered(">", args[0], zero), args[1], zero)
 
     return lanes(lanes, lanes), code
 
@@ -294,7 +295,9 @@ def to_lanes(images: Tensor, out: Tensor) -> None:
 def from_lanes(value: Tensor, images: int) -> Tensor:
     """The first `images` images of value, float32 [A, C, H, W, 16], as [images, C, H, W], channels-last, new memory."""
     blocks, c, h, w, _ = value.shape
-    return value.permute(0, 4, 2, 3, 1).reshape(blocks * LANES, h, w, c)[:images].permute(0, 3, 1, 2)
+    # clone, not reshape alone: for some shapes that is a view.
+    found = value.permute(0, 4, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+    return found.view(blocks * LANES, h, w, c)[:images].permute(0, 3, 1, 2)
 
 
 @compiled

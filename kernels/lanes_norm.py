@@ -1,9 +1,9 @@
 """Batch norm, ReLU, residual sum and max pooling in the layout of lanes.py, a channel at a time.
 
 All passes over a channel follow one another, so that the second and the third find it in the cache: memory sees one
-read of each input and one write of each output. Sums are taken in float32 over a plane, sixteen images side by side,
-and in float64 over planes. The variance is the mean of squared differences from the mean: it stays exact where the mean
-is large against the deviation.
+read of each input and one write of each output. Sums are taken in float32 over a row and over the rows of a plane,
+sixteen images side by side, and in float64 over planes. The variance is the mean of squared differences from the mean:
+it stays exact where the mean is large against the deviation.
 
 Addresses are int64; a `steps` is three int64, bytes between blocks of images, channels and rows.
 """
@@ -38,23 +38,27 @@ def _moments(y, block, row, height, width, blocks, images):
             for i in range(width):
                 s = s + load(y + a * block + r * row + i * BYTES)
         sum_ += np.float64(total(chosen(rest, s) if a == blocks - 1 else s))
-    mean = sum_ / count
-    centre, squares = splat(np.float32(mean)), 0.0
+    # A sum of float32 is not exact. That of the small differences from it is, nearly: it corrects both results.
+    centre, off, squares = splat(np.float32(sum_ / count)), 0.0, 0.0
     for a in range(blocks):
-        s = splat(np.float32(0))
+        s, t = splat(np.float32(0)), splat(np.float32(0))
         for r in range(height):
+            of_row, squared = splat(np.float32(0)), splat(np.float32(0))
             for i in range(width):
                 d = load(y + a * block + r * row + i * BYTES) - centre
-                s = s + d * d
-        squares += np.float64(total(chosen(rest, s) if a == blocks - 1 else s))
-    # float32(mean) is not the mean; the difference is known exactly.
-    return mean, max(squares / count - (mean - np.float64(np.float32(mean))) ** 2, 0.0)
+                of_row = of_row + d
+                squared = squared + d * d
+            s, t = s + of_row, t + squared
+        off += np.float64(total(chosen(rest, s) if a == blocks - 1 else s))
+        squares += np.float64(total(chosen(rest, t) if a == blocks - 1 else t))
+    off /= count
+    return np.float64(np.float32(sum_ / count)) + off, max(squares / count - off * off, 0.0)
 
 
 @compiled
-def _normalise(y, y_row, z, z_row, residual, residual_row, height, width, centre, scale, shift, positive):
-    """A plane: z = (y - centre) * scale + shift [+ residual], then max(z, 0) if `positive`."""
-    middle, factor, add = splat(centre), splat(scale), splat(shift)
+def _normalise(y, y_row, z, z_row, residual, residual_row, height, width, centre, scale, shift, positive, images):
+    """A plane: z = (y - centre) * scale + shift [+ residual], then max(z, 0) if `positive`; 0 beyond `images` lanes."""
+    middle, factor, add, some = splat(centre), splat(scale), splat(shift), first_lanes(min(images, 16))
     for r in range(height):
         for i in range(width):
             v = (load(y + r * y_row + i * BYTES) - middle) * factor + add
@@ -62,7 +66,8 @@ def _normalise(y, y_row, z, z_row, residual, residual_row, height, width, centre
                 v = v + load(residual + r * residual_row + i * BYTES)
             if positive:
                 v = relu(v)
-            store(v, z + r * z_row + i * BYTES)
+            # Lanes without an image would grow from layer to layer: the statistics are not theirs. inf x 0 is NaN.
+            store(v if images >= 16 else chosen(some, v), z + r * z_row + i * BYTES)
 
 
 @compiled
@@ -91,7 +96,7 @@ def norm_forward(
             add = residual + a * residual_steps[0] + c * residual_steps[1] if residual else 0
             _normalise(
                 source + a * y_steps[0], y_steps[2], z + a * z_steps[0] + c * z_steps[1], z_steps[2], add,
-                residual_steps[2], height, width, centre, scale, shift, positive,
+                residual_steps[2], height, width, centre, scale, shift, positive, images - 16 * a,
             )  # fmt: skip
 
 
@@ -142,13 +147,15 @@ def norm_backward(
                 y_at = y + a * y_steps[0] + c * y_steps[1] + r * y_steps[2]
                 z_at = z + a * z_steps[0] + c * z_steps[1] + r * z_steps[2]
                 g_at = g + a * g_steps[0] + c * g_steps[1] + r * g_steps[2]
+                of_row, product = splat(np.float32(0)), splat(np.float32(0))
                 for i in range(width):
                     v = load(g_at + i * BYTES)
                     if positive:
                         v = where_positive(load(z_at + i * BYTES), v)
                         store(v, g_at + i * BYTES)
-                    s = s + v
-                    t = t + v * (load(y_at + i * BYTES) - centre)
+                    of_row = of_row + v
+                    product = product + v * (load(y_at + i * BYTES) - centre)
+                s, t = s + of_row, t + product
             sum_g += np.float64(total(s))
             sum_gy += np.float64(total(t))
         weight_gradient[c], bias_gradient[c] = _back_through_norm(
@@ -220,7 +227,10 @@ def norm_pool_forward(
             mean[c], variance[c] = _moments(source, y_steps[0], y_steps[2], height, width, blocks, images)
         centre, scale, shift = _affine(mean[c], 1 / np.sqrt(variance[c] + eps), weight[c], bias[c])
         for a in range(blocks):
-            _normalise(source + a * y_steps[0], y_steps[2], inner, row, 0, 0, height, width, centre, scale, shift, True)
+            _normalise(
+                source + a * y_steps[0], y_steps[2], inner, row, 0, 0, height, width, centre, scale, shift, True,
+                images - 16 * a,
+            )  # fmt: skip
             where = places + (a * weight.shape[0] + c) * size if places else 0
             _pool(scratch, row, z + a * z_steps[0] + c * z_steps[1], z_steps[2], where, window)
 
@@ -253,10 +263,12 @@ def norm_pool_backward(
             s, t = splat(np.float32(0)), splat(np.float32(0))
             for r in range(height):
                 y_at, g_at = y + a * y_steps[0] + c * y_steps[1] + r * y_steps[2], inner + a * plane + r * row
+                of_row, product = splat(np.float32(0)), splat(np.float32(0))
                 for i in range(width):
                     v = load(g_at + i * BYTES)
-                    s = s + v
-                    t = t + v * (load(y_at + i * BYTES) - centre)
+                    of_row = of_row + v
+                    product = product + v * (load(y_at + i * BYTES) - centre)
+                s, t = s + of_row, t + product
             sum_g += np.float64(total(s))
             sum_gy += np.float64(total(t))
         weight_gradient[c], bias_gradient[c] = _back_through_norm(

@@ -32,11 +32,14 @@ def put(
     salt: float = 0.0,
     by: str = "cpu",
     host: str = "here",
+    **made: Any,
 ) -> Path:
-    """Publishes a node, or adds states to it; returns its folder. salt: makes other products. by, host: provenance."""
+    """Publishes a node, or adds states to it; returns its folder. salt: makes other products. by, host, made:
+    provenance."""
     provenance = {
         **{"device": by, "host": host, "devices": 1, "threads": 1, "loader": "synthetic", "versions": {"torch": "2"}},
         **{"wall_seconds": 90.0, "images_per_second": 45_300.0, "at": 1.7e9},
+        **made,
     }
     files: dict[str, Any] = {}
     if isinstance(node, Train):

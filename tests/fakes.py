@@ -60,11 +60,15 @@ class Silent:
         self.failures: list = []
         self.notes: list[str] = []
         self.images = 0
+        self.how: dict[str, str] = {}
 
     def started(self, worker, node, place): ...
 
     def progress(self, worker, node, epoch, images):
         self.images += images
+
+    def computes(self, worker, node, how):
+        self.how[node.key] = how
 
     def note(self, text):
         self.notes.append(text)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_dir_lists_the_api_and_nothing_else():
     assert dir(fastprune) == sorted(
         "InputError Mask MaskedConv2d MaskedLinear MaskedSGD Pruner RunStore Trainer __version__ criteria mask_layers "
-        "remove_channels schedules to_torch_prune".split()
+        "remove_channels schedules sparse to_torch_prune".split()
     )
     assert sorted(fastprune.__all__) == dir(fastprune)
 
@@ -26,6 +26,7 @@ def test_every_name_is_there_with_a_docstring():
     assert fastprune.Pruner is import_module("fastprune.pruning.pruner").Pruner
     assert fastprune.criteria is import_module("fastprune.pruning.criteria")
     assert fastprune.schedules is import_module("fastprune.pruning.schedules")
+    assert fastprune.sparse is import_module("fastprune.sparse")
 
 
 @pytest.mark.parametrize("name", ["Prunner", "attach", "keep_pruned", "Coverage", "torch", "_private"])

@@ -11,6 +11,7 @@ COMMANDS = {
     "reproduce": "reproduce figures of the paper, as in: python -m fastprune reproduce --fig A2",
     "train": "train a torchvision model, dense or under a mask",
     "prepare_data": "make a data set ready for training",
+    "compile": "write a trained network to a file: kept weights alone, a state dict, or ONNX",
     "store": "list, verify, clean up, export and merge a store of runs",
 }
 

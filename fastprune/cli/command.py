@@ -16,6 +16,11 @@ from fastprune.errors import InputError
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+COMPUTE_HELP = (
+    "how a CPU trains: as torch does (plain), with small convs as GEMMs (dense), on kept weights alone (sparse, fp32 "
+    "only), or by the cheaper of the last two (auto, the default); they differ by rounding"
+)
+
 
 def checked(convert: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:
     """An argparse type: a finite number for which `holds` is true, else the error "VALUE is not WHAT"."""

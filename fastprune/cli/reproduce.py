@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastprune.cli.command import DONE, FAILED, Parser, checked, expanded, run_command, to_path
+from fastprune.cli.command import COMPUTE_HELP, DONE, FAILED, Parser, checked, expanded, run_command, to_path
 from fastprune.errors import InputError
 from fastprune.figures import EXTRA, PAPER, load
 from fastprune.figures.reproduce import FigureRequest, Request, plan, redraw, run
 from fastprune.loaders.choice import LOADERS
+from fastprune.specs import COMPUTES
 from fastprune.study.plugins import load_modules
 from fastprune.study.settings import PRESETS, Settings, flag_of, flags, preset
 
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--loader", choices=LOADERS, default="auto", help="how images are read (default: the fastest available)"
     )
+    run.add_argument("--compute", choices=COMPUTES, default="auto", help=COMPUTE_HELP)
     run.add_argument("--device", help="cpu, cuda (every GPU) or cuda:N (default: every GPU, else the CPU)")
     run.add_argument(
         "--workers",
@@ -165,6 +167,7 @@ def _main(args: argparse.Namespace, command: str) -> int:
         figures=_figures(args),
         store=args.store,
         loader=args.loader,
+        compute=args.compute,
         device=args.device,
         workers=args.workers,
         checkpoint_seconds=args.checkpoint_seconds,

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastprune.cli.command import DONE, FAILED, Parser, checked, expanded, run_command, to_path
+from fastprune.cli.command import COMPUTE_HELP, DONE, FAILED, Parser, checked, expanded, run_command, to_path
 from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS
-from fastprune.specs import OptimizerSpec, ScheduleSpec
+from fastprune.specs import COMPUTES, OptimizerSpec, ScheduleSpec
 from fastprune.training.request import TrainRequest
 
 # The reference's names in lower case, as it compares them, -> those of ScheduleSpec.
@@ -177,6 +177,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--loader", choices=LOADERS, default="auto", help="how images are read (default: the fastest available)"
     )
+    own.add_argument("--compute", choices=COMPUTES, default="auto", help=COMPUTE_HELP)
     own.add_argument(
         "--store", type=to_path, metavar="DIR", help="folder for prepared images, in its data/ (default runs)"
     )
@@ -256,6 +257,7 @@ def request_of(args: argparse.Namespace) -> TrainRequest:
         test_only=args.test_only,
         print_freq=args.print_freq,
         deterministic=args.use_deterministic_algorithms,
+        compute=args.compute,
         flags=plain,
     )
 

@@ -38,9 +38,10 @@ def summarize(
     """The content of summary.json.
 
     cost: the terminal shows nodes, cached and epochs of it, which are the figure's own, and images_per_s and wall_s of
-    its "command", which are those of all figures that one command computes. environment: the terminal shows
-    device, threads and versions (name -> version) of it. real_command: the command that computes the paper's result;
-    None where this run does. NaN and infinity become null. TypeError for values that JSON cannot hold.
+    its "command", which are those of all figures that one command computes. environment: the terminal shows device,
+    threads, compute (way -> trainings, where there are several ways) and versions (name -> version) of it.
+    real_command: the command that computes the paper's result; None where this run does. NaN and infinity become null.
+    TypeError for values that JSON cannot hold.
     """
     summary = {
         "figure": figure,
@@ -217,6 +218,9 @@ def _cost(cost: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     where = [str(environment["device"])] if environment.get("device") else []
     if environment.get("threads") is not None:
         where.append(f"{count_of(environment['threads'], 'thread')} a process")
+    ways = environment.get("compute") or {}
+    if len(ways) > 1:
+        where.append(f"trainings: {', '.join(f'{count:,} {way}' for way, count in ways.items())}")
     versions = environment.get("versions") or {}
     where += [f"{name} {versions[name]}" for name in _SHOWN if name in versions]
     return "\n".join(

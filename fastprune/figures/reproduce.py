@@ -6,11 +6,13 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastprune.console import bf16_advice
 from fastprune.errors import InputError
 from fastprune.figures.axes import Drawing, DrawnPanel
 from fastprune.figures.claims import judge
@@ -20,6 +22,7 @@ from fastprune.figures.report import draw_again, summarize, terminal_summary, wr
 from fastprune.figures.results import Row
 from fastprune.specs import DataSpec
 from fastprune.store import RunStore
+from fastprune.store.listing import computed
 from fastprune.store.needs import record_figure
 from fastprune.study.chains import check_rounds
 from fastprune.study.data import TITLES, DataRequest, data_flag, data_spec
@@ -58,15 +61,16 @@ class FigureRequest:
 class Request:
     """One call of reproduce.py.
 
-    device: "cpu", "cuda" or "cuda:N"; None: every GPU, else the CPU. workers: how many runs compute at once; None: by
-    the device. images_per_second: to plan with; None: those measured. planned_gpus: numbers of GPUs to plan for. ray:
-    run on the Ray cluster at ray_address. gpus_per_run: on Ray; None: one if there are GPUs. modules: the user's
-    modules to import. command: the command line, to be recorded.
+    compute: one of COMPUTES. device: "cpu", "cuda" or "cuda:N"; None: every GPU, else the CPU. workers: how many runs
+    compute at once; None: by the device. images_per_second: to plan with; None: those measured. planned_gpus: numbers
+    of GPUs to plan for. ray: run on the Ray cluster at ray_address. gpus_per_run: on Ray; None: one if there are GPUs.
+    modules: the user's modules to import. command: the command line, to be recorded.
     """
 
     figures: tuple[FigureRequest, ...]
     store: Path
     loader: str = "auto"
+    compute: str = "auto"
     device: str | None = None
     workers: int | None = None
     checkpoint_seconds: float = 60.0
@@ -82,6 +86,7 @@ class Request:
 
 def plan(request: Request) -> None:
     """Prints what `run` would compute and what it would cost. Writes nothing and reads no image."""
+    _check_compute(request, request.device)
     planned = []
     for figure in request.figures:
         data = figure.images.planned(request.store)
@@ -93,6 +98,34 @@ def plan(request: Request) -> None:
         planned.append(Planned(figure.name, about, graph, panels))
     store = RunStore(request.store, read_only=True)  # a plan must not create a store
     print_plan(planned, store, images_per_second=request.images_per_second, gpus=request.planned_gpus)
+    # A search for GPUs would import torch. Where there may be one, or the plan is for others, nothing is advised.
+    if request.device == "cpu" or not (request.device or request.planned_gpus or any(map(os.path.exists, _DRIVERS))):
+        _advise(request)
+
+
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+"""Files that exist where a GPU's driver is loaded: NVIDIA's, WSL's, AMD's."""
+
+
+def _advise(request: Request) -> None:
+    """Prints a line if the figures' precision slows down this machine's CPU."""
+    # Nothing is known of the machines of a cluster.
+    asked = not request.ray and any(figure.settings.precision == "bf16" for figure in request.figures)
+    if asked and (advice := bf16_advice("add --precision fp32 (its runs are other nodes)")):
+        print(f"  {advice}", flush=True)
+
+
+def _check_compute(request: Request, device: str | None) -> None:
+    """InputError for --compute sparse where it is known not to be possible. device: None if it is not known."""
+    if request.compute != "sparse":
+        return
+    if device not in (None, "cpu"):
+        raise InputError(f"--compute sparse computes on a CPU, not on {device}: add --device cpu")
+    for figure in request.figures:
+        if figure.settings.precision != "fp32":
+            raise InputError(
+                f"--compute sparse computes in fp32, not {figure.settings.precision}: add --precision fp32"
+            )
 
 
 @dataclass(frozen=True)
@@ -139,12 +172,15 @@ def run(request: Request) -> bool:
     _keep_caches_in(store.cache())
     # On a cluster this process only coordinates, so it leaves a GPU of its own machine to Ray.
     devices = ["cpu"] if request.ray else _devices(request.device)
+    _check_compute(request, devices[0])
     # Without --workers: one per GPU, which a single training can fill; on a CPU one per usable core, up to 8, since
     # each needs memory of about 1 GB (bench/NOTES.md).
     workers = request.workers or (len(devices) if devices[0] != "cpu" else min(8, len(os.sched_getaffinity(0))))
     figures, images = _prepare(request, devices, workers)
     if not request.ray:
         print(f"  on {', '.join(dict.fromkeys(devices))}, runs at once: up to {workers}", flush=True)
+        if devices[0] == "cpu":
+            _advise(request)
     # Recorded before it runs, so that `store.py gc` spares the nodes of a figure that is not finished.
     for each in figures:
         record_figure(
@@ -256,10 +292,12 @@ def _summary(
 
 
 def _computed_on(figure: _Figure, store: RunStore) -> dict[str, Any]:
-    """The devices that trained the figure's networks, in this call or an earlier one; empty where none is recorded."""
+    """The devices that trained the figure's networks, in this call or an earlier one, and how many trainings computed
+    in which way; empty where none is recorded."""
     there = [store.node(n)["provenance"] for n in figure.graph.trainings if store.has(n)]
     names = sorted({str(made["device"]) for made in there if "device" in made})
-    return {"device": ", ".join(names)} if names else {}
+    ways = Counter(filter(None, map(computed, there)))
+    return ({"device": ", ".join(names)} if names else {}) | ({"compute": dict(sorted(ways.items()))} if ways else {})
 
 
 def _devices(asked: str | None) -> list[str]:
@@ -297,6 +335,7 @@ def _execute(
         checkpoint_seconds=request.checkpoint_seconds,
         checkpoint_epochs=request.checkpoint_epochs,
         modules=request.modules,
+        compute=request.compute,
     )
 
     def by(workers: "list[Worker]") -> "Outcome":

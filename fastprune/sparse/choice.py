@@ -1,13 +1,16 @@
 """Whether a training computes on kept weights alone: if it can, and if that is cheaper."""
 
+# The rest of the room is imported on use, since numba takes a second: dense and short trainings do not wait for it.
+
 from math import inf
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fastprune.sparse.cost import SECONDS_TO_START, estimate
-from fastprune.sparse.engine import Flat, Sparse, masks
-from fastprune.sparse.program import Conv, Program, Torch, Unsupported, fuse, lower, names
+if TYPE_CHECKING:
+    from fastprune.sparse.engine import Flat, Sparse
+    from fastprune.sparse.program import Program
 
 _DENSEST = 0.75
 """No network of a larger density is worth the seconds that exporting it takes."""
@@ -19,12 +22,12 @@ _FEWEST = 200
 class Chooser:
     """Chooses for one model's trainings, one after another; keeps its programs and its last engine."""
 
-    def __init__(self, model: nn.Module, flat: Flat) -> None:
+    def __init__(self, model: nn.Module, flat: "Flat") -> None:
         self._model, self._flat = model, flat
         self._programs: dict[tuple[int, ...], Program | str] = {}
         self._made: tuple[tuple[int, ...], Sparse] | None = None
 
-    def choose(self, images: Tensor, steps: float = inf, *, forced: bool = False) -> Sparse | str:
+    def choose(self, images: Tensor, steps: float = inf, *, forced: bool = False) -> "Sparse | str":
         """The engine for a training whose first batch is `images`, or in words why it computes densely.
 
         steps: of the whole training. forced: whatever is cheaper.
@@ -34,7 +37,7 @@ class Chooser:
             self.close()
         return found
 
-    def _choose(self, images: Tensor, steps: float, forced: bool) -> Sparse | str:
+    def _choose(self, images: Tensor, steps: float, forced: bool) -> "Sparse | str":
         kept, total = int(self._flat.mask.sum()), sum(s.numel for s in self._flat.segments)
         cheaper = f"at density {kept / total:.2f} dense is cheaper"
         if not forced and kept > _DENSEST * total:
@@ -43,6 +46,9 @@ class Chooser:
             return f"a training of {steps:.0f} steps is too short"
         if images.dim() != 4 or images.dtype != torch.float32:
             return f"batches of {images.dim()} dimensions in {str(images.dtype).removeprefix('torch.')}"
+        from fastprune.sparse.cost import SECONDS_TO_START, estimate
+        from fastprune.sparse.engine import Sparse, masks
+
         shape = tuple(images.shape[1:])
         if shape not in self._programs:
             self._programs[shape] = program_of(self._model, self._flat, images)
@@ -67,8 +73,10 @@ class Chooser:
             self._made = None
 
 
-def program_of(model: nn.Module, flat: Flat, images: Tensor) -> Program | str:
+def program_of(model: nn.Module, flat: "Flat", images: Tensor) -> "Program | str":
     """The fused training program of a model with masks, or why the sparse engine cannot train it."""
+    from fastprune.sparse.program import Conv, Torch, Unsupported, fuse, lower, names
+
     try:
         program = fuse(lower(model, images, train=True))
     except Unsupported as error:

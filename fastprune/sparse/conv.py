@@ -179,8 +179,9 @@ def tiling(height: int, width: int, vectors: int) -> Tiling:
 class Lists:
     """A sparse matrix by blocks of columns.
 
-    start: int64 [blocks, rows + 1], first entry of each row. offsets: int32 [entries + 3], bytes. index: int32
-    [entries], the kept weight of each entry in storage order, or None where they agree.
+    start: int64 [blocks, rows + 1], first entry of each row. offsets: int32 [entries + 3], bytes; the last four are
+    equal, because sddmm reads four at a time. index: int32 [entries], the kept weight of each entry in storage order,
+    or None where they agree.
     """
 
     start: np.ndarray
@@ -218,6 +219,7 @@ def build(keep: np.ndarray, transposed: bool, taps: Sequence[Sequence[tuple[int,
     pairs = np.array([pair for tap in taps for pair in tap], np.int64).reshape(-1, 2)
     channels, others = (keep.shape[3], keep.shape[0]) if transposed else (keep.shape[0], keep.shape[3])
     blocks = max(1, ceil(others / block))
+    assert (others + 1) * plane < 2**31, "offsets are int32"
     start = np.zeros((blocks, channels * rows + 1), np.int64)
     _count(keep, transposed, first, pairs, rows, block, start)
     # The entries of a block follow those of the block before it.
@@ -226,6 +228,7 @@ def build(keep: np.ndarray, transposed: bool, taps: Sequence[Sequence[tuple[int,
     entries = int(start[-1, -1])
     offsets, index = np.zeros(entries + 3, np.int32), np.empty(entries, np.int32)
     _fill(keep, transposed, first, pairs, rows, plane, block, start.copy(), offsets, index)
+    offsets[entries:] = offsets[entries - 1] if entries else 0  # 0 may lie outside, with a padding beyond the kernel
     in_order = blocks == 1 and not transposed and rows == 1 and all(len(tap) == 1 for tap in taps)
     return Lists(start, offsets, None if in_order else index)
 
@@ -353,8 +356,9 @@ def forward(keep: np.ndarray, geometry: Geometry, x: Plane, y: Plane) -> Product
         taps = [[(0, (i - ph) * x.row + (j - pw) * BYTES)] for i in range(kh) for j in range(kw)]
         rows, places, steps = 1, np.zeros(1, np.int64), (sh, sw)
         cover = tiling(height, width, tile_vectors())
-        size = _tile_bytes(cover, g.kernel, g.stride)
-    block = _channels(keep, size, sum(map(len, taps)) / rows / (kh * kw), keep.shape[0])
+        size = tile_bytes(cover, g.kernel, g.stride)
+    share = sum(map(len, taps)) / rows / (kh * kw)
+    block = channels_in_block(int(np.count_nonzero(keep)), keep.shape[0], keep.shape[3], size, share)
     lists = build(keep, False, taps, rows, x.channel, block)
     row_at = np.add.outer(np.arange(g.outputs[0]) * y.channel, places).ravel()
     return Product(lists, x, y, x.origin, y.origin, steps, (1, 1), cover, row_at)
@@ -373,7 +377,8 @@ def backward(keep: np.ndarray, geometry: Geometry, y: Plane, x: Plane) -> list[P
                 taps[i * kw + j].append((row * width + column, r * y.row + c * BYTES))
         places = np.add.outer(np.arange(height) * x.row, np.arange(width) * BYTES).ravel()
         size = g.outputs[1] * g.outputs[2] * BYTES
-        block = _channels(keep, size, sum(map(len, taps)) / (height * width) / (kh * kw), keep.shape[3])
+        share = sum(map(len, taps)) / (height * width) / (kh * kw)
+        block = channels_in_block(int(np.count_nonzero(keep)), keep.shape[3], keep.shape[0], size, share)
         lists = build(keep, True, taps, height * width, y.channel, block)
         row_at = np.add.outer(channels * x.channel, places).ravel()
         return [Product(lists, y, x, y.origin, x.origin, (1, 1), (1, 1), tiling(1, 1, 1), row_at)]
@@ -389,25 +394,25 @@ def backward(keep: np.ndarray, geometry: Geometry, y: Plane, x: Plane) -> list[P
                 for j, dc in right:
                     taps[i * kw + j].append((0, dr * y.row + dc * BYTES))
             cover = tiling(rows, columns, tile_vectors())
-            size = _tile_bytes(cover, (max(1, len(down)), max(1, len(right))), (1, 1))
-            block = _channels(keep, size, len(down) * len(right) / (kh * kw), keep.shape[3])
+            size = tile_bytes(cover, (max(1, len(down)), max(1, len(right))), (1, 1))
+            share = len(down) * len(right) / (kh * kw)
+            block = channels_in_block(int(np.count_nonzero(keep)), keep.shape[3], keep.shape[0], size, share)
             lists = build(keep, True, taps, 1, y.channel, block)
             first = x.origin + a * x.row + b * BYTES
             products.append(Product(lists, y, x, y.origin, first, (1, 1), g.stride, cover, channels * x.channel))
     return products
 
 
-def _tile_bytes(cover: Tiling, kernel: tuple[int, int], stride: tuple[int, int]) -> int:
+def tile_bytes(cover: Tiling, kernel: tuple[int, int], stride: tuple[int, int]) -> int:
     """Bytes of a channel that a tile reads."""
     rows, columns, _ = cover.pieces[0]
     return ((rows - 1) * stride[0] + kernel[0]) * ((columns - 1) * stride[1] + kernel[1]) * BYTES
 
 
-def _channels(keep: np.ndarray, size: int, share: float, rows: int) -> int:
-    """Channels in a block of columns. size: bytes that a tile reads of a channel. share: of the taps that count for a
-    row. rows: channels of rows."""
-    per_row = np.count_nonzero(keep) * share / max(1, rows)  # entries of a row over all blocks
-    others = keep.size // (keep.shape[1] * keep.shape[2]) // rows
+def channels_in_block(kept: int, rows: int, others: int, size: int, share: float) -> int:
+    """Channels in a block of columns, of `others`. kept: weights. rows: channels of the other side. size: bytes that a
+    tile reads of a channel. share: of the taps that count for a row."""
+    per_row = kept * share / rows  # entries of a row over all blocks
     enough = ceil(others * _ENTRIES / max(per_row, 1e-9))
     return min(others, max(1, _TILE_BYTES // size, enough))
 

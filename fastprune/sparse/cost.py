@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastprune.sparse.conv import Geometry, tile_vectors, tiling
+from fastprune.kernels.lanes import BYTES
+from fastprune.sparse.conv import Geometry, channels_in_block, tile_bytes, tile_vectors, tiling
 from fastprune.sparse.program import Conv, Linear, Norm, Program
 
 
@@ -17,24 +18,23 @@ from fastprune.sparse.program import Conv, Linear, Norm, Program
 class Constants:
     """Of one core, in nanoseconds.
 
-    dense: for 1,000 multiply-adds of a dense conv, forward and both gradients. vector: for one fused multiply-add of
-    sixteen images, with its share of loads, forward and gradient of the input; weight_vector: of the gradient of
-    weights. entry: for an entry of a list and a tile, beside its vectors; row: for a row and a tile, loading and
-    storing it. value: for an element of a map in batch norm and what belongs to it, both ways; dense_value: in torch.
+    dense: for 1,000 multiply-adds of a dense conv in each of its passes. dense_value: for an element of a map in batch
+    norm and what belongs to it, both ways. In the sparse engine, value: as dense_value; vector: for a fused
+    multiply-add of sixteen images; entry: for an entry of a list in a tile, beside its vectors; row: for a row of a
+    tile in a block of channels, loading and storing it.
     """
 
     dense: float
+    dense_value: float
+    value: float
     vector: float
-    weight_vector: float
     entry: float
     row: float
-    value: float
-    dense_value: float
 
 
 CONSTANTS = {
-    16: Constants(dense=10.0, vector=0.30, weight_vector=0.42, entry=1.0, row=12.0, value=0.6, dense_value=1.2),
-    6: Constants(dense=20.0, vector=0.60, weight_vector=0.8, entry=1.0, row=12.0, value=0.6, dense_value=1.2),
+    16: Constants(dense=13.8, dense_value=8.0, value=2.5, vector=0.36, entry=0.3, row=40.0),
+    6: Constants(dense=16.5, dense_value=9.0, value=3.0, vector=0.5, entry=0.3, row=30.0),
 }
 """By the number of vectors in a tile, which stands for the instruction set: AVX-512, and AVX2."""
 
@@ -58,16 +58,19 @@ def estimate(program: Program, keep: Mapping[str, np.ndarray], images: int) -> t
             passes = 3 if op.x != program.input else 2
             positions = g.outputs[1] * g.outputs[2]
             dense += passes * k.dense * mask.size * positions * images / 1000
-            tiles, size = 1, 1
-            if not g.unrolled:
+            share = _share(g)
+            entries, rows, size, tiles = kept * share, mask.shape[0], positions, 1
+            if g.unrolled:
+                # Tiles are as many blocks of images as registers hold, one position each.
+                rows, size, tiles = rows * positions, 1, -(-blocks // tile_vectors())
+                read, share = g.inputs[1] * g.inputs[2] * BYTES, share / positions
+            else:
                 cover = tiling(*g.outputs[1:], tile_vectors())
-                tiles, size = sum(len(at) for _, _, at in cover.pieces), positions
-            entries = kept * _share(g)
-            vectors = entries * size * blocks
-            per_entry = entries * tiles * max(1, blocks // max(1, tile_vectors() // size))
-            rows = mask.shape[0] * (positions if g.unrolled else tiles) * blocks
-            sparse += (passes - 1) * vectors * k.vector + vectors * k.weight_vector
-            sparse += passes * (per_entry * k.entry + rows * k.row)
+                tiles = sum(len(at) for _, _, at in cover.pieces) * blocks
+                read = tile_bytes(cover, g.kernel, g.stride)
+            columns = -(-mask.shape[3] // channels_in_block(kept, mask.shape[0], mask.shape[3], read, share))
+            sparse += passes * entries * (size * blocks * k.vector + tiles * k.entry)
+            sparse += passes * rows * tiles * columns * k.row
         elif isinstance(op, Norm):
             values = int(np.prod(op.x.shape)) * images
             sparse += values * k.value

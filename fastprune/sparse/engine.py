@@ -28,6 +28,12 @@ class Flat(Protocol):
     other_momentum: Tensor
     segments: tuple[Segment, ...]
 
+    def sync(self) -> None:
+        """Sets pruned weights to +0, after other code wrote weights."""
+
+    def mask_changed(self) -> None:
+        """Sets pruned weights and momentum to +0, after other code wrote the mask."""
+
 
 def masks(flat: Flat) -> dict[str, np.ndarray]:
     """The masks of all layers, bool [O, KH, KW, I] as they are stored, views of the flat mask."""
@@ -52,6 +58,7 @@ class Sparse:
         self._mask: Tensor | None = None
         self._tape: Tape | None = None
         self._logits: Tensor | None = None
+        self._ahead = False  # whether steps were taken that the flat parameters do not know
 
     @property
     def tape(self) -> Tape:
@@ -61,7 +68,14 @@ class Sparse:
     def pull(self) -> None:
         """Takes kept weights and momentum from the flat parameters; makes new lists if the mask has changed."""
         flat, threads = self._flat, torch.get_num_threads()
-        if self._mask is None or not torch.equal(self._mask, flat.mask) or self.tape.threads.number != threads:
+        self._ahead = False
+        # `push` writes kept ones alone: what others wrote into pruned ones would stay.
+        if self._mask is not None and torch.equal(self._mask, flat.mask):
+            flat.sync()
+        else:
+            flat.mask_changed()
+            self.close()
+        if self._tape is None or self._tape.threads.number != threads:
             self.close()
             self._mask = flat.mask.clone()
             self._kept = flat.mask.nonzero().squeeze(1)
@@ -69,18 +83,23 @@ class Sparse:
             gradients = {n: p.grad for n, p in named.items() if p.requires_grad and p.grad is not None}
             covered = masks(flat)
             others = {n: g for n, g in gradients.items() if n not in covered}
-            self._tape = Tape(self.program, named | dict(self._model.named_buffers()), others, covered, threads=threads)
-            self._momentum = torch.zeros_like(self._tape.values)
+            tape = Tape(self.program, named | dict(self._model.named_buffers()), others, covered, threads=threads)
+            self._momentum = torch.zeros_like(tape.values)
+            self._tape = tape  # last: Ctrl-C may come at any time
         tape, count = self.tape, len(self._kept)
         torch.index_select(flat.weight, 0, self._kept, out=tape.values[:count])
         torch.index_select(flat.momentum, 0, self._kept, out=self._momentum[:count])
         tape.values_changed()
 
     def push(self) -> None:
-        """Writes kept weights and momentum back; pruned ones are +0 there already."""
+        """Writes kept weights and momentum back; pruned ones are +0 there already. After a push without a step since,
+        the flat parameters are newer, or as new: nothing is written."""
+        if not self._ahead:
+            return
         count = len(self._kept)
         self._flat.weight.index_copy_(0, self._kept, self.tape.values[:count])
         self._flat.momentum.index_copy_(0, self._kept, self._momentum[:count])
+        self._ahead = False
 
     @torch.no_grad()
     def _forward(self, images: Tensor, train: bool) -> Tensor:
@@ -110,6 +129,7 @@ class Sparse:
     def step(self, hyper: Mapping[str, Any]) -> None:
         """One SGD step. hyper: lr, momentum, weight_decay, nesterov, as kernels.masked_sgd_ takes them."""
         tape, flat = self.tape, self._flat
+        self._ahead = True
         masked_sgd_(tape.values, tape.kept_gradients, self._momentum, None, **hyper)
         masked_sgd_(flat.other_params, flat.other_grad, flat.other_momentum, None, **hyper)
         tape.values_changed()

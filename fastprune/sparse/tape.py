@@ -5,10 +5,12 @@ write kept weights alone, one vector for the whole network; all other parameters
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
+from weakref import proxy
 
 import numpy as np
 import torch
@@ -43,7 +45,10 @@ class Threads:
                 run(i, first, last)
             return
         futures = [self._pool.submit(run, i, *part) for i, part in parts[1:]]
-        run(0, *parts[0][1])
+        try:
+            run(0, *parts[0][1])
+        finally:
+            wait(futures)  # also after Ctrl-C: kernels write to memory that the caller may then free or change
         for future in futures:
             future.result()
 
@@ -108,7 +113,6 @@ class Tape:
         self._blocks = 0  # that the buffers have room for
         self._values: dict[int, _Buffer] = {}
         self._free: dict[Plane, list[_Buffer]] = defaultdict(list)
-        self._saved: dict[int, Any] = {}
         producers = {op.y.number: op for op in program.ops}
         self._planes, self._gradient_planes = {}, {}
         consumers: dict[int, list[Any]] = defaultdict(list)
@@ -140,7 +144,12 @@ class Tape:
 
     def forward(self, images: Tensor, train: bool) -> Tensor:
         """The output, float32 [B, ...], new memory. images: float32 [B, C, H, W]. train: batch norm takes the batch's
-        statistics and updates the running ones, and `backward` may follow."""
+        statistics and updates the running ones, and `backward` may follow. ValueError for images of another size or
+        type than the program's."""
+        if images.shape[1:] != self.program.input.shape or images.dtype != torch.float32:
+            known, given = (" x ".join(map(str, sizes)) for sizes in (self.program.input.shape, images.shape[1:]))
+            kind = str(images.dtype).removeprefix("torch.")
+            raise ValueError(f"the sparse engine takes images of {known} in float32, got {given} in {kind}")
         self.images, self.blocks, self.train = len(images), blocks_of(len(images)), train
         if self.blocks > self._blocks:
             # Buffers are as large as the largest batch so far; smaller ones use their first blocks.
@@ -232,7 +241,8 @@ class _Op:
     which it may overwrite."""
 
     def __init__(self, tape: Tape, op: Any) -> None:
-        self.tape, self.op = tape, op
+        # A tape refers to its operations: with a circle only Python's garbage collector would free its buffers.
+        self.tape, self.op = proxy(tape), op
 
     def forward(self) -> None:
         raise NotImplementedError
@@ -519,9 +529,23 @@ class _Mean(_Op):
         )
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Of torch's: the rounding of its matrix products depends on their number."""
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
+
+
 class _Linear(_Op):
     """A linear layer without a mask: torch's own product."""
 
+    @_one_thread()
     def forward(self) -> None:
         tape = self.tape
         self._features = tape.batch(tape.value(self.op.x))
@@ -529,6 +553,7 @@ class _Linear(_Op):
         out = torch.nn.functional.linear(self._features, weight, bias)
         to_lanes(_as_maps(out), tape.value(self.op.y).interior(tape.blocks))
 
+    @_one_thread()
     def backward(self, g: _Buffer) -> None:
         tape = self.tape
         gradient = tape.batch(g)

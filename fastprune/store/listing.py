@@ -263,6 +263,18 @@ def _row(r: dict[str, Any]) -> tuple[str, ...]:
     return (r["key"][:8], r["kind"], what, result, cost, r["device"], size(r["bytes"]), date(r["at"]))
 
 
+def computed(made: dict[str, Any]) -> str:
+    """How a training was computed: "sparse", or "dense and sparse" if its parts differ; "" if that is not recorded.
+
+    made: its provenance.
+    """
+    # Nothing checks the fields of provenance: a foreign node may hold anything.
+    parts = made.get("parts")
+    entries = [made, *(parts if isinstance(parts, list) else [])]
+    ways = [entry.get("compute") for entry in entries if isinstance(entry, dict)]
+    return " and ".join(sorted({way for way in ways if isinstance(way, str)}))
+
+
 def totals(records: list[dict[str, Any]], disk: int) -> str:
     """One line: nodes by kind, bytes, computing time. disk: bytes of all files in the store."""
     complete = [r for r in records if "corrupt" not in r]
@@ -343,19 +355,29 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
+def find_node(root: Path, prefix: str) -> Found | Corrupt:
+    """The published node whose key, alone, begins with `prefix`. InputError if there is none, or several."""
+    existing_store(root)
+    found = _starting(root, prefix)
+    if len(found) != 1:
+        several = f": {', '.join(f.name[:12] for f in found[:4])}{', ...' if len(found) > 4 else ''}" if found else ""
+        count = f"{len(found):,} nodes have" if found else "no node has"
+        raise InputError(f"{count} a key that begins with {prefix!r}{several}; see ls")
+    return read_node(found[0])
+
+
+def _starting(root: Path, prefix: str) -> list[Path]:
+    return [folder for folder in node_folders(root) if folder.name.startswith(prefix.lower())]
+
+
 def show(root: Path, prefix: str) -> tuple[list[str], bool]:
     """(lines on a node, or on the leftovers of an unpublished one; whether its files match their checksums).
 
     prefix: the beginning of its key and of no other. InputError if no key or several begin with it.
     """
-    found = [folder for folder in node_folders(root) if folder.name.startswith(prefix.lower())]
-    if not found and (unpublished := _unpublished(root, prefix.lower())) is not None:
+    if not _starting(root, prefix) and (unpublished := _unpublished(root, prefix.lower())) is not None:
         return unpublished, True
-    if len(found) != 1:
-        several = f": {', '.join(f.name[:12] for f in found[:4])}{', ...' if len(found) > 4 else ''}" if found else ""
-        count = f"{len(found):,} nodes have" if found else "no node has"
-        raise InputError(f"{count} a key that begins with {prefix!r}{several}; see ls")
-    node = read_node(found[0])
+    node = find_node(root, prefix)
     if isinstance(node, Corrupt):
         return [
             f"{node.folder}: {node.why}; delete this folder to recompute the node",

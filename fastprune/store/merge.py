@@ -22,7 +22,7 @@ from fastprune.console import progress_bar
 from fastprune.errors import InputError
 from fastprune.files import SUMS, flush, read_sums, sums_text, write_atomically
 from fastprune.store.lease import Leases
-from fastprune.store.listing import Found, existing_store, is_published, node_folder, node_folders, read_node
+from fastprune.store.listing import Found, computed, existing_store, is_published, node_folder, node_folders, read_node
 from fastprune.store.needs import RECORD_NAME, Needs, named, read_needs
 from fastprune.store.run_store import FORMAT, RunStore, gain
 from fastprune.store.verify import check_node, line
@@ -230,6 +230,9 @@ def _compare(theirs: Path, ours: Path, merged: Merged) -> None:
         differ = ["node.json"]
     if differ:
         by = f"ours by {_by(our_node)}, theirs by {_by(their_node)}"
+        here, there = computed(our_node.provenance), computed(their_node.provenance)
+        if here and there and here != there:
+            by += f"; computed {here} here, {there} there: numbers differ by rounding"
         merged.conflicts.append(f"{ours.name}: {', '.join(differ)} differs ({by}); ours is kept")
         return
     missing = sorted(their_sums.keys() - our_sums.keys() - _PROVENANCE)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from fastprune.pruning.coverage import conv_weights
 from fastprune.pruning.criteria import criterion, magnitude_scores, random_scores, user_scores
 from fastprune.pruning.masks import Mask, layout
 from fastprune.specs import (
+    COMPUTES,
     ChannelSelection,
     DataSpec,
     Init,
@@ -46,8 +47,12 @@ from fastprune.training.models import build, initial_model
 from fastprune.training.step import EpochMetrics
 from fastprune.training.trainer import Trainer
 
-Report = Callable[[int, int], None]
-"""Called with (epochs of the schedule done, training images since the last call)."""
+
+class Report(Protocol):
+    """Called with (epochs of the schedule done, training images since the last call, how the training computes)."""
+
+    def __call__(self, epoch: int, images: int, how: str = "", /) -> None: ...
+
 
 Files = dict[str, Callable[[Path], Any]]
 """A node's files: name -> function that writes the file at a given path."""
@@ -68,7 +73,8 @@ class WorkConfig:
 
     images: by fingerprint. threads: intra-op threads on a CPU. show: progress on stderr while a data set is opened. A
     run writes a checkpoint at the first end of an epoch `checkpoint_seconds` after the last one, and every
-    `checkpoint_epochs` epochs. modules: the user's own, imported first.
+    `checkpoint_epochs` epochs. modules: the user's own, imported first. compute: of the Trainers; a resumed run goes on
+    as until its checkpoint.
     """
 
     # No field may change a result: none of them is in a node's key.
@@ -80,6 +86,7 @@ class WorkConfig:
     checkpoint_seconds: float = 60.0
     checkpoint_epochs: int | None = None
     modules: tuple[str, ...] = ()
+    compute: str = "auto"
 
 
 @dataclass
@@ -98,6 +105,11 @@ class _Progress:
     @property
     def epoch(self) -> int:
         return self.begin + len(self.history)
+
+    @property
+    def before(self) -> str | None:
+        """How the run was computed until its checkpoint; None without one, or if an older version wrote it."""
+        return self.parts[-1].get("compute") if self.parts else None
 
     def lpr_history(self, trainer: Trainer) -> None:
         """Appends the LPR that a prune of the present weights would give. The trainer is not changed."""
@@ -123,7 +135,10 @@ class _Progress:
         """The progress that `facts` gave. ValueError, TypeError or KeyError if it is none."""
         histories = {float(fraction): list(rows) for fraction, rows in facts["histories"]}
         parts = [{**part, "to": int(part["to"])} for part in facts["parts"]]
-        return cls(begin, [EpochMetrics(**m) for m in facts["history"]], histories, parts)
+        progress = cls(begin, [EpochMetrics(**m) for m in facts["history"]], histories, parts)
+        if progress.before not in (None, *COMPUTES):
+            raise ValueError(f"computed by {progress.before!r}")
+        return progress
 
 
 class NodeComputer:
@@ -179,7 +194,16 @@ class NodeComputer:
         self, trainer: Trainer, node: Train, outputs: RequestedOutputs, progress: _Progress, report: Report
     ) -> None:
         """Trains the remaining epochs; appends them to `progress`, writes checkpoints and outputs of passed epochs."""
-        saved_at = time.monotonic()
+        saved_at, before = time.monotonic(), progress.before
+        how: str | None = None
+
+        def on_batch(images: int) -> None:
+            nonlocal how
+            if how is None:  # the first batch has decided how the run computes
+                how = trainer.described()
+                if before is not None and (line := trainer.resumed(before)):
+                    print(f"training {node.key[:8]} {line}", file=sys.stderr)
+            report(progress.epoch, images, how)
 
         def on_epoch(metrics: EpochMetrics) -> None:
             nonlocal saved_at
@@ -195,7 +219,7 @@ class NodeComputer:
                 self.store.save_partial(node, f"{what}-{metrics.epoch}", _writer(trainer, what))
             often = self.config.checkpoint_epochs
             if time.monotonic() - saved_at >= self.config.checkpoint_seconds or (often and metrics.epoch % often == 0):
-                facts = progress.facts(self._environment(node))
+                facts = progress.facts(self._environment(node, trainer))
                 self.store.save_partial(node, "checkpoint", lambda p: write_tensors(p, trainer.state(), facts))
                 saved_at = time.monotonic()
 
@@ -207,8 +231,10 @@ class NodeComputer:
             node.schedule,
             start=progress.epoch,
             stop=node.stop,
-            on_batch=lambda images: report(progress.epoch, images),
+            report=on_batch,
             on_epoch=on_epoch,
+            compute=before,
+            strict=before is None,
         )
 
     def _publish(self, node: Train, outputs: RequestedOutputs, progress: _Progress, trainer: Trainer) -> dict[str, Any]:
@@ -236,7 +262,7 @@ class NodeComputer:
         }
         rate = sum(m.images_per_second for m in history) / len(history)
         seconds = sum(m.seconds for m in history)
-        where = self._environment(node)
+        where = self._environment(node, trainer)
         made = {**where, **_cost(seconds, rate)}
         if progress.parts:
             made["parts"] = progress.parts_with(where)
@@ -295,7 +321,7 @@ class NodeComputer:
         if isinstance(node.mask, ChannelSelection):
             assert isinstance(node.start, Rewind)
             model = smaller(self.store, node.mask, read_state(self.store, node.start.state), self._size(node.data))
-            trainer = Trainer(model, device=self.config.device, precision=node.precision)
+            trainer = self._new_trainer(model, node)
             try:
                 yield trainer
             finally:
@@ -303,8 +329,14 @@ class NodeComputer:
             return
         which = node.model, node.precision
         if which not in self._trainers:
-            self._trainers[which] = Trainer(build(node.model), device=self.config.device, precision=node.precision)
+            self._trainers[which] = self._new_trainer(build(node.model), node)
         yield self._trainers[which]
+
+    def _new_trainer(self, model: nn.Module, node: Train) -> Trainer:
+        trainer = Trainer(model, device=self.config.device, precision=node.precision, compute=self.config.compute)
+        if self.config.compute == "sparse" and trainer.not_sparse:  # holds for all nodes: the run ends
+            raise InputError(f"--compute sparse is not possible here: {trainer.not_sparse}")
+        return trainer
 
     def _initial_state(self, init: Init) -> dict[str, Tensor]:
         if init.key not in self._initial:  # only the last is kept: the chains of one seed share it
@@ -332,8 +364,9 @@ class NodeComputer:
         source = self._sources.get(node.data.fingerprint)
         return None if source is None else source.loader
 
-    def _environment(self, node: Train) -> dict[str, Any]:
-        return environment(self._loader(node), [self.config.device])
+    def _environment(self, node: Train, trainer: Trainer) -> dict[str, Any]:
+        how = {"compute": trainer.computed} | ({"not_sparse": trainer.reason} if trainer.reason else {})
+        return environment(self._loader(node), [self.config.device]) | how
 
 
 def _cost(seconds: float, rate: float | None) -> dict[str, Any]:

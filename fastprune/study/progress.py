@@ -44,9 +44,11 @@ class Bars:
         self.images: dict[str, int] = {}
         self.began: dict[str, float] = {}
         self.places: dict[int, str] = {}
+        self.how: dict[str, str] = {}
 
     def started(self, worker: int, node: Runnable, place: str) -> None:
         self.places[worker], self.began[node.key] = place, time.monotonic()
+        self.how.pop(node.key, None)  # an earlier attempt's
         self._say(worker, f"{place}: {self.graph.label(node)}")
 
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None:
@@ -59,7 +61,12 @@ class Bars:
         if isinstance(node, Train) and epoch:
             rate = seen / max(time.monotonic() - self.began[node.key], 1e-9)
             about = f"{self.graph.label(node)} · epoch {epoch}/{node.stop} · {rate:,.0f} images/s"
+            about += f" · {self.how[node.key]}" if node.key in self.how else ""
             self._say(worker, f"{self.places[worker]}: {about}")
+
+    def computes(self, worker: int, node: Runnable, how: str) -> None:
+        self.how[node.key] = how
+        self._say(worker, f"{self.places[worker]}: {self.graph.label(node)} · {how}")
 
     def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None:
         """worker: None if another process computed the node."""

@@ -45,17 +45,17 @@ _PASSED_ON = ("OMP_", "MKL_", "NUMBA_", "TRITON_", "TORCHINDUCTOR_", "MPLCONFIGD
 
 
 class _Reports:
-    """An actor that collects reports until they are taken: (worker, key) -> (epoch, training images so far)."""
+    """An actor that collects reports until they are taken: (worker, key) -> the arguments of a Report."""
 
     # An actor of its own: a worker's actor answers no call while it computes a node.
 
     def __init__(self) -> None:
-        self.said: dict[tuple[int, str], tuple[int, int]] = {}
+        self.said: dict[tuple[int, str], tuple[int, int, str]] = {}
 
-    def put(self, worker: int, key: str, epoch: int, images: int) -> None:
-        self.said[worker, key] = epoch, images
+    def put(self, worker: int, key: str, epoch: int, images: int, how: str) -> None:
+        self.said[worker, key] = epoch, images, how
 
-    def take(self) -> dict[tuple[int, str], tuple[int, int]]:
+    def take(self) -> dict[tuple[int, str], tuple[int, int, str]]:
         said, self.said = self.said, {}
         return said
 
@@ -88,8 +88,8 @@ class _Actor:
         return place, f"{place}, process {os.getpid()}", ray.get_runtime_context().get_node_id()
 
     def compute(self, key: str) -> Answer:
-        def send(epoch: int, images: int) -> None:
-            self.reports.put.remote(self.number, key, epoch, images)
+        def send(epoch: int, images: int, how: str = "", /) -> None:
+            self.reports.put.remote(self.number, key, epoch, images, how)
 
         try:
             if self.computer is None:  # here, not in open: a broken device fails a node, with a cause
@@ -162,10 +162,10 @@ class _Inbox:
         self.reports = actor.options(max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote()
         self._asked: Future[Any] | None = None
         self._at = 0.0
-        self._said: dict[tuple[int, str], tuple[int, int]] = {}
+        self._said: dict[tuple[int, str], tuple[int, int, str]] = {}
 
-    def take(self, worker: int, key: str | None) -> tuple[int, int] | None:
-        """(epoch, images so far) of a worker's node; None without a new report. InputError if the cluster is lost."""
+    def take(self, worker: int, key: str | None) -> tuple[int, int, str] | None:
+        """The last report on a worker's node; None without a new one. InputError if the cluster is lost."""
         if self._asked is not None and self._asked.done():
             try:
                 self._said |= self._asked.result()

@@ -37,12 +37,13 @@ _FAILURES_LIMIT = 3
 class View(Protocol):
     """Receives the events of a run, on the loop's thread.
 
-    worker: its number. place: where it runs. images: training images since the last call. blocked: nodes that depend
-    on the failed one.
+    worker: its number. place: where it runs. images: training images since the last call. how: how a training computes,
+    in words, told once. blocked: nodes that depend on the failed one.
     """
 
     def started(self, worker: int, node: Runnable, place: str) -> None: ...
     def progress(self, worker: int, node: Runnable, epoch: int, images: int) -> None: ...
+    def computes(self, worker: int, node: Runnable, how: str) -> None: ...
     def note(self, text: str) -> None: ...
     def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None: ...
     def failed(self, worker: int, node: Runnable, reason: str, blocked: list[Runnable]) -> None: ...
@@ -86,7 +87,7 @@ def run(graph: Graph, store: RunStore, workers: Sequence[Worker], view: View) ->
 
 @dataclass
 class _Task:
-    """A node that a worker computes. heard: monotonic time of the last report; epoch, images: its content."""
+    """A node that a worker computes. heard: monotonic time of the last report; epoch, images, how: its content."""
 
     worker: int
     node: Runnable
@@ -94,6 +95,7 @@ class _Task:
     heard: float
     epoch: int = 0
     images: int = 0
+    how: str = ""
 
 
 class _Loop:
@@ -188,11 +190,14 @@ class _Loop:
         for future in done:
             self._settle(self.running.pop(future), future)
 
-    def _report(self, task: _Task, epoch: int, images: int) -> None:
+    def _report(self, task: _Task, epoch: int, images: int, how: str = "", /) -> None:
         # Workers report totals, so that a lost or repeated report changes no sum.
         more, task.images = images - task.images, images
         task.heard, task.epoch = time.monotonic(), max(task.epoch, epoch)
         self.outcome.images += more
+        if how and how != task.how:
+            task.how = how
+            self.view.computes(task.worker, task.node, how)
         self.view.progress(task.worker, task.node, epoch, more)
 
     def _settle(self, task: _Task, future: "Future[Any]") -> None:

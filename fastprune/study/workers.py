@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -66,8 +66,10 @@ class Lost:
 Answer = Done | Failed | BadInput | Lost
 
 
-Report = Callable[[int, int], None]
-"""Called with (epochs of a training's schedule done, training images so far)."""
+class Report(Protocol):
+    """Called with (epochs of a training's schedule done, training images so far, how it computes)."""
+
+    def __call__(self, epoch: int, images: int, how: str = "", /) -> None: ...
 
 
 class Worker(Protocol):
@@ -100,13 +102,13 @@ class Worker(Protocol):
 
 def answer(computer: NodeComputer, graph: Graph, key: str, report: Report, *, every: float = 0.0) -> Answer:
     """Computes and publishes a node whose parents are published. every: the least seconds between two reports."""
-    node, images, sent = graph.by_key[key], 0, time.monotonic()
+    node, images, how, sent = graph.by_key[key], 0, "", time.monotonic()
 
-    def count(epoch: int, more: int) -> None:
-        nonlocal images, sent
-        images += more
+    def count(epoch: int, more: int, said: str = "", /) -> None:
+        nonlocal images, how, sent
+        images, how = images + more, said or how
         if time.monotonic() - sent >= every:
-            report(epoch, images)
+            report(epoch, images, how)
             sent = time.monotonic()
 
     try:

@@ -7,6 +7,7 @@
     epoch      last finished epoch, from 0
     mask       None for dense, or bool tensors by parameter name: True keeps
     scaler     state of the gradient scaler with fp16, else empty
+    compute    how it was computed: plain, dense or sparse; a resumed run goes on so
     args       flags of train.py
 
 From a checkpoint of the reference script, model, optimizer and epoch are read; from a plain state dict, the weights.
@@ -27,7 +28,7 @@ from torch import Tensor
 from fastprune.errors import InputError
 from fastprune.files import write_atomically
 from fastprune.pruning.masks import Mask, masks_of_zeros
-from fastprune.specs import OptimizerSpec
+from fastprune.specs import COMPUTES, OptimizerSpec
 from fastprune.training.trainer import Trainer
 
 
@@ -37,7 +38,7 @@ class Checkpoint:
 
     state: for Trainer.load_state. epochs: number of finished epochs, None for plain weights. mask: on the CPU, None for
     dense. flags: those of the run that wrote it; empty if the file has none. taken: the mask is no entry of the file,
-    its weights show it.
+    its weights show it. compute: how it was computed, None if the file does not say.
     """
 
     state: dict[str, Tensor]
@@ -45,6 +46,7 @@ class Checkpoint:
     mask: Mask | None
     flags: dict[str, Any]
     taken: bool = False
+    compute: str | None = None
 
 
 def save_checkpoint(
@@ -62,6 +64,7 @@ def save_checkpoint(
         "epoch": epochs - 1,
         "mask": None if mask.kept == mask.total else mask.tensors(),
         "scaler": {k.removeprefix("scaler."): v.item() for k, v in state.items() if k.startswith("scaler.")},
+        "compute": trainer.computed,
         "args": dict(flags),
     }
     replace_file(path, lambda p: torch.save(content, p))
@@ -93,11 +96,14 @@ def load_checkpoint(path: Path, trainer: Trainer, name: str) -> Checkpoint:
         if shown := "mask" not in content or model is content:
             zeros = masks_of_zeros({s.name: plain[s.name] for s in trainer.flat.segments})
             mask = None if zeros is None else Mask.from_tensors(zeros)
+        compute = content.get("compute") if model is not content else None
+        if compute not in (None, *COMPUTES):
+            raise ValueError(f"computed by {compute!r}")
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} is damaged or foreign ({type(error).__name__}: {error})") from error
-    return Checkpoint(state, epochs, mask, flags, shown and mask is not None)
+    return Checkpoint(state, epochs, mask, flags, shown and mask is not None, compute)
 
 
 def trainer_mask(trainer: Trainer) -> Mask:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastprune.console import bf16_advice
 from fastprune.errors import InputError
 from fastprune.loaders import Crop, DataSource, Manifest, find_or_prepare, open_data
 from fastprune.pruning.masks import Mask
@@ -268,10 +269,13 @@ def _trainer(model: nn.Module, device: torch.device, request: TrainRequest) -> T
             precision=request.precision,
             kinds=what if named else "all",
             include=None if named else what,
+            compute=request.compute,
         )
     except ValueError as error:
         more = "" if request.prune else "; --prune all covers other layers, too"
         raise InputError(f"--prune {what}: {error}{more}") from None
+    if request.compute == "sparse" and not request.test_only and trainer.not_sparse:
+        raise InputError(f"--compute sparse is not possible here: {trainer.not_sparse}")
     covered, total = trainer.pruner.total, trainer.pruner.coverage.total
     if request.prune is None and request.sparsity and 2 * covered < total:
         raise InputError(
@@ -282,7 +286,7 @@ def _trainer(model: nn.Module, device: torch.device, request: TrainRequest) -> T
 
 
 def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ranks) -> bool:
-    start, origin = prepare(trainer, request, ranks.world_size)
+    start, before, origin = prepare(trainer, request, ranks.world_size)
     batch_size = request.optimizer.batch_size
     val = images.val(batch_size, ranks.rank, ranks.world_size, trainer.images)
     first = ranks.rank == 0
@@ -290,6 +294,8 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
         say(f"Data {images.about}")
         sizes = _batches(batch_size, ranks.world_size)
         say(f"Model {request.model}, {request.precision} on {_name(trainer.device)}, {sizes}")
+        if request.precision == "bf16" and trainer.device.type == "cpu" and (advice := bf16_advice("leave out --amp")):
+            say(advice)
         for line in origin:
             say(line)
         say(_sparsity(trainer, request.prune))
@@ -300,10 +306,19 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
             say_test(loss, accuracy)
         return True
     train = images.train(request.seed, batch_size, ranks.rank, ranks.world_size, trainer.images)
-    return _fit(trainer, train, val, request, start, ranks)
+    return _fit(trainer, train, val, request, start, before, ranks)
 
 
-def _fit(trainer: Trainer, train: Epochs, val: Batches, request: TrainRequest, start: int, ranks: Ranks) -> bool:
+def _fit(
+    trainer: Trainer,
+    train: Epochs,
+    val: Batches,
+    request: TrainRequest,
+    start: int,
+    before: str | None,
+    ranks: Ranks,
+) -> bool:
+    """before: how the checkpoint that is resumed was computed; None for a new run."""
     kept = request.checkpoint if ranks.rank == 0 else None
     last = request.resume
     log = None
@@ -323,6 +338,19 @@ def _fit(trainer: Trainer, train: Epochs, val: Batches, request: TrainRequest, s
         mask = trainer_mask(trainer)
         if mask.kept < mask.total:
             replace_file(kept.with_name("mask.safetensors"), mask.save)
+
+    begun = False
+
+    def on_batch(images: int) -> None:
+        nonlocal begun
+        assert log is not None
+        if not begun:  # the first batch has decided how the run computes
+            begun = True
+            if how := trainer.described():
+                say(how)
+            if before is not None and (line := trainer.resumed(before)):
+                print(f"train.py: {line}", file=sys.stderr)
+        log.batch(images)
 
     def on_epoch(m: EpochMetrics) -> None:
         nonlocal last
@@ -344,8 +372,10 @@ def _fit(trainer: Trainer, train: Epochs, val: Batches, request: TrainRequest, s
                 request.optimizer,
                 request.schedule,
                 start=start,
-                on_batch=log.batch if log else None,
+                report=on_batch if log else None,
                 on_epoch=on_epoch,
+                compute=before,
+                strict=before is None,
             )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*([f"--resume {last} continues"] if last else [])) from None
@@ -381,13 +411,14 @@ def choose_device(request: TrainRequest, ranks: Ranks) -> torch.device:
     return device
 
 
-def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[int, list[str]]:
-    """Puts weights, momentum and mask where the run starts; returns the epochs done, and in lines what was done.
+def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[int, str | None, list[str]]:
+    """Puts weights, momentum and mask where the run starts; returns the epochs done, how they were computed (None for a
+    new run), and in lines what was done.
 
     A checkpoint goes on from its own epoch. Only where --sparsity or --mask ask for another mask than it has, a new run
     begins from its weights, at --start-epoch and without momentum.
     """
-    lines, start, held = [], request.start_epoch, None
+    lines, start, before, held = [], request.start_epoch, None, None
     if request.resume is not None:
         found = load_checkpoint(request.resume, trainer, request.model)
         held = found.mask
@@ -396,7 +427,7 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[in
         if held is not None:
             trainer.set_mask(held)
         if same and found.epochs is not None:
-            start = found.epochs
+            start, before = found.epochs, found.compute
             lines.append(f"Resumed {request.resume}, {start} epochs done")
             changed = [n for n in _RESULT if n in found.flags and found.flags[n] != request.flags.get(n)]
             if not request.test_only:
@@ -405,17 +436,17 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[in
             lines.append(f"A new run from the weights in {request.resume}")
         if found.taken and held is not None:
             lines.append(f"note: {held.total - held.kept} weights of the file are zero: they stay pruned")
-        before = found.flags.get("ranks", ranks)
-        if same and before != ranks:
+        others = found.flags.get("ranks", ranks)
+        if same and others != ranks:
             each = request.optimizer.batch_size
             lines.append(
-                f"note: {before} ranks before, {ranks} now: a step sees {each * ranks} images, not {each * before}"
+                f"note: {others} ranks before, {ranks} now: a step sees {each * ranks} images, not {each * others}"
             )
     if request.mask is not None:
         trainer.set_mask(fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask))
     elif request.sparsity is not None:
         _prune(trainer, request.sparsity)
-    return start, lines
+    return start, before, lines
 
 
 def _is_held(request: TrainRequest, trainer: Trainer, held: Mask | None) -> bool:

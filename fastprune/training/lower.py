@@ -16,16 +16,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-# Chosen by measurements with oneDNN 3.13 and MKL (bench/NOTES.md): on larger maps oneDNN reaches the speed of a GEMM,
-# and skipping the padding makes up only for smaller products.
+# Measured with oneDNN 3.13, forward and backward together (bench/NOTES.md). On maps of 3x3 a conv of 3x3 gains 1.1 to
+# 1.7 x, on 2x2 up to 2.5 x, on one position up to 6 x; on 4x4 oneDNN is about as fast as these GEMMs.
 _MAX_POSITIONS = 9
-# Multiply-adds of one tap for each output position: a GEMM must take longer than the 10 us of calling it.
-_MIN_WORK = 2**15
-# Runs of a few channels (of images, say) are too short for a GEMM.
+# Multiply-adds of one tap, for each output position: with less, calling GEMMs (10 us each) costs what they gain.
+_MIN_WORK = 2**16
+# With fewer (images have 3) a run of taps is too short for a GEMM.
 _MIN_CHANNELS = 16
 
 Ints = int | Sequence[int]
 Pair = tuple[int, int]
+Key = int | tuple[int, ...]
 Run = tuple[int, int, int, int]
 """Taps that lie side by side: (output position, position of the first input, first tap, number of taps)."""
 
@@ -47,9 +48,7 @@ def pays(
 
     A rule on shapes alone: the rounding of a run must not depend on a timing.
     """
-    return (
-        _plan(tuple(x_shape), tuple(weight_shape), _pair(stride), _pair(padding), _pair(dilation), groups) is not None
-    )
+    return _plan(tuple(x_shape), tuple(weight_shape), _key(stride), _key(padding), _key(dilation), groups) is not None
 
 
 class _Lowering(TorchFunctionMode):
@@ -70,7 +69,7 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     """F.conv2d, by GEMMs where they pay."""
-    plan = _plan(input.shape, weight.shape, _pair(stride), _pair(padding), _pair(dilation), groups)
+    plan = _plan(input.shape, weight.shape, _key(stride), _key(padding), _key(dilation), groups)
     if (
         plan is None
         or any(t.dtype != torch.float32 or t.device.type != "cpu" or t.layout != torch.strided for t in (input, weight))
@@ -145,15 +144,16 @@ def _products(plan: _Plan, y: Tensor, x: Tensor, weight: Tensor) -> Iterator[tup
 def _plan(
     x_shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
-    stride: Pair,
-    padding: Pair | str,
-    dilation: Pair,
+    stride: Key,
+    padding: Key | str,
+    dilation: Key,
     groups: int,
 ) -> _Plan | None:
-    """The plan of a conv that pays, or None."""
+    """The plan of a conv that pays, or None. Cached, because a step asks it for each conv."""
     if len(x_shape) != 4 or len(weight_shape) != 4 or x_shape[1] != weight_shape[1] or groups != 1:
         return None
     (N, C, *size), (C_out, _, *kernel) = x_shape, weight_shape
+    stride, dilation = _pair(stride), _pair(dilation)
     if padding == "same" and stride == (1, 1):
         pads = [k - 1 for k in kernel]
     elif padding == "valid":
@@ -161,11 +161,11 @@ def _plan(
     elif isinstance(padding, str):
         return None
     else:
-        pads = [2 * p for p in padding]
+        pads = [2 * p for p in _pair(padding)]
     if dilation != (1, 1) or min(*stride, *size, *kernel) < 1 or min(pads) < 0:
         return None
     axes = list(zip(size, kernel, stride, pads, strict=True))
-    out = (height, width) = _pair([(m + p - k) // s + 1 for m, k, s, p in axes])
+    out = height, width = _pair(tuple((m + p - k) // s + 1 for m, k, s, p in axes))
     if min(out) < 1 or height * width > _MAX_POSITIONS:
         return None
     if C < _MIN_CHANNELS or N * C * C_out < _MIN_WORK * height * width:
@@ -190,20 +190,23 @@ def _runs(size: int, kernel: int, stride: int, pads: int) -> list[Run]:
     return [run for run in runs if run[3] > 0]
 
 
-def _pair(value: Ints | str) -> Any:
-    """(height, width) of one number or two, as F.conv2d takes them; the name of a padding as it is."""
-    if isinstance(value, str):
-        return value
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
-    return values[0], values[-1]
+def _key(value: Any) -> Any:
+    """`value` as a key of the cache: a list as a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _pair(value: Key) -> Pair:
+    """(height, width) of one number or two, as F.conv2d takes them; (-1, -1), which no conv takes, of more."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return (numbers[0], numbers[-1]) if len(numbers) in (1, 2) else (-1, -1)
 
 
 def _is_channels_last(t: Tensor) -> bool:
-    """Whether torch computes with `t` channels-last: c10's is_channels_last_strides_2d, for sizes above zero."""
+    """Whether torch computes with `t` [N, C, H, W] channels-last, for C > 1: c10's is_channels_last_strides_2d."""
     # is_contiguous(memory_format=) is true, too, of 1x1 kernels and maps that torch takes for contiguous.
     _, C, H, W = t.shape
     n, c, h, w = t.stride()
-    return c > 0 and c * C <= w and w * W <= h and c != h * H <= n
+    return 0 < c <= c * C <= w <= w * W <= h <= h * H <= n
 
 
 def _nhwc(t: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from torchvision.models import resnet
 from fastprune.errors import InputError
 from fastprune.specs import Init, ModelSpec
 
-_RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
+NETWORKS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], list[int]]] = {
     "resnet18": (resnet.BasicBlock, [2, 2, 2, 2]),
     "resnet34": (resnet.BasicBlock, [3, 4, 6, 3]),
     "resnet50": (resnet.Bottleneck, [3, 4, 6, 3]),
 }
+"""By name: block and blocks of each stage."""
 
 
 def build(spec: ModelSpec) -> nn.Module:
@@ -23,9 +24,9 @@ def build(spec: ModelSpec) -> nn.Module:
 
     With width 64 and the ImageNet stem it equals torchvision's network draw for draw. InputError for an unknown name.
     """
-    if spec.name not in _RESNETS:
-        raise InputError(f"unknown model {spec.name!r}: choose one of {', '.join(_RESNETS)}")
-    block, layers = _RESNETS[spec.name]
+    if spec.name not in NETWORKS:
+        raise InputError(f"unknown model {spec.name!r}: choose one of {', '.join(NETWORKS)}")
+    block, layers = NETWORKS[spec.name]
     model = resnet.ResNet(block, layers, num_classes=spec.classes)
     if spec.width == 64 and spec.stem == "imagenet":
         return model

@@ -15,7 +15,7 @@ class TrainRequest:
     data: a folder, a .beton file of a prepared one, or "synthetic".  device: None for a GPU if there is one.
     train_crop, val_resize, val_crop: pixels, None where not asked for.  workers: None for what is useful.
     resume, mask, output, store: None where not given.  prune: conv, all or a pattern of names, None where not asked
-    for.  sparsity: of the weights that `prune` covers together, in [0, 1), or None.
+    for.  sparsity: of the weights that `prune` covers together, in [0, 1), or None.  compute: one of COMPUTES.
     flags: all flags as plain values, for the checkpoint.
     """
 
@@ -42,6 +42,7 @@ class TrainRequest:
     test_only: bool = False
     print_freq: int = 10
     deterministic: bool = False
+    compute: str = "auto"
     flags: dict[str, Plain] = field(default_factory=dict)
 
     @property

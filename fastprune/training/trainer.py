@@ -52,7 +52,7 @@ class Trainer:
     compute: how a training computes. "plain": torch's own operations. "dense": convs of small maps as GEMMs, where that
     is faster. "sparse": kept weights alone, in float32 on a CPU. "auto": for each training the cheaper of the last two,
     by a rule on mask and shapes. Outside `fit` a Trainer evaluates densely. They differ by rounding; resume a training
-    with `fit(compute=trainer.computed)`. `computed` says how the last training computed, `reason` why not otherwise.
+    with `fit(compute=trainer.computed)`. `computed` says how the last training computed, `reason` why not sparsely.
 
     Under torch.distributed, gradients are averaged over all ranks, each of which reads its own batches. Batch-norm
     statistics are local during an epoch; after it, all ranks get those of rank 0.
@@ -114,7 +114,8 @@ class Trainer:
         }
         self._asked = compute
         reasons = {"a GPU": on_gpu, f"precision {precision}": half is not None, "compiled": bool(compile)}
-        self._not_sparse = next((why for why, holds in reasons.items() if holds), "")
+        self.not_sparse = next((why for why, holds in reasons.items() if holds), "")
+        """Why this Trainer never computes sparsely, whatever the model; "" if it may."""
         self._chooser: Chooser | None = None
         self._compute: Compute | None = None  # of the training that runs
         self.computed, self.reason = self._dense["plain" if compute == "plain" else "dense"].name, ""
@@ -242,17 +243,20 @@ class Trainer:
         on_epoch: Callable[[EpochMetrics], None] | None = None,
         report: Callable[[int], None] | None = None,
         compute: str | None = None,
+        strict: bool = True,
     ) -> list[EpochMetrics]:
         """Trains epochs `start` + 1 to `stop` (counted from 1; default: the schedule's last), from the present state.
 
         The batch size is the loader's; `optimizer.batch_size` is not read. on_batch gets the number of images of each
         training batch, on_epoch the metrics of each epoch; both may read and write model, weights and masks. report:
         as on_batch, but it touches none of them, which costs a sparse training less. compute: for this training, in
-        place of the Trainer's. Training ends after an epoch that diverged. Returns the metrics of the epochs trained.
-        ValueError for labels outside the network's classes (of batches on a GPU only the first is checked), for a
-        loader without a batch, and for compute="sparse" where that is not possible. RuntimeError if a parameter was
-        rebound.
+        place of the Trainer's; strict=False: the Trainer's where that is not possible, as for a run that was begun
+        elsewhere. Training ends after an epoch that diverged. Returns the metrics of the epochs trained. ValueError for
+        labels outside the network's classes (of batches on a GPU only the first is checked), for a loader without a
+        batch, and for compute="sparse" where that is not possible. RuntimeError if a parameter was rebound.
         """
+        if compute is not None and compute not in COMPUTES:
+            raise ValueError(f"unknown compute {compute!r}: choose one of {', '.join(COMPUTES)}")
         # Both ends are checked: a parameter that was rebound would train apart from its mask, without any error.
         self.flat.check_aliased()
         self._smoothing = optimizer.label_smoothing
@@ -263,7 +267,7 @@ class Trainer:
             "nesterov": optimizer.nesterov,
         }
         history = []
-        with self._deciding(compute or self._asked):
+        with self._deciding(compute or self._asked, strict):
             for epoch in range(start, schedule.epochs if stop is None else stop):
                 began = time.perf_counter()
                 if hasattr(train, "set_epoch"):
@@ -284,9 +288,9 @@ class Trainer:
         return history
 
     @contextmanager
-    def _deciding(self, asked: str) -> Iterator[None]:
+    def _deciding(self, asked: str, strict: bool = True) -> Iterator[None]:
         """One training: its first batch decides how it computes. At its end the flat parameters are up to date."""
-        self._compute, self._asked_now = None, asked
+        self._compute, self._asked_now, self._strict = None, asked, strict
         try:
             yield
         finally:
@@ -306,11 +310,10 @@ class Trainer:
 
     def _decide(self, images: Tensor, steps: float) -> tuple[Compute, str]:
         """(how to compute, why not otherwise). ValueError if it must be sparse and can not."""
-        asked, why = self._asked_now, self._not_sparse
+        asked, why = self._asked_now, self.not_sparse
         if asked in self._dense:
             return self._dense[asked], ""
         if not why:
-            # numba compiles for seconds: only a training that is pruned enough waits for it.
             from fastprune.sparse.choice import Chooser
 
             if self._chooser is None:
@@ -319,9 +322,9 @@ class Trainer:
             if not isinstance(found, str):
                 return found, ""
             why = found
-        if asked == "sparse":
+        if asked == "sparse" and (self._strict or self._asked == "sparse"):
             raise ValueError(f"compute='sparse' is not possible here: {why}")
-        return self._dense["dense"], why
+        return self._dense["plain" if self._asked == "plain" else "dense"], why
 
     def _epoch(
         self,
@@ -373,6 +376,24 @@ class Trainer:
         for images, labels in val:
             self._run(self._eval_step, images, labels)
         return self._result()[:2]
+
+    def described(self) -> str:
+        """In words how the training that has begun computes, and why; "" on a GPU and for a dense mask, where there is
+        nothing to choose, and where it was asked to compute densely."""
+        if self.device.type != "cpu" or (kept := self.pruner.kept) == self.pruner.total:
+            return ""
+        if self.computed == "sparse":
+            return f"computes sparsely: density {kept / self.pruner.total:.3g}"
+        return f"computes densely: {self.reason}" if self.reason else ""
+
+    def resumed(self, before: str) -> str:
+        """A line for the user on a training that has begun with compute=`before`, as until its checkpoint; "" if it
+        goes on so, and as the Trainer's `compute` asks."""
+        if self.computed != before:
+            why = f" ({self.reason})" if self.reason else ""
+            return f"computed {before} until its checkpoint, {self.computed} from here{why}"
+        asked = self._dense[self._asked].name if self._asked in self._dense else self._asked
+        return "" if asked in ("auto", before) else f"goes on {before}, as until its checkpoint, not {asked}"
 
     def so_far(self) -> tuple[float, float, int]:
         """(mean loss, accuracy, images) of the present epoch up to now, on this rank. Waits for the device."""

@@ -12,7 +12,7 @@ import pytest
 from fastprune.cli import prepare_data, reproduce, store
 from fastprune.cli.__main__ import COMMANDS
 from fastprune.cli.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, expanded, run_command, to_path
-from fastprune.console import progress_bar
+from fastprune.console import bf16_advice, progress_bar
 from fastprune.errors import InputError
 
 
@@ -195,3 +195,22 @@ def test_python_m_plans_a_figure(tmp_path):
     done = python_m("fastprune", "reproduce", "--fig", "A2", "--plan", "--store", str(tmp_path / "none"))
     assert (done.returncode, done.stderr) == (DONE, "")
     assert done.stdout.startswith("Figure A2, preset smoke: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "slow"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx2\n", True),
+        ("flags\t\t: fpu avx512f avx512_bf16\n", False),
+        ("flags\t\t: fpu amx_bf16 amx_tile\n", False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", False),  # ARM: unknown
+        ("", False),
+        (None, False),  # no Linux
+    ],
+)
+def test_bf16_is_advised_against_only_where_it_is_known_to_be_slow(tmp_path, content, slow):
+    path = tmp_path / "cpuinfo"
+    if content is not None:
+        path.write_text(content)
+    line = bf16_advice("add --precision fp32", path)
+    assert line.endswith("computes sparsely: add --precision fp32") if slow else line == ""

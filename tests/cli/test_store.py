@@ -146,6 +146,13 @@ def test_show(store, capsys):
     assert "  x  0 B  not in SHA256SUMS" in lines
 
 
+def test_show_says_how_a_training_was_computed(tmp_path, capsys):
+    root = RunStore(tmp_path / "store")
+    put(root, TRAIN, compute="dense", not_sparse="the sparse engine does not know aten.gelu")
+    lines = run(capsys, "show", TRAIN.key, "--store", root.root)[1].splitlines()
+    assert {"  compute: dense", "  not_sparse: the sparse engine does not know aten.gelu"} <= {*lines}
+
+
 def test_a_key_that_none_or_several_have(store, capsys):
     for prefix, says in (("", "nodes have a key"), ("xyz", "no node has a key"), ("../..", "no node has a key")):
         code, out, err = run(capsys, "show", prefix, "--store", store.root)

@@ -136,6 +136,7 @@ def test_all_flags_of_the_reference_are_known():
         (["--opt", "sgd_nesterov", "--momentum", "0"], "--opt sgd_nesterov requires --momentum above 0"),
         (["--sparsity", "1"], "argument --sparsity: 1 is not a fraction"),
         (["--sparsity", "0.5", "--mask", "x"], "argument --mask: not allowed with argument --sparsity"),
+        (["--compute", "fast"], "argument --compute: invalid choice: 'fast'"),
         (["--epochs", "0"], "argument --epochs: 0 is not a whole number of 1 or more"),
         (["--lr", "nan"], "argument --lr: nan is not a number above 0"),
         (["--device", "abacus"], "unknown --device abacus"),
@@ -469,6 +470,56 @@ def test_another_number_of_ranks_is_said(folder, tmp_path, dense, capsys):
     capsys.readouterr()
     assert main(flags(folder, tmp_path, "--resume", str(tmp_path / "four.pth"))) == 0
     assert "note: 4 ranks before, 1 now: a step sees 12 images, not 48" in capsys.readouterr().out
+
+
+def test_a_checkpoint_goes_on_as_it_was_computed(folder, tmp_path, capsys):
+    """On a CPU in fp32, where dense is not plain."""
+    masked = ["--sparsity", "0.5", "--compute"]
+    assert main(flags(folder, tmp_path / "whole", *masked, "plain")) == 0
+    assert "computes" not in capsys.readouterr().out  # as asked
+    assert main(flags(folder, tmp_path, *masked, "plain", "--epochs", "1")) == 0
+    content = load(tmp_path / "checkpoint.pth")
+    assert content["compute"] == "plain"
+    old = {k: v for k, v in content.items() if k != "compute"}
+    torch.save(old, tmp_path / "old.pth")  # of an older version
+    torch.save(content | {"compute": "abacus"}, tmp_path / "odd.pth")
+
+    again = flags(folder, tmp_path, "--resume", str(tmp_path / "checkpoint.pth"), *masked, "dense")
+    capsys.readouterr()
+    assert main(again) == 0
+    assert capsys.readouterr().err == "train.py: goes on plain, as until its checkpoint, not dense\n"
+    equal(load(tmp_path / "checkpoint.pth"), load(tmp_path / "whole" / "checkpoint.pth"))
+    assert load(tmp_path / "checkpoint.pth")["compute"] == "plain"
+
+    assert main(flags(folder, tmp_path / "old", "--resume", str(tmp_path / "old.pth"))) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    said = lines[lines.index("Start training") + 1]
+    assert said == "computes densely: a training of 6 steps is too short"
+    assert load(tmp_path / "old" / "checkpoint.pth")["compute"] == "dense"
+    line = refused(capsys, flags(folder, tmp_path, "--resume", str(tmp_path / "odd.pth")))
+    assert line.endswith("is damaged or foreign (ValueError: computed by 'abacus')")
+
+
+def test_what_cannot_be_computed_sparsely(folder, tmp_path, dense, capsys):
+    more = ["--amp", "--sparsity", "0.5"]
+    line = refused(capsys, flags(folder, tmp_path, *more, "--compute", "sparse"))
+    assert line == "--compute sparse is not possible here: precision bf16"
+    # A checkpoint from elsewhere is no demand: it goes on as this run can.
+    torch.save(load(dense) | {"epoch": 0, "compute": "sparse"}, tmp_path / "sparse.pth")
+    capsys.readouterr()
+    assert main(flags(folder, tmp_path, "--amp", "--resume", str(tmp_path / "sparse.pth"))) == 0
+    said = "train.py: computed sparse until its checkpoint, plain from here (precision bf16)\n"
+    assert capsys.readouterr().err == said
+
+
+def test_bf16_is_advised_against_where_it_is_slow(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(classify, "bf16_advice", lambda instead: f"slow: {instead}")
+    given = flags(folder, tmp_path, "--test-only")
+    for more, expected in ((["--amp"], True), ([], False), (["--amp", "--amp-dtype", "fp16"], False)):
+        assert main([*given, *more]) == 0
+        assert ("slow: leave out --amp" in capsys.readouterr().out.splitlines()) == expected
 
 
 def test_checkpoints_that_do_not_fit(folder, tmp_path, dense, capsys):

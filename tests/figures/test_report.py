@@ -130,6 +130,13 @@ def test_the_terminal_shows_all_that_matters():
     assert "machinery" not in text
 
 
+def test_several_ways_to_compute_are_counted():
+    environment = {"device": "cpu", "threads": 1, "compute": {"dense": 1200, "sparse": 31}}
+    for ways, said in ((environment["compute"], ", trainings: 1,200 dense, 31 sparse"), ({"plain": 7}, "")):
+        text = terminal_summary(summary_of(fake_rows(), environment=environment | {"compute": ways}))
+        assert f"\nOn      cpu, 1 thread a process{said}\n" in f"{text}\n"
+
+
 def test_what_is_of_the_whole_command_is_said_to_be():
     command = {"figures": ["A2", "A6", "variants"], "images_per_s": None, "wall_s": 61.25}
     text = terminal_summary(summary_of(fake_rows(), cost={"nodes": 3, "epochs": 9, "command": command}))

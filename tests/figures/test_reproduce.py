@@ -58,6 +58,7 @@ def test_what_a_run_leaves(finished):
     assert not {"images_per_s", "wall_s"} & cost.keys()
     assert cost["command"].keys() == {"figures", "images_per_s", "wall_s"}
     assert cost["command"]["figures"] == ["A2"]
+    assert summary["environment"]["compute"] == {"dense": small_figure.TRAININGS}  # too short to be sparse
     assert {c["verdict"] for c in summary["claims"]} == {"undecided"}
     assert [c["id"] for c in summary["claims"]] == [c.id for c in A2.claims_of(preset(A2.protocol, "smoke"))]
 
@@ -282,6 +283,9 @@ BAD = {
     "rate": (["--fig", "A2", "--lr-find", "-1"], "--lr-find"),
     "workers": (["--fig", "A2", "--workers", "0"], "--workers"),
     "precision": (["--fig", "A2", "--precision", "int8"], "--precision"),
+    "compute": (["--fig", "A2", "--compute", "fast"], "--compute"),
+    "sparse bf16": ([*TINY, "--compute", "sparse", "--precision", "bf16"], "in fp32, not bf16: add --precision fp32"),
+    "sparse plan": ([*TINY, "--compute", "sparse", "--device", "cuda:0", "--plan"], "on a CPU, not on cuda:0"),
     "device": (["--fig", "A2", "--device", "tpu"], "unknown device 'tpu'"),
     "no such gpu": (["--fig", "A2", "--device", "cuda:99"], "--device cuda:99"),
     "batch": ([*TINY, "--batch-size", "100"], "a batch of 100 is more than"),

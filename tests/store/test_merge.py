@@ -172,6 +172,30 @@ def test_a_conflict_is_told_and_ours_is_kept(tmp_path, capsys):
     assert not (a.path(TRAIN) / "state-110.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ({"compute": "sparse"}, {"compute": "dense"}, "computed sparse here, dense there"),
+        ({"compute": "sparse"}, {"compute": "sparse"}, None),
+        ({}, {"compute": "sparse"}, None),  # an older version did not record it
+        ({"compute": ["sparse"], "parts": 3}, {"compute": "dense"}, None),  # foreign
+        (
+            {"compute": "sparse", "parts": [{"compute": "plain"}, {"compute": "sparse"}]},
+            {"compute": "sparse"},
+            "computed plain and sparse here, sparse there",
+        ),
+    ],
+)
+def test_a_conflict_names_what_rounds_differently(tmp_path, capsys, ours, theirs, said):
+    a, b = RunStore(tmp_path / "a"), RunStore(tmp_path / "b")
+    put(a, TRAIN, **ours)
+    put(b, TRAIN, salt=0.5, **theirs)
+    assert take(a.root, b.root) == 1
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith(f"conflict: {TRAIN.key}: metrics.csv differs (ours by here on cpu, torch 2, theirs by ")
+    assert line.endswith(f"torch 2{f'; {said}: numbers differ by rounding' if said else ''}); ours is kept")
+
+
 def test_what_a_process_computes_is_left_out(theirs, ours, capsys):
     store = RunStore(ours)
     with Leases(ours / "leases") as leases:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fastprune.cli.reproduce import main
 from fastprune.errors import InputError
-from fastprune.figures import FIGURES, load
+from fastprune.figures import FIGURES, load, reproduce
 from fastprune.specs import DataSpec, Prune, Train
 from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.graph import Graph
@@ -165,6 +165,22 @@ def test_the_plan_of_each_figure_says_what_is_true_of_it(name, tmp_path, capsys)
     named = [line for line in lines if "--" in line]
     assert len(named) == 1
     assert named[0].endswith("no such run was measured in this store; to assume a rate, give --images-per-second R")
+
+
+def test_bf16_on_a_slow_cpu_is_advised_against(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "bf16_advice", lambda instead: f"slow: {instead}")
+    line = "  slow: add --precision fp32 (its runs are other nodes)"
+    quick = ["--fig", "A2", "--preset", "quick", "--images-per-second", "1000"]
+    for drivers, more, expected in (
+        ((), [], True),
+        (("/",), [], False),  # there may be a GPU
+        (("/",), ["--device", "cpu"], True),
+        ((), ["--gpus", "8"], False),  # of other machines
+        ((), ["--executor", "ray"], False),
+        ((), ["--precision", "fp32"], False),
+    ):
+        monkeypatch.setattr(reproduce, "_DRIVERS", drivers)
+        assert planned(capsys, tmp_path, *quick, *more).count(line) == expected, more
 
 
 def test_the_prune_epochs_of_a_plan_are_those_in_effect(tmp_path, capsys):

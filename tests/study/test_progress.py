@@ -68,3 +68,21 @@ def test_the_rate_counts_from_the_first_image(graph, capsys, monkeypatch):
         bars.progress(0, node, 0, 8)
         assert 0.1 < bars.total.format_dict["elapsed"] < 100.0
     assert capsys.readouterr().err.endswith("\n")  # what is said next has a line of its own
+
+
+def test_a_line_says_how_its_training_computes(graph, monkeypatch):
+    first, second = graph.trainings[:2]
+    said = []
+    with Bars(graph, graph.nodes, 1) as bars:
+        monkeypatch.setattr(bars, "_say", lambda worker, text: said.append(text))
+        for node, how in ((first, "computes sparsely: density 0.11"), (second, "")):
+            bars.started(0, node, "cpu")
+            if how:
+                bars.computes(0, node, how)
+            bars.progress(0, node, 0, 8)
+            bars.progress(0, node, 1, 8)
+            bars.finished(0, node, {"diverged": False})
+    assert said[1] == f"cpu: {graph.label(first)} · computes sparsely: density 0.11"
+    assert said[2].startswith(f"cpu: {graph.label(first)} · epoch 1/")
+    assert said[2].endswith(" images/s · computes sparsely: density 0.11")
+    assert said[-2].endswith(" images/s")

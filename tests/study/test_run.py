@@ -8,9 +8,10 @@ import pytest
 
 from fastprune.errors import InputError
 from fastprune.figures.paper import A2
+from fastprune.files import read_tensors, write_tensors
 from fastprune.loaders.manifest import Manifest
-from fastprune.specs import DataSpec, Prune
-from fastprune.store import RunStore
+from fastprune.specs import DataSpec, Prune, Train
+from fastprune.store import RequestedOutputs, RunStore
 from fastprune.store.lease import Leases
 from fastprune.study import compute
 from fastprune.study import run as run_module
@@ -99,6 +100,91 @@ def test_a_resumed_run_trains_only_the_epochs_it_lacks(config, monkeypatch):
     made = RunStore(config.store).node(run)["provenance"]
     assert [(part["from"], part["to"]) for part in made["parts"]] == [(0, 1), (1, run.stop)]
     assert {part["code"] for part in made["parts"]} == {made["code"]}
+
+
+def interrupted(node: Train, config: WorkConfig) -> NodeComputer:
+    """The computer of a node that was interrupted in its second epoch; the node's parents are published."""
+    run_here(Graph.of(node.parents()), config, Silent())
+
+    def report(epoch, images, how=""):
+        if epoch == 1 and images:
+            raise Killed
+
+    with pytest.raises(Killed):
+        (computer := NodeComputer(config)).compute_node(node, RequestedOutputs(), report)
+    return computer
+
+
+def resumed(node: Train, config: WorkConfig) -> dict:
+    """The provenance of the node after a new process has resumed it."""
+    NodeComputer(config).compute_node(node, FINAL, lambda *_: None)
+    return RunStore(config.store).node(node)["provenance"]
+
+
+FINAL = RequestedOutputs(weights=(3,), momentum=(3,))
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [("plain", "dense"), pytest.param("sparse", "dense", marks=pytest.mark.slow)]
+)
+def test_a_resumed_run_computes_as_until_its_checkpoint_to_the_bit(config, tmp_path, capsys, first, then):
+    node = eval_runs(chains(width=4), None, 0.5)[1]
+    interrupted(node, replace(config, compute=first))
+    made = resumed(node, replace(config, compute=then))
+    assert [part["compute"] for part in made["parts"]] == [first, first] == [made["compute"]] * 2
+    assert f"training {node.key[:8]} goes on {first}, as until its checkpoint, not {then}\n" in capsys.readouterr().err
+
+    whole = replace(config, store=tmp_path / "whole", compute=first)
+    run_here(Graph.of(node.parents()), whole, Silent())
+    assert "parts" not in resumed(node, whole)
+    assert capsys.readouterr().err == ""
+    assert contents(RunStore(whole.store)) == contents(RunStore(config.store))
+
+
+@pytest.mark.parametrize(
+    ("precision", "says", "ways", "said"),
+    [
+        ("fp32", None, [None, "plain"], ""),  # of an older version
+        (
+            "bf16",
+            "sparse",
+            ["sparse", "plain"],
+            "computed sparse until its checkpoint, plain from here (precision bf16)",
+        ),
+        ("fp32", "abacus", None, "unusable checkpoint"),
+    ],
+)
+def test_what_a_checkpoint_says_and_this_machine_cannot_do(config, capsys, precision, says, ways, said):
+    config = replace(config, compute="plain")
+    node = eval_runs(chains(width=4, precision=precision), None, 0.5)[1]
+    interrupted(node, config)
+    path = RunStore(config.store).partial_path(node, "checkpoint")
+    tensors, facts = read_tensors(path)
+    assert facts["parts"][-1].pop("compute") == "plain"
+    facts["parts"][-1] |= {} if says is None else {"compute": says}
+    write_tensors(path, tensors, facts)
+    made = resumed(node, config)
+    assert [part.get("compute") for part in made.get("parts", ())] == (ways or [])
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == bool(said)
+
+
+def test_sparse_where_no_node_can_be_ends_the_run(config):
+    node = eval_runs(chains(width=4, precision="bf16"), None, 0.5)[0]
+    with pytest.raises(InputError, match="--compute sparse is not possible here: precision bf16"):
+        run_here(Graph.of([node]), replace(config, compute="sparse"), Silent())
+
+
+def test_how_a_training_computes_is_seen_and_recorded(config):
+    c = chains()
+    dense, masked = eval_runs(c, None, 0.5)[:2]
+    view = Silent()
+    run_here(Graph.of([dense, masked]), config, view)
+    why = "a training of 9 steps is too short"
+    assert view.how == {masked.key: f"computes densely: {why}"}  # of a dense network there is nothing to say
+    made = RunStore(config.store).node(masked)["provenance"]
+    assert (made["compute"], made["not_sparse"]) == ("dense", why)
 
 
 def test_a_corrupt_checkpoint_is_said_and_the_run_starts_again(config, capsys):

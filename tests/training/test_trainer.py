@@ -325,6 +325,39 @@ def test_thirty_rounds_compile_once(precision):
     torch.compiler.reset()
 
 
+def test_how_a_training_computes_is_said_where_there_was_a_choice():
+    for precision, compute, says in (
+        ("fp32", "auto", "computes densely: a training of 12 steps is too short"),
+        ("bf16", "auto", "computes densely: precision bf16"),
+        ("fp32", "plain", ""),
+    ):
+        t = trainer(precision, compute=compute)
+        t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1)
+        assert t.described() == ""  # dense
+        t.prune(0.8)
+        t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1)
+        assert t.described() == says
+
+
+def test_a_training_goes_on_as_before_or_as_it_can():
+    t = trainer("bf16", compute="plain")
+    before = t.state()
+    with pytest.raises(ValueError, match="compute='sparse' is not possible here: precision bf16"):
+        t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1, compute="sparse")
+    assert same(t.state(), before)
+    t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1, compute="sparse", strict=False)
+    assert t.resumed("sparse") == "computed sparse until its checkpoint, plain from here (precision bf16)"
+    with pytest.raises(ValueError, match="unknown compute 'fast': choose one of auto, "):
+        t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, compute="fast")
+    for asked, says in (("auto", ""), ("dense", ""), ("sparse", "goes on dense, as until its checkpoint, not sparse")):
+        t = trainer(compute=asked)
+        t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1, compute="dense", strict=False)
+        assert (t.computed, t.resumed("dense")) == ("dense", says)
+    t = trainer("bf16", compute="dense")  # where dense is plain, neither contradicts the other
+    t.fit(Epochs(), Epochs(9), SGD, SCHEDULE, stop=1, compute="plain", strict=False)
+    assert t.resumed("plain") == ""
+
+
 def test_marked_weights_and_statistics_come_back(device):
     t = trainer("fp16", device)
     t.save_rewind_point()

@@ -1,0 +1,111 @@
+"""A published training's network as a file to use elsewhere: kept weights alone, a plain state dict, or ONNX."""
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprune import sparse
+from fastprune.errors import InputError
+from fastprune.files import read_tensors, write_atomically
+from fastprune.specs import ModelSpec
+from fastprune.store.listing import Corrupt, find_node
+from fastprune.training.models import NETWORKS, build
+
+SUFFIXES = {".fastprune": "kept weights, for fastprune.sparse.load", ".pth": "state dict", ".onnx": "ONNX"}
+
+
+def deploy(root: Path, prefix: str, out: Path, side: int, half: bool = False) -> str:
+    """Writes the network of a node to `out`, in the format of its suffix (SUFFIXES); returns a line about it.
+
+    prefix: the beginning of the node's key. side: of images, in pixels; a state dict has none. half: kept weights in
+    float16. InputError for a node without weights, for a network that is not one of `build`, and for what the format
+    cannot express.
+    """
+    if out.suffix not in SUFFIXES:
+        raise InputError(f"--out {out}: choose one of {', '.join(f'NAME{s} ({w})' for s, w in SUFFIXES.items())}")
+    if half and out.suffix != ".fastprune":
+        raise InputError(f"--half is for .fastprune files, not for {out.suffix}")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    model, epoch = network(root, prefix)
+    writers: dict[str, Callable[[Path], Any]] = {
+        ".fastprune": lambda path: sparse.compile(model, torch.zeros(1, 3, side, side)).save(
+            path, dtype=torch.float16 if half else torch.float32
+        ),
+        ".pth": lambda path: torch.save(model.state_dict(), path),
+        ".onnx": lambda path: _write_onnx(model, torch.zeros(2, 3, side, side), path),
+    }
+    write_atomically(out, writers[out.suffix], out.with_name(f".{out.name}.part"))
+    convs = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    kept, total = sum(int(w.count_nonzero()) for w in convs), sum(w.numel() for w in convs)
+    dense = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    size = out.stat().st_size
+    return (
+        f"{out}: {SUFFIXES[out.suffix]}, weights after epoch {epoch}, {kept / total:.2%} of {total:,} conv weights kept"
+        f"; {size:,} bytes, {size / dense:.1%} of the dense state dict"
+    )
+
+
+def network(root: Path, prefix: str) -> tuple[nn.Module, int]:
+    """(the network of a training in evaluation mode, the epoch of its weights: the last that are stored)."""
+    node = find_node(root, prefix)
+    if isinstance(node, Corrupt):
+        raise InputError(f"{node.folder}: {node.why}; delete this folder to recompute the node")
+    if node.kind != "train":
+        raise InputError(f"node {node.key} is a {node.kind} step, which has no weights: name a training (see store ls)")
+    epochs = sorted(int(path.stem.partition("-")[2]) for path in node.folder.glob("state-*.safetensors"))
+    if not epochs:
+        raise InputError(
+            f"training {node.key} has stored no weights: a run stores those that another run starts from; take its "
+            "find run (see store ls)"
+        )
+    path = node.folder / f"state-{epochs[-1]}.safetensors"
+    tensors = {n.removeprefix("model."): t for n, t in read_tensors(path)[0].items()}
+    return _fitting(tensors, path).eval(), epochs[-1]
+
+
+def _fitting(tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The network of models.build whose weights have these names and shapes."""
+    shapes = {name: t.shape for name, t in tensors.items()}
+    if "conv1.weight" in tensors and "fc.bias" in tensors:
+        for name, stem in product(NETWORKS, ("imagenet", "cifar")):
+            spec = ModelSpec(name, len(tensors["fc.bias"]), stem, len(tensors["conv1.weight"]))
+            with torch.device("meta"):
+                model = build(spec)
+            if {n: t.shape for n, t in model.state_dict().items()} == shapes:
+                model = model.to_empty(device="cpu")
+                model.load_state_dict(dict(tensors))
+                return model
+    raise InputError(
+        f"{path} holds no ResNet as fastprune builds them: a network without some channels cannot be exported"
+    )
+
+
+def _write_onnx(model: nn.Module, example: Tensor, path: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"ONNX files require the package {error.name}: pip install onnx onnxscript") from None
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        # torch's exporter reports its progress on stdout.
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+                input_names=["images"], output_names=["logits"],
+            )  # fmt: skip
+            assert program is not None
+            program.save(str(path), external_data=False)
+    finally:
+        logging.disable(level)

@@ -1,0 +1,249 @@
+"""The dense first convolution of an image network, in the layout of lanes.py: Winograd's algorithm at stride 2.
+
+A kernel of 5 to 8 taps a side at stride 2 is the sum of four of up to 4 taps a side at stride 1, one for each parity of
+the input's rows and columns (Lavin and Gray, 2016, for the algorithm). Tiles of 4 x 4 outputs then take 49 products for
+each parity and input channel instead of 16 x 49: a quarter. All that an output channel needs is added before its
+transform. ReLU and a max pooling of 3 x 3 at stride 2 follow at once, while a band of four rows is in the cache.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.polynomial import polynomial
+
+from fastprune.kernels.dense_conv import GROUP, _add_entry, _zeros
+from fastprune.kernels.dispatch import compiled
+from fastprune.kernels.lanes import BYTES, LANES, VECTOR, lanes, load, multiply_add, splat, store
+from fastprune.kernels.sparse_conv import _store_tile, tile
+
+OUTPUTS, TAPS = 4, 4
+POINTS = OUTPUTS + TAPS - 1
+
+# With infinity: points whose error in float32 is small, at most 4e-6 of the maximum; two pairs share their work.
+_AT = (0.0, 1.0, -1.0, 0.5, -0.5, -2.0)
+_PAIRS = ((1, 2), (3, 4))
+
+
+def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(A, G, B) by Cook and Toom: outputs = A ((G taps) * (B inputs)), float64 [4, 7], [7, 4], [7, 7]."""
+    a, g, b = np.zeros((OUTPUTS, POINTS)), np.zeros((POINTS, TAPS)), np.zeros((POINTS, POINTS))
+    for i, at in enumerate(_AT):
+        others = [other for j, other in enumerate(_AT) if j != i]
+        a[:, i] = at ** np.arange(OUTPUTS)
+        g[i] = at ** np.arange(TAPS) / np.prod(at - np.array(others))
+        b[i, :-1] = polynomial.polyfromroots(others)
+    a[-1, -1] = g[-1, -1] = 1
+    b[-1] = polynomial.polyfromroots(_AT)
+    return a, g, b
+
+
+A, G, B = _matrices()
+# Sums and differences of the pairs, shared: A = _SHARED _JOIN, B = 2 _JOIN^T _HALVES (both up to the pairs' halves).
+_JOIN = np.eye(POINTS)
+for _i, _j in _PAIRS:
+    _JOIN[_i, _j] = _JOIN[_j, _i] = 1
+    _JOIN[_j, _j] = -1
+_SHARED, _HALVES = A @ np.linalg.inv(_JOIN), np.linalg.inv(_JOIN) @ B
+
+
+def _combination(matrix: np.ndarray) -> Any:
+    """An intrinsic: the products of a constant matrix with a tuple of Lanes, without what is zero."""
+
+    @intrinsic
+    def combine(context, values):
+        result = types.UniTuple(lanes, len(matrix))
+
+        def code(_, b, sig, args):
+            values = cgutils.unpack_tuple(b, args[0])
+            return cgutils.pack_array(b, [total(b, row, values) for row in matrix])
+
+        return result(values), code
+
+    def total(b, row, values):
+        found = None
+        # Those with factor 1 first: the others then fuse with an addition.
+        for i in sorted(np.flatnonzero(row), key=lambda i: row[i] != 1):
+            factor = ir.Constant(VECTOR, [float(row[i])] * LANES)
+            if found is None:
+                found = values[i] if row[i] == 1 else b.fmul(values[i], factor)
+            elif abs(row[i]) == 1:
+                found = (b.fadd if row[i] == 1 else b.fsub)(found, values[i])
+            else:
+                found = multiply_add(b, values[i], factor, found)
+        return found
+
+    return combine
+
+
+_halves, _join, _shared = _combination(_HALVES), _combination(_JOIN), _combination(_SHARED)
+
+
+@intrinsic
+def _positive(context, value):
+    """`value` where it is positive or NaN, else +0."""
+
+    def code(_, b, sig, args):
+        zero = ir.Constant(VECTOR, [0.0] * LANES)
+        return b.select(b.fcmp_unordered(">", args[0], zero), args[0], zero)
+
+    return lanes(lanes), code
+
+
+@intrinsic
+def _most(context, one, other):
+    """The maximum of values that are +0, positive or NaN: NaN if one is."""
+
+    def code(_, b, sig, args):
+        # As unsigned integers such numbers have the same order, and NaN is above them.
+        whole = ir.VectorType(ir.IntType(32), LANES)
+        x, y = (b.bitcast(value, whole) for value in args)
+        return b.bitcast(b.select(b.icmp_unsigned(">", x, y), x, y), VECTOR)
+
+    return lanes(lanes, lanes), code
+
+
+def transformed_weights(weight: np.ndarray) -> np.ndarray:
+    """Weights of `stem`, float32 [O / GROUP, 49, 4 I, GROUP]. weight: float32 [O, I, KH, KW] of at most 8 x 8 taps."""
+    o, i, kh, kw = weight.shape
+    taps = np.zeros((o, i, 2 * TAPS, 2 * TAPS))
+    taps[:, :, :kh, :kw] = weight
+    parities = taps.reshape(o, i, TAPS, 2, TAPS, 2).transpose(0, 1, 3, 5, 2, 4).reshape(o, 4 * i, TAPS, TAPS)
+    found = np.einsum("ua,okab,vb->okuv", G, parities, G).reshape(o // GROUP, GROUP, 4 * i, POINTS**2)
+    return np.ascontiguousarray(found.transpose(0, 3, 2, 1), np.float32)
+
+
+@compiled
+def _column(at, step):
+    return (
+        load(at), load(at + step), load(at + 2 * step), load(at + 3 * step), load(at + 4 * step), load(at + 5 * step),
+        load(at + 6 * step),
+    )  # fmt: skip
+
+
+@compiled
+def _put(values, at, step):
+    for i in range(len(values)):
+        store(values[i], at + i * step)
+
+
+@compiled
+def _transform_inputs(x, x_channel, x_row, channels, tiles, scratch, v, v_entry):
+    """Of a band of tiles. x: where the first tile's window begins. v: [49, 4 * channels, tiles] vectors, v_entry bytes
+    between entries."""
+    for c in range(channels):
+        for parity in range(4):
+            entry = 4 * c + parity
+            first = x + c * x_channel + parity // 2 * x_row + parity % 2 * BYTES
+            for t in range(tiles):
+                for j in range(POINTS):
+                    values = _column(first + (8 * t + 2 * j) * BYTES, 2 * x_row)
+                    _put(_join(_halves(values)), scratch + j * BYTES, POINTS * BYTES)
+                for i in range(POINTS):
+                    values = _join(_halves(_column(scratch + i * POINTS * BYTES, BYTES)))
+                    at = v + ((i * POINTS * 4 * channels) + entry) * v_entry + t * BYTES
+                    _put(values, at, 4 * channels * v_entry)
+
+
+@compiled
+def _products(four, apart, weights, v, v_entry, entries, m):
+    """Of four tiles and a group. m: [GROUP, 4 tiles, 49] vectors."""
+    for point in range(POINTS * POINTS):
+        content = _zeros(four)
+        for _ in range(entries):
+            content = _add_entry(four, content, weights, v, 0, 0)
+            weights += 4 * GROUP
+            v += v_entry
+        at = m + point * BYTES
+        step = 4 * POINTS * POINTS * BYTES
+        _store_tile(apart, content[0], at, 0, 0)
+        _store_tile(apart, content[1], at + step, 0, 0)
+        _store_tile(apart, content[2], at + 2 * step, 0, 0)
+        _store_tile(apart, content[3], at + 3 * step, 0, 0)
+
+
+@compiled
+def _outputs(m, scratch, bias, positive, out, out_row):
+    """The 4 x 4 outputs of a tile. m: 49 vectors."""
+    add = splat(bias)
+    for j in range(POINTS):
+        _put(_shared(_join(_column(m + j * BYTES, POINTS * BYTES))), scratch + j * BYTES, POINTS * BYTES)
+    for i in range(OUTPUTS):
+        values = _shared(_join(_column(scratch + i * POINTS * BYTES, BYTES)))
+        for j in range(OUTPUTS):
+            value = values[j] + add
+            store(_positive(value) if positive else value, out + i * out_row + j * BYTES)
+
+
+@compiled
+def _pooled_row(source, source_row, out, count):
+    for i in range(count):
+        at = source + 2 * i * BYTES
+        best = _most(_most(load(at), load(at + BYTES)), load(at + 2 * BYTES))
+        at += source_row
+        best = _most(best, _most(_most(load(at), load(at + BYTES)), load(at + 2 * BYTES)))
+        at += source_row
+        best = _most(best, _most(_most(load(at), load(at + BYTES)), load(at + 2 * BYTES)))
+        store(best, out + i * BYTES)
+
+
+@compiled
+def stem(
+    four, apart, x, x_steps, channels, weights, bias, positive, pooled, bands, tiles, blocks, v, m, rows, carry, y,
+    y_steps, first, last,
+):  # fmt: skip
+    """y = conv(x) + bias, ReLU if `positive`, then with `pooled` max pooling of 3 x 3, stride 2, padding 1.
+
+    Groups first to last (excluded) of output channels; the conv has 4 * bands x 4 * tiles outputs. four, apart: what
+    `tiles_of_stem` gives. x: address of the first input of the first output, in the border as a rule; reads 14 rows and
+    columns for a tile. x_steps, y_steps: bytes between blocks, channels and rows. weights: of `transformed_weights`.
+    bias: float32 [O]. Scratch, in vectors: v [49, 4 * channels, tiles up to a multiple of 4], finite; m
+    [(4 * GROUP + 1) * 49]; rows [GROUP, 5, 4 * tiles + 1] and carry [O, 4 * tiles + 1], both used with `pooled`.
+    """
+    v_entry = (tiles + 3) // 4 * 4 * BYTES
+    entries = 4 * channels
+    scratch = m + 4 * GROUP * POINTS * POINTS * BYTES
+    row = (4 * tiles + 1) * BYTES
+    zero = splat(np.float32(0))
+    for a in range(blocks):
+        if pooled:
+            for i in range(GROUP * first * (4 * tiles + 1), GROUP * last * (4 * tiles + 1)):
+                store(zero, carry + i * BYTES)
+        for band in range(bands):
+            start = x + a * x_steps[0] + 8 * band * x_steps[2]
+            _transform_inputs(start, x_steps[1], x_steps[2], channels, tiles, scratch, v, v_entry)
+            for group in range(first, last):
+                for q in range(0, tiles, 4):
+                    of_group = weights + group * POINTS * POINTS * entries * GROUP * 4
+                    _products(four, apart, of_group, v + q * BYTES, v_entry, entries, m)
+                    for g in range(GROUP):
+                        o = GROUP * group + g
+                        for t in range(q, min(q + 4, tiles)):
+                            if pooled:
+                                out, out_row = rows + (5 * g + 1) * row + (4 * t + 1) * BYTES, row
+                            else:
+                                out = y + a * y_steps[0] + o * y_steps[1] + 4 * (band * y_steps[2] + t * BYTES)
+                                out_row = y_steps[2]
+                            _outputs(
+                                m + (4 * g + t - q) * POINTS * POINTS * BYTES, scratch, bias[o], positive, out, out_row
+                            )
+                if pooled:
+                    for g in range(GROUP):
+                        o = GROUP * group + g
+                        top, kept = rows + 5 * g * row, carry + o * row
+                        for i in range(4 * tiles + 1):
+                            store(load(kept + i * BYTES), top + i * BYTES)
+                            store(load(top + 4 * row + i * BYTES) if i else zero, kept + i * BYTES)
+                        for r in range(1, 5):
+                            store(zero, top + r * row)
+                        for r in range(2):
+                            out = y + a * y_steps[0] + o * y_steps[1] + (2 * band + r) * y_steps[2]
+                            _pooled_row(top + 2 * r * row, row, out, 2 * tiles)
+
+
+def tiles_of_stem() -> tuple[Any, Any]:
+    """The first two arguments of `stem`."""
+    return tile(1, 1, 4), tile(1, 1, 4, POINTS * POINTS)

@@ -1,0 +1,254 @@
+"""Files of compiled networks: exact, small, and refused in one line if anything is wrong with them."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastprune import InputError
+from fastprune.files import read_tensors, write_tensors
+from fastprune.sparse import CompiledModel, compile, load
+from fastprune.sparse.file import Kept, decode, encode
+from fastprune.specs import ModelSpec
+from fastprune.training.models import build
+
+
+@given(st.lists(st.integers(0, 1000), max_size=30))
+def test_gaps_come_back(gaps):
+    places = np.cumsum(np.array(gaps, np.int64) + 1) - 1
+    codes = encode(places)
+    assert codes.dtype == np.uint8
+    assert np.array_equal(decode(codes), places)
+
+
+@pytest.mark.parametrize(
+    ("places", "codes"),
+    [
+        ([], []),
+        ([0], [0]),
+        ([0, 1, 3], [0, 0, 1]),
+        ([254], [254]),
+        ([255], [255, 0]),
+        ([256, 257], [255, 1, 0]),
+        ([509, 510], [255, 254, 0]),
+        ([510], [255, 255, 0]),
+    ],
+)
+def test_codes(places, codes):
+    assert encode(np.array(places, np.int64)).tolist() == codes
+    assert decode(np.array(codes, np.uint8)).tolist() == places
+
+
+def test_kept_weights_come_back():
+    weight = torch.arange(24.0).view(2, 3, 2, 2)
+    weight[:, 1] = 0
+    kept = Kept.of(weight)
+    assert kept.shape == (2, 2, 2, 3)
+    assert torch.equal(kept.dense(), weight)
+    assert np.array_equal(kept.mask, (weight != 0).permute(0, 2, 3, 1).numpy())
+    assert kept.density == 15 / 24
+
+
+def pruned(width: int = 8, density: float = 0.05) -> nn.Module:
+    torch.manual_seed(3)
+    model = build(ModelSpec(name="resnet18", classes=10, width=width)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module is not model.conv1:
+            module.weight.data *= torch.rand(module.weight.shape) < density
+    return model
+
+
+@cache
+def compiled() -> CompiledModel:
+    return compile(pruned(), torch.zeros(1, 3, 32, 32))
+
+
+IMAGES = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_float32_is_exact(tmp_path):
+    compiled().save(tmp_path / "net")
+    again = load(tmp_path / "net")
+    assert again.program == compiled().program
+    assert torch.equal(again(IMAGES), compiled()(IMAGES))
+    again.save(tmp_path / "second")
+    assert torch.equal(load(str(tmp_path / "second"))(IMAGES), compiled()(IMAGES))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net", "second"]
+
+
+def test_float16_is_rounded(tmp_path):
+    compiled().save(tmp_path / "net", dtype=torch.float16)
+    want, got = compiled()(IMAGES), load(tmp_path / "net")(IMAGES)
+    # A weight is off by at most 2**-11 of itself, and so is a layer's result; there are 21 layers.
+    assert 0 < (got - want).abs().max() <= 21 * 2**-11 * want.abs().max()
+
+
+def test_pre_activations_and_pools_come_back(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"net: a network with operations that run in torch cannot be saved \(aten\."):
+        compile(model, IMAGES).save(tmp_path / "net")
+    model[-1] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), nn.ReLU())
+    model[3].weight.data[:, 1] = 0
+    made = compile(model.eval(), IMAGES)
+    made.save(tmp_path / "net")
+    assert torch.equal(load(tmp_path / "net")(IMAGES), made(IMAGES))
+
+
+def dense_bytes(model: nn.Module) -> int:
+    return sum(4 * p.numel() for p in model.parameters())
+
+
+def check_sizes(model: nn.Module, size: int, folder: Path) -> None:
+    made = compile(model, torch.zeros(1, 3, size, size))
+    made.save(folder / "full")
+    made.save(folder / "half", dtype=torch.float16)
+    full, half = ((folder / name).stat().st_size for name in ("full", "half"))
+    assert full <= 0.08 * dense_bytes(model)
+    # Of a kept weight, 4 bytes of 5 become 2.
+    assert half <= 0.65 * full
+
+
+def test_size_at_95_percent(tmp_path):
+    check_sizes(pruned(width=32), 32, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_size_of_whole_networks(tmp_path, name):
+    torch.manual_seed(0)
+    model = build(ModelSpec(name=name, classes=200)).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module is not model.conv1:
+            module.weight.data *= torch.rand(module.weight.shape) < 0.05
+    check_sizes(model, 64, tmp_path)
+
+
+def test_a_large_weight_in_float16(tmp_path):
+    model = pruned()
+    model.fc.weight.data[0, 0] = 1e5
+    with pytest.raises(InputError, match=r"fc.weight has a weight of 1e\+05, which float16 cannot hold"):
+        compile(model, IMAGES).save(tmp_path / "net", dtype=torch.float16)
+    with pytest.raises(InputError, match=r"saved in float32 or float16, not in torch\.bfloat16"):
+        compiled().save(tmp_path / "net", dtype=torch.bfloat16)
+    assert not list(tmp_path.iterdir())
+
+
+def refused(path: Path, match: str = "missing, corrupt or foreign|not one of fastprune's") -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / "net"
+    refused(path, "missing")
+    compiled().save(path)
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for end in (0, 7, 8, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:end])
+        refused(path)
+    for place in rng.integers(0, len(content), 40):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << int(rng.integers(8))]) + content[place + 1 :])
+        refused(path)
+    path.write_bytes(content + b"0")
+    refused(path)
+
+
+def test_foreign_files(tmp_path):
+    path = tmp_path / "net"
+    save_file({"a": torch.zeros(3)}, path)
+    refused(path, "a safetensors file, but not one of fastprune's")
+    write_tensors(path, {"a": torch.zeros(3)}, {"epoch": 3})
+    refused(path, "not a compiled network")
+    write_tensors(path, {"a": torch.zeros(3)}, None)
+    refused(path, "not a compiled network")
+    path.write_bytes(b"PK\x03\x04" * 100)
+    refused(path)
+
+
+LAYER = "layer1.0.conv1.weight@"
+
+
+def escapes(tensors: dict[str, Tensor], facts: dict) -> None:
+    """One escape more: the places move beyond the layer's end."""
+    name = next(name for name in tensors if name.startswith(LAYER) and name.endswith(":gaps"))
+    tensors[name] = torch.cat([torch.full((10,), 255, dtype=torch.uint8), tensors[name]])
+
+
+def too_few(tensors: dict[str, Tensor], facts: dict) -> None:
+    name = next(name for name in tensors if name.startswith(LAYER) and name.endswith(":kept"))
+    tensors[name] = tensors[name][:-1].clone()
+
+
+def no_weight(tensors: dict[str, Tensor], facts: dict) -> None:
+    del tensors["fc.bias"]
+
+
+def wrong_bias(tensors: dict[str, Tensor], facts: dict) -> None:
+    tensors["fc.bias"] = torch.zeros(11)
+
+
+def wrong_format(tensors: dict[str, Tensor], facts: dict) -> None:
+    facts["format"] = 7
+
+
+def wrong_size(tensors: dict[str, Tensor], facts: dict) -> None:
+    facts["ops"][3]["y"]["shape"] = [8, 9, 8]
+
+
+def unknown_value(tensors: dict[str, Tensor], facts: dict) -> None:
+    facts["ops"][3]["x"]["number"] = 12345
+
+
+def unknown_op(tensors: dict[str, Tensor], facts: dict) -> None:
+    facts["ops"][3]["op"] = "Torch"
+
+
+def unknown_field(tensors: dict[str, Tensor], facts: dict) -> None:
+    facts["ops"][3]["groups"] = 1
+
+
+def no_stride(tensors: dict[str, Tensor], facts: dict) -> None:
+    facts["ops"][0]["stride"] = [0, 2]
+
+
+def negative_layer(tensors: dict[str, Tensor], facts: dict) -> None:
+    name = next(name for name in facts["pruned"] if name.startswith(LAYER))
+    facts["pruned"][name] = [-8, 3, -3, 8]
+
+
+def twice(tensors: dict[str, Tensor], facts: dict) -> None:
+    facts["ops"][3]["y"] = facts["ops"][2]["y"]
+
+
+def no_output(tensors: dict[str, Tensor], facts: dict) -> None:
+    facts["output"]["number"] = 999
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        escapes, too_few, no_weight, wrong_bias, wrong_format, wrong_size, unknown_value, unknown_op, unknown_field,
+        no_stride, negative_layer, twice, no_output,
+    ],
+)  # fmt: skip
+def test_files_with_a_right_checksum_and_wrong_content(tmp_path, change):
+    path = tmp_path / "net"
+    compiled().save(path)
+    tensors, facts = read_tensors(path)
+    facts = json.loads(json.dumps(facts))
+    change(tensors, facts)
+    write_tensors(path, tensors, facts)
+    refused(path, "written by another version" if change is wrong_format else "not a compiled network")
