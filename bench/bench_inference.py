@@ -6,7 +6,6 @@ Masks are uniform, at random, with a dense stem; batch norm is folded for all. P
 engine and its ratio to ONNX Runtime. SparseProp is timed where it is installed.
 """
 
-import io
 import time
 import warnings
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from fastprune import sparse
 from fastprune.specs import ModelSpec
 from fastprune.training.models import build
 
-TURNS = 7
+TURNS, CALLS = 5, 3
 OURS, TORCH, ORT, PROP = "fastprune", "torch, channels-last", "ONNX Runtime", "SparseProp"
 
 # Against ONNX Runtime: at least so many times faster.
-TARGETS = {
+TARGETS: dict[tuple[str, int, int], dict[float, float | None]] = {
     ("resnet18", 64, 64): {0.1: 6.0, 0.05: 8.0, 0.01: 12.0},
     ("resnet50", 64, 64): {0.1: 5.0, 0.05: 6.0, 0.01: 10.0},
     ("resnet50", 224, 1): {0.1: None, 0.05: None, 0.01: None},
@@ -56,18 +55,17 @@ def of_torch(model: nn.Module, example: Tensor) -> Engine:
 
 
 def of_onnx(model: nn.Module, example: Tensor) -> Engine:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(model, (example,), dynamo=True, verbose=False)
     assert program is not None
-    content = io.BytesIO()
-    program.save(content)
+    content = program.model_proto.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(content.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
@@ -80,9 +78,13 @@ def of_sparseprop(model: nn.Module, example: Tensor) -> Engine:
 
 
 def timed(engine: Engine, x: Tensor) -> float:
-    start = time.process_time()
-    engine(x)
-    return time.process_time() - start
+    """Least processor time of some calls: the first finds another engine's data in the cache."""
+    found = []
+    for _ in range(CALLS):
+        start = time.process_time()
+        engine(x)
+        found.append(time.process_time() - start)
+    return min(found)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.05, 0.01])

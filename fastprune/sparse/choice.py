@@ -27,17 +27,17 @@ class Chooser:
         self._programs: dict[tuple[int, ...], Program | str] = {}
         self._made: tuple[tuple[int, ...], Sparse] | None = None
 
-    def choose(self, images: Tensor, steps: float = inf, *, forced: bool = False) -> "Sparse | str":
-        """The engine for a training whose first batch is `images`, or in words why it computes densely.
+    def choose(self, images: Tensor, batch: int, steps: float = inf, *, forced: bool = False) -> "Sparse | str":
+        """The engine for a training on such `images`, or in words why it computes densely.
 
-        steps: of the whole training. forced: whatever is cheaper.
+        batch: images of a step. steps: of the whole training. forced: whatever is cheaper.
         """
-        found = self._choose(images, steps, forced)
+        found = self._choose(images, batch, steps, forced)
         if isinstance(found, str):
             self.close()
         return found
 
-    def _choose(self, images: Tensor, steps: float, forced: bool) -> "Sparse | str":
+    def _choose(self, images: Tensor, batch: int, steps: float, forced: bool) -> "Sparse | str":
         kept, total = int(self._flat.mask.sum()), sum(s.numel for s in self._flat.segments)
         cheaper = f"at density {kept / total:.2f} dense is cheaper"
         if not forced and kept > _DENSEST * total:
@@ -56,7 +56,7 @@ class Chooser:
         if isinstance(program, str):
             return program
         if not forced:
-            sparse, dense = estimate(program, masks(self._flat), len(images))
+            sparse, dense = estimate(program, masks(self._flat), batch)
             if sparse >= dense:
                 return cheaper
             if (dense - sparse) * steps / 1000 < SECONDS_TO_START:
@@ -75,7 +75,8 @@ class Chooser:
 
 def program_of(model: nn.Module, flat: "Flat", images: Tensor) -> "Program | str":
     """The fused training program of a model with masks, or why the sparse engine cannot train it."""
-    from fastprune.sparse.program import Conv, Torch, Unsupported, fuse, lower, names
+    from fastprune.kernels.lanes import BYTES
+    from fastprune.sparse.program import Conv, Torch, Unsupported, fuse, inputs, lower, names
 
     try:
         program = fuse(lower(model, images, train=True))
@@ -93,4 +94,8 @@ def program_of(model: nn.Module, flat: "Flat", images: Tensor) -> "Program | str
     for op in program.ops:
         if isinstance(op, Conv) and op.weight not in covered:
             return f"{op.weight} has no mask"
+        for shape in (v.shape for v in (*inputs(op), op.y)):
+            # Lists have offsets of 32 bits; a border of 8 is more than any kernel here needs.
+            if len(shape) == 3 and (shape[0] + 1) * (shape[1] + 16) * (shape[2] + 16) * BYTES >= 2**31:
+                return f"maps of {' x '.join(map(str, shape))} are too large for its lists"
     return program

@@ -101,6 +101,10 @@ class Sparse:
         self._flat.momentum.index_copy_(0, self._kept, self._momentum[:count])
         self._ahead = False
 
+    def takes(self, images: Tensor) -> bool:
+        """Whether the program is for images of this size, [B, C, H, W]."""
+        return self.program.input.shape == tuple(images.shape[1:])
+
     @torch.no_grad()
     def _forward(self, images: Tensor, train: bool) -> Tensor:
         return self.tape.forward(images, train)

@@ -10,6 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -62,6 +63,9 @@ _POINTWISE, _ENTRIES = 384, 10
 """Vectors of input that a tile of a pointwise conv reads in a block of channels, for a first-level cache, and entries
 that a row has there at least."""
 
+FEW = 8
+"""Batches of at most so many images have sixteen output pixels in a vector, and not sixteen images."""
+
 STEM_CHANNELS = 4
 """Input channels of such a layer at most: their transforms must fit a second-level cache."""
 
@@ -112,6 +116,7 @@ class CompiledModel:
         self._threads = Threads(1)
         self._call = _Call(Threads(1))
         self._steps = _Planner(program, weights).steps()
+        self._few = _Planner(program, weights, few=True).steps()
         self._by_block = next((i for i, step in enumerate(self._steps) if not step.by_block), len(self._steps))
         last = next((op for op in program.ops if op.y == program.output), None)
         self._is_view = last is None or isinstance(last, Torch)
@@ -134,6 +139,12 @@ class CompiledModel:
                 call.threads.close()
                 call.threads = Threads(torch.get_num_threads())
             call.begin(images, self.program.input, self._kept)
+            if len(images) <= FEW:
+                call.whole()
+                for step in self._few:
+                    step.run(call)
+                few: Tensor = call.end(self.program.output)
+                return few.clone() if self._is_view else few.contiguous()
             # Values of early layers are large: those of sixteen images stay in the cache from layer to layer.
             for block in call.parts():
                 call.part(block, 1)
@@ -292,14 +303,15 @@ class _Step:
 class _Planner:
     """Places the operations of a program, and makes their steps."""
 
-    def __init__(self, program: Program, weights: Weights) -> None:
-        self.program, self.weights = program, weights
+    def __init__(self, program: Program, weights: Weights, few: bool = False) -> None:
+        """few: for batches of at most FEW images."""
+        self.program, self.weights, self.few = program, weights, few
         self.readers: dict[Value, list[Op]] = defaultdict(list)
         for op in program.ops:
             for value in inputs(op):
                 self.readers[value].append(op)
         self.makers = {op.y: op for op in program.ops}
-        self.in_lanes = self._places()
+        self.in_lanes = defaultdict(bool) if few else self._places()
         self.planes = self._planes()
 
     def _is_stem(self, op: Op) -> bool:
@@ -441,6 +453,11 @@ class _Planner:
                 link.in_place = added is not None and (added, True) in dead[i] and read.count(added) == 1
         return [replace(step, dead=tuple(dead[i])) for i, step in enumerate(found)]
 
+    def _flat(self, op: FusedConv) -> "_Flat":
+        weight = self.weights[op.weight]
+        assert isinstance(weight, Kept)
+        return _Flat(op, self._geometry(op), weight, self._bias(op.bias, op.y.shape[0], 1))
+
     def _link(self, op: FusedConv) -> "_Link":
         weight, plane = self.weights[op.weight], self.planes[op.y]
         assert isinstance(weight, Kept)
@@ -484,6 +501,11 @@ class _Planner:
             def run(call: _Call) -> Any:
                 args, kwargs = map_leaves(lambda part: leaf(call, part), (op.args, op.kwargs))
                 return op.target(*args, **kwargs)
+        elif isinstance(op, FusedConv) and self.few and self._is_sparse(op):
+            flat = self._flat(op)
+
+            def run(call: _Call) -> Any:
+                return flat.run(call)
         elif isinstance(op, FusedConv):
             weight = tensor(op.weight)
             assert weight is not None
@@ -503,9 +525,10 @@ class _Planner:
                 y = y.relu_() if op.relu else y
                 return y if pool is None else F.max_pool2d(y, pool.kernel, pool.stride, pool.padding)
         elif isinstance(op, Linear):
+            matrix = cache(lambda: self._dense(op.weight).flatten(1))  # made only if such a batch comes
 
             def run(call: _Call) -> Any:
-                y = F.linear(call.torch(op.x), self._dense(op.weight).flatten(1), tensor(op.bias))
+                y = F.linear(call.torch(op.x), matrix(), tensor(op.bias))
                 return y.relu_() if op.relu else y
         elif isinstance(op, Add):
 
@@ -779,6 +802,92 @@ class _Chain:
                 found.append((x_tile, parts[0][1], *(np.stack([part[i] for part in parts]) for i in (2, 3))))
             self._pieces[blocks] = found
         return self._pieces[blocks]
+
+
+class _Flat:
+    """A convolution over kept weights for few images: sixteen neighbouring outputs in a vector.
+
+    Inputs are padded and split by their parities (of any stride), so that a tap is a distance in memory. Rows follow
+    one another without a gap: outputs between the last of a row and the first of the next are computed and not used.
+    """
+
+    def __init__(self, op: FusedConv, geometry: Geometry, weight: Kept, bias: np.ndarray) -> None:
+        self.op, self.bias = op, bias
+        (_, height, width), (kh, kw), (sh, sw) = geometry.outputs, geometry.kernel, geometry.stride
+        self.pointwise = (kh, kw, sh, sw) == (1, 1, 1, 1) and geometry.padding == (0, 0)
+        self.weight, self.geometry = weight, geometry
+        # Of a parity of the inputs, and of the outputs.
+        self.rows, self.row = height + (kh - 1) // sh, width + (kw - 1) // sw
+        self._made: dict[tuple[int, int], tuple[conv.Lists, np.ndarray, np.ndarray]] = {}
+
+    def _lists(self, row: int, channel: int) -> tuple[conv.Lists, np.ndarray, np.ndarray]:
+        """Lists, values and places of rows in y for inputs with so many float32 in a row and in a channel."""
+        if (row, channel) not in self._made:
+            (kh, kw), (sh, sw) = self.geometry.kernel, self.geometry.stride
+            taps = []
+            for i, j in np.ndindex(kh, kw):
+                parity = i % sh * sw + j % sw
+                taps.append([(0, 4 * (parity * self.rows * row + i // sh * row + j // sw))])
+            size = kh * kw * BYTES * tile_vectors() // (2 if kh * kw > 1 else 1)  # taps of a kernel share inputs
+            kept, (outputs, _, _, inputs_) = len(self.weight.places), self.weight.shape
+            block = conv.channels_in_block(kept, outputs, inputs_, size, 1.0)
+            lists = conv.build(self.weight.mask, False, taps, 1, 4 * channel, block)
+            values = self.weight.values if lists.index is None else self.weight.values[lists.index]
+            self._made[row, channel] = lists, values, np.arange(outputs) * (4 * self._length(row))
+        return self._made[row, channel]
+
+    def _length(self, row: int) -> int:
+        """float32 of a channel of outputs: whole vectors."""
+        return -(-self.geometry.outputs[1] * row // LANES) * LANES
+
+    def run(self, call: _Call) -> Tensor:
+        op, x = self.op, call.torch(self.op.x)
+        images, (outputs, height, width) = len(x), self.geometry.outputs
+        if not (self.pointwise and x.stride(3) == 1 and x.stride(2) >= width and self._covers(x)):
+            x = self._split(x)
+        row, channel = x.stride(2), x.stride(1)
+        lists, values, row_at = self._lists(row, channel)
+        length = self._length(row)
+        y = torch.empty(images, outputs, length)
+        result = y[:, :, : height * row].unflatten(2, (height, row))[..., :width]
+        added = None if op.residual is None else call.torch(op.residual)
+        if added is not None and (added.stride() != result.stride() or not self._covers(added)):
+            added = torch.empty_like(y)[:, :, : height * row].unflatten(2, (height, row))[..., :width].copy_(added)
+        vectors = length // LANES
+        size = 1 << (min(tile_vectors(), vectors).bit_length() - 1)
+        # The last tile overlaps the one before it, so that there is one size.
+        firsts = [min(first, vectors - size) * BYTES for first in range(0, vectors, size)]
+        of_image = np.arange(images)[:, None]
+        x_at, y_at = ((of_image * (4 * t.stride(0)) + firsts).ravel() for t in (x, y))
+        shape = tile(1, 1, size)
+        call.threads.ranges(
+            lists.split(call.threads.number),
+            lambda _, *part: spmm(
+                shape, shape, address(x), address(y), 0, 0, 0, 0, x_at, y_at, row_at, *part, lists.start,
+                address(lists.offsets), address(values), False, self.bias, 0 if added is None else address(added),
+                op.relu,
+            ),
+        )  # fmt: skip
+        return result
+
+    def _covers(self, x: Tensor) -> bool:
+        """Whether whole vectors of a map can be read, as of results of this class."""
+        length = self._length(x.stride(2))
+        end = x.storage_offset() + (len(x) - 1) * x.stride(0) + (x.shape[1] - 1) * x.stride(1) + length
+        return x.stride(3) == 1 and x.stride(1) >= length and bool(end <= x.untyped_storage().nbytes() // 4)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """The padded inputs, the rows of each parity after another, [B, C, parities * rows, row]; memory follows."""
+        (sh, sw), (top, left) = self.geometry.stride, self.geometry.padding
+        images, channels, height, width = x.shape
+        size = sh * sw * self.rows * self.row
+        # Whole vectors are read, from the last tap too.
+        room = torch.zeros(images * channels * size + self._length(self.row) + size)
+        parts = room[: images * channels * size].view(images, channels, sh, sw, self.rows, self.row)
+        around = left, sw * self.row - width - left, top, sh * self.rows - height - top
+        padded = F.pad(x, around).reshape(images, channels, self.rows, sh, self.row, sw)
+        parts.copy_(padded.permute(0, 1, 3, 5, 2, 4))
+        return parts.flatten(2, 4)
 
 
 class _Unrolled:

@@ -20,6 +20,9 @@ class Compute(Protocol):
 
     name: str
 
+    def takes(self, images: Tensor) -> bool:
+        """Whether it computes for images of this size."""
+
     def logits(self, images: Tensor, train: bool) -> Tensor:
         """The network's output for images float32 [B, 3, H, W], channels-last."""
 
@@ -54,6 +57,9 @@ class Dense:
         self.name = "dense" if lower else "plain"
         self._network, self._flat, self._optimizer, self._scaler = network, flat, optimizer, scaler
         self._half, self._lower = half, lower
+
+    def takes(self, images: Tensor) -> bool:
+        return True
 
     def logits(self, images: Tensor, train: bool) -> Tensor:
         with lowered() if self._lower else nullcontext(), self._autocast():

@@ -31,6 +31,14 @@ def all_reduce_sum(buffer: Tensor) -> None:
         dist.all_reduce(buffer)
 
 
+def of_rank_0(*numbers: float) -> list[float]:
+    """The numbers that rank 0 has."""
+    found = torch.tensor(numbers, dtype=torch.float64)
+    if world_size() > 1:
+        dist.broadcast(found, 0)
+    return found.tolist()
+
+
 def broadcast_statistics(model: nn.Module) -> None:
     """Copies the buffers of `model` (batch-norm statistics) from rank 0 to all ranks, in place."""
     # Each rank's statistics come from its own batches; to add up their validation sums, all must evaluate one network.

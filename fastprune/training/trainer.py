@@ -18,7 +18,7 @@ from fastprune.pruning.masks import Mask
 from fastprune.pruning.pruner import Pruner
 from fastprune.specs import COMPUTES, PRECISIONS, OptimizerSpec, ScheduleSpec
 from fastprune.training.compute import Compute, Dense
-from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics
+from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics, of_rank_0
 from fastprune.training.flat import FlatParams, FlatSGD
 from fastprune.training.step import EpochMetrics, EpochSums, GraphedStep, Step, check_labels
 
@@ -300,7 +300,10 @@ class Trainer:
 
     def _begin(self, images: Tensor, steps: float) -> Compute:
         """The way to compute this training, from its first batch and its length, ready to go on from the flat
-        parameters."""
+        parameters. The first image of another size decides anew."""
+        if self._compute is not None and not self._compute.takes(images):
+            self._compute.push()
+            self._compute = None
         if self._compute is None:
             self._compute, self.reason = self._decide(images, steps)
             self.computed = self._compute.name
@@ -318,7 +321,9 @@ class Trainer:
 
             if self._chooser is None:
                 self._chooser = Chooser(self.model, self.flat)
-            found = self._chooser.choose(images, steps, forced=asked == "sparse")
+            # All ranks must choose alike, though their last batches and numbers of steps may differ.
+            batch, steps = of_rank_0(len(images), steps)
+            found = self._chooser.choose(images, int(batch), steps, forced=asked == "sparse")
             if not isinstance(found, str):
                 return found, ""
             why = found
@@ -346,7 +351,7 @@ class Trainer:
             steps = len(train)
         rate, compute = None, None
         for step, (images, labels) in enumerate(train):
-            if compute is None:
+            if compute is None or not compute.takes(images):
                 compute = self._begin(images, schedule.epochs * len(train) if isinstance(train, Sized) else inf)
             # Written when it changes only: each write is a launch.
             if rate != (rate := schedule.lr_at(epoch, step / steps)):
@@ -367,7 +372,12 @@ class Trainer:
     def evaluate(self, val: Batches) -> tuple[float, float]:
         """(mean loss in nats, top-1 accuracy in [0, 1]) over `val` in eval mode, of all ranks together."""
         self.flat.sync()  # a caller may have written weights or masks since
-        return self._evaluate(val)
+        # Within a training the flat parameters are newer than what a sparse one computes with.
+        during, self._compute = self._compute, None
+        try:
+            return self._evaluate(val)
+        finally:
+            self._compute = during
 
     @torch.no_grad()
     def _evaluate(self, val: Batches) -> tuple[float, float]:
@@ -414,7 +424,10 @@ class Trainer:
         self._sums.add(loss, logits, labels)
 
     def _eval_step(self, images: Tensor, labels: Tensor) -> None:
-        logits = self._checked(self._now().logits(images, False), labels)
+        compute = self._now()
+        if not compute.takes(images):  # weights are in the flat parameters: an epoch has ended
+            compute = self._dense["dense"]
+        logits = self._checked(compute.logits(images, False), labels)
         with self._autocast():
             # Without label smoothing: validation losses are comparable among runs that smooth differently.
             loss = self._mean_loss(logits, labels, 0.0)

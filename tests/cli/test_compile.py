@@ -6,7 +6,7 @@ import torch
 from fastprune import sparse
 from fastprune.cli.compile import main
 from fastprune.files import read_tensors
-from fastprune.store.listing import node_folders, read_node
+from fastprune.store.listing import Found, node_folders, read_node
 from fastprune.study.deploy import network
 
 
@@ -15,9 +15,15 @@ def store(small_figure):
     return small_figure / "store"
 
 
+def kind(folder) -> str:
+    node = read_node(folder)
+    assert isinstance(node, Found)
+    return node.kind
+
+
 def trainings(store, stored: bool) -> list[str]:
     """Keys of trainings with, or without, stored weights."""
-    found = [folder for folder in node_folders(store) if read_node(folder).kind == "train"]
+    found = [folder for folder in node_folders(store) if kind(folder) == "train"]
     return sorted(f.name for f in found if bool(list(f.glob("state-*.safetensors"))) == stored)
 
 
@@ -60,7 +66,7 @@ def test_onnx_runtime_computes_the_same(store, tmp_path):
 
 def test_what_cannot_be_written_is_one_line(store, tmp_path, capsys):
     key, bare = trainings(store, True)[0], trainings(store, False)[0]
-    prune = next(f.name for f in node_folders(store) if read_node(f).kind == "prune")
+    prune = next(f.name for f in node_folders(store) if kind(f) == "prune")
     out = str(tmp_path / "net.pth")
     for arguments, reason in (
         ([bare, "--out", out], "has stored no weights"),

@@ -149,6 +149,42 @@ def test_own_cnn(density):
     check(model, compile(model, images(1, 17)), images(19, 17))
 
 
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize(("kernel", "padding"), [(7, 3), (5, 2), (6, 0), (8, 3)])
+def test_winograd_stem(kernel, padding, pooled):
+    """The first layer's own kernel, with and without the pooling that follows."""
+    torch.manual_seed(1)
+    size = 2 * 15 + kernel - 2 * padding  # for 16 x 16 outputs
+    first = [nn.Conv2d(3, 12, kernel, 2, padding), nn.ReLU()] + [nn.MaxPool2d(3, 2, 1)] * pooled
+    model = pruned(nn.Sequential(*first, nn.Conv2d(12, 8, 1), nn.Conv2d(8, 8, 1)), 0.3)
+    compiled = compile(model, images(1, size))
+    check(model, compiled, images(19, size))
+    assert [step.what for step in compiled._steps] == ["convert", "FusedConv", "FusedConv", "FusedConv", "convert"]
+
+
+def test_a_result_takes_the_memory_of_what_is_added():
+    """Where nothing else reads it: not in the first block, whose input is read again."""
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 1)
+            self.convs = nn.ModuleList(nn.Conv2d(8, 8, k, padding=k // 2) for k in (1, 3, 1, 3, 1))
+            self.last = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b, c, d, e = self.convs
+            x = self.first(x)
+            y = F.relu(x + b(a(x)))
+            y = c(y) + y
+            z = F.relu(d(y) + e(y))
+            return self.last(z + x)
+
+    torch.manual_seed(1)
+    model = pruned(Blocks(), 0.4)
+    check(model, compile(model, images(1, 16)), images(33, 16))
+
+
 def test_mobilenet_runs_groups_in_torch():
     torch.manual_seed(1)
     model = pruned(torchvision.models.mobilenet_v2(num_classes=7, width_mult=0.25), 0.3)

@@ -149,6 +149,7 @@ def test_a_value_that_is_not_finite_reaches_what_depends_on_it_and_nothing_else(
         assert torch.equal(~our.isfinite(), count > 0 if i in dependent else torch.zeros_like(our, dtype=torch.bool))
 
 
+CONTIGUOUS = nn.Conv2d(64, 64, 3, padding=1)
 PASSED_ON = {
     "a large map": lambda: conv_3x3(size=4),
     "too little work": lambda: conv_3x3(batch=4),
@@ -158,6 +159,8 @@ PASSED_ON = {
     "float64": lambda: tuple(t.double() for t in conv_3x3(bias=False)),
     "bfloat16": lambda: tuple(t.bfloat16() for t in conv_3x3(bias=False)),
     "contiguous": lambda: tuple(t.to(memory_format=torch.contiguous_format) for t in conv_3x3()),
+    "contiguous, on one image": lambda: (CONTIGUOUS, channels_last(random(1, 64, 2, 2)).expand(64, 64, 2, 2)),
+    "contiguous, on one channel": lambda: (CONTIGUOUS, random(64, 1, 2, 2).expand(64, 64, 2, 2)),
     "1x1, which has the strides of both formats": lambda: (nn.Conv2d(512, 512, 1), random(64, 512, 1, 1)),
     "one image": lambda: (conv_3x3(channels=512)[0], conv_3x3(channels=512)[1][0]),
     "no image": lambda: conv_3x3(batch=0),
