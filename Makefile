@@ -32,8 +32,11 @@ reproduce: setup
 # One thread a process: two workers on two cores are faster than two threads, and results are equal at equal counts.
 test test-all bench: export OMP_NUM_THREADS = 1
 test test-all bench: export OMP_WAIT_POLICY = passive
-# The second time the kernels' Triton code itself runs, interpreted: a process cannot do both.
+# Compiled once for all processes of a run, and anew in the next: numba's cache does not see changes in what a function
+# calls. The second time the kernels' Triton code itself runs, interpreted: a process cannot do both.
+test test-all: export NUMBA_CACHE_DIR = $(CURDIR)/.venv/numba
 test: setup
+	rm -rf .venv/numba
 	$(python) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 	TRITON_INTERPRET=1 $(python) -m pytest -n 2 -m "not slow" tests/kernels
 

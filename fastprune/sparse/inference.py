@@ -63,8 +63,9 @@ _POINTWISE, _ENTRIES = 384, 10
 """Vectors of input that a tile of a pointwise conv reads in a block of channels, for a first-level cache, and entries
 that a row has there at least."""
 
-FEW = 8
-"""Batches of at most so many images have sixteen output pixels in a vector, and not sixteen images."""
+_FLAT = 0.6
+"""What a vector of sixteen images costs, by the model of `_Planner.few_images`, in one of sixteen output pixels: copies
+and layers in torch cost the rest."""
 
 STEM_CHANNELS = 4
 """Input channels of such a layer at most: their transforms must fit a second-level cache."""
@@ -115,7 +116,10 @@ class CompiledModel:
         self._lock = threading.Lock()
         self._threads = Threads(1)
         self._call = _Call(Threads(1))
-        self._steps = _Planner(program, weights).steps()
+        planner = _Planner(program, weights)
+        self._steps = planner.steps()
+        # Batches of so few images have sixteen output pixels in a vector, and not sixteen images.
+        self._few_images = planner.few_images()
         self._few = _Planner(program, weights, few=True).steps()
         self._by_block = next((i for i, step in enumerate(self._steps) if not step.by_block), len(self._steps))
         last = next((op for op in program.ops if op.y == program.output), None)
@@ -139,7 +143,7 @@ class CompiledModel:
                 call.threads.close()
                 call.threads = Threads(torch.get_num_threads())
             call.begin(images, self.program.input, self._kept)
-            if len(images) <= FEW:
+            if len(images) <= self._few_images:
                 call.whole()
                 for step in self._few:
                     step.run(call)
@@ -304,7 +308,7 @@ class _Planner:
     """Places the operations of a program, and makes their steps."""
 
     def __init__(self, program: Program, weights: Weights, few: bool = False) -> None:
-        """few: for batches of at most FEW images."""
+        """few: for batches of few images."""
         self.program, self.weights, self.few = program, weights, few
         self.readers: dict[Value, list[Op]] = defaultdict(list)
         for op in program.ops:
@@ -462,6 +466,24 @@ class _Planner:
         weight, plane = self.weights[op.weight], self.planes[op.y]
         assert isinstance(weight, Kept)
         return _Link(op, self._geometry(op), self.planes[op.x], plane, weight, self._bias(op.bias, plane.channels, 1))
+
+    def few_images(self) -> int:
+        """Batches of at most so many images are cheaper with output pixels in a vector. By shapes and kept weights."""
+        flat = lanes = 0
+        for op in self.program.ops:
+            weight = self.weights[op.weight] if isinstance(op, FusedConv) and self._is_sparse(op) else None
+            if isinstance(op, FusedConv) and isinstance(weight, Kept):
+                geometry, kept = self._geometry(op), len(weight.places)
+                _, height, width = geometry.outputs
+                vectors = ceil(height * (width + (op.kernel[1] - 1) // op.stride[1]) / LANES)
+                size = 1 << (min(tile_vectors(), vectors).bit_length() - 1)
+                # As in conv.tiling, an entry costs a tile about three instructions beside its vectors. On an unrolled
+                # map about half of the pairs of positions have a tap.
+                flat += kept * ceil(vectors / size) * (size + 3)
+                cover = tiling(height, width, tile_vectors())
+                tiles = sum(len(at) * (r * c + 3) for r, c, at in cover.pieces)
+                lanes += kept * (2 * height * width if geometry.unrolled else tiles)
+        return int(_FLAT * lanes / flat) if flat else 0
 
     def _fills(self, op: Op) -> bool:
         """Whether sixteen images of the result fill a tile."""

@@ -57,13 +57,20 @@ class Dense:
         self.name = "dense" if lower else "plain"
         self._network, self._flat, self._optimizer, self._scaler = network, flat, optimizer, scaler
         self._half, self._lower = half, lower
+        self._without: set[torch.Size] = set()  # shapes of images for which no conv was lowered
 
     def takes(self, images: Tensor) -> bool:
         return True
 
     def logits(self, images: Tensor, train: bool) -> Tensor:
-        with lowered() if self._lower else nullcontext(), self._autocast():
-            return self._network(images)
+        if not self._lower or images.shape in self._without:
+            with self._autocast():
+                return self._network(images)
+        with lowered() as lowering:
+            found = self._network(images)
+        if not lowering.convs:
+            self._without.add(images.shape)
+        return found
 
     def backward(self, loss: Tensor) -> None:
         self._flat.backward(self._scaler.scale(loss))

@@ -31,14 +31,14 @@ Run = tuple[int, int, int, int]
 """Taps that lie side by side: (output position, position of the first input, first tap, number of taps)."""
 
 
-def lowered() -> AbstractContextManager[None]:
+def lowered() -> AbstractContextManager["Lowering"]:
     """Within it, in this thread, F.conv2d (and so nn.Conv2d) computes the convs that `pays` names as GEMMs.
 
     They are convs of float32 on a CPU that torch would compute channels-last. All other calls pass unchanged, and so do
     convs under autocast, torch.compile and the transforms of torch.func. Results and gradients have torch's strides and
     differ from torch's by rounding; torch.set_float32_matmul_precision holds. A second derivative is a RuntimeError.
     """
-    return _Lowering()
+    return Lowering()
 
 
 def pays(
@@ -51,35 +51,46 @@ def pays(
     return _plan(tuple(x_shape), tuple(weight_shape), _key(stride), _key(padding), _key(dilation), groups) is not None
 
 
-class _Lowering(TorchFunctionMode):
+class Lowering(TorchFunctionMode):
+    """What `lowered` enters. convs: how many it has computed as GEMMs.
+
+    Torch calls it for each function within: 40 us for a conv with batch norm and ReLU, on a CPU with cold caches. A
+    small network that has no conv to lower is faster without it, which its first batch tells.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = 0
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # `types` are those of tensors with a __torch_function__ of their own, which gets the call then.
         if func is torch.conv2d and not types and not torch.compiler.is_compiling():
-            func = _conv2d
+            func = self._conv2d
         return func(*args, **(kwargs or {}))
 
-
-def _conv2d(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Ints = 1,
-    padding: Ints | str = 0,
-    dilation: Ints = 1,
-    groups: int = 1,
-) -> Tensor:
-    """F.conv2d, by GEMMs where they pay."""
-    plan = _plan(input.shape, weight.shape, _key(stride), _key(padding), _key(dilation), groups)
-    if (
-        plan is None
-        or any(t.dtype != torch.float32 or t.device.type != "cpu" or t.layout != torch.strided for t in (input, weight))
-        or (bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.shape[:1]))
-        or not (_is_channels_last(input) or _is_channels_last(weight))
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-    ):
+    def _conv2d(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Ints = 1,
+        padding: Ints | str = 0,
+        dilation: Ints = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """F.conv2d, by GEMMs where they pay."""
+        plan = _plan(input.shape, weight.shape, _key(stride), _key(padding), _key(dilation), groups)
+        if (
+            plan is not None
+            and all(_is_float32_of_cpu(t) for t in (input, weight, bias) if t is not None)
+            and (bias is None or bias.shape == weight.shape[:1])
+            and (_is_channels_last(input) or _is_channels_last(weight))
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
+        ):
+            self.convs += 1
+            return _Gemms.apply(input, weight, bias, plan)
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    return _Gemms.apply(input, weight, bias, plan)
 
 
 class _Plan(NamedTuple):
@@ -199,6 +210,10 @@ def _pair(value: Key) -> Pair:
     """(height, width) of one number or two, as F.conv2d takes them; (-1, -1), which no conv takes, of more."""
     numbers = value if isinstance(value, tuple) else (value,)
     return (numbers[0], numbers[-1]) if len(numbers) in (1, 2) else (-1, -1)
+
+
+def _is_float32_of_cpu(t: Tensor) -> bool:
+    return t.dtype == torch.float32 and t.device.type == "cpu" and t.layout == torch.strided
 
 
 def _is_channels_last(t: Tensor) -> bool:

@@ -170,10 +170,12 @@ def test_python_m_lists_the_commands(name):
     assert (bare.returncode, bare.stdout) == (BAD_INPUT, "")
     assert (asked.returncode, asked.stderr) == (DONE, "")
     assert bare.stderr == asked.stdout
-    assert all(f"  {command} " in asked.stdout for command in ("reproduce", "train", "prepare_data", "store"))
+    assert all(
+        f"  {command} " in asked.stdout for command in ("reproduce", "train", "prepare_data", "compile", "store")
+    )
     wrong = python_m(name, "nothing", "--help")
     assert (wrong.returncode, wrong.stdout) == (BAD_INPUT, "")
-    expected = "fastprune: unknown command 'nothing': choose one of reproduce, train, prepare_data, store\n"
+    expected = "fastprune: unknown command 'nothing': choose one of reproduce, train, prepare_data, compile, store\n"
     assert wrong.stderr == expected
 
 

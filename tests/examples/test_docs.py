@@ -1,9 +1,11 @@
-"""The snippets of docs/pruning.md run as they stand, one after the other."""
+"""The snippets of README and docs run as they stand, those of a page one after the other."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,3 +41,18 @@ def test_the_readmes_snippet_runs(tmp_path, monkeypatch):
 def test_other_snippets_are_python(page):
     for snippet in snippets(page):
         compile(snippet, page, "exec")
+
+
+@pytest.mark.slow
+def test_the_page_on_sparse_computing_holds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = snippets("docs/sparse.md")
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "docs/sparse.md", "exec"), names)
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = names["model"](images)
+    for made in ("fast", "again"):
+        assert (names[made](images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    dense = sum(t.numel() * 4 for t in names["model"].state_dict().values())
+    assert (tmp_path / "net.fastprune").stat().st_size < 0.08 * dense

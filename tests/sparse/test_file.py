@@ -108,12 +108,12 @@ def dense_bytes(model: nn.Module) -> int:
     return sum(4 * p.numel() for p in model.parameters())
 
 
-def check_sizes(model: nn.Module, size: int, folder: Path) -> None:
+def check_sizes(model: nn.Module, size: int, folder: Path, limit: float = 0.08) -> None:
     made = compile(model, torch.zeros(1, 3, size, size))
     made.save(folder / "full")
     made.save(folder / "half", dtype=torch.float16)
     full, half = ((folder / name).stat().st_size for name in ("full", "half"))
-    assert full <= 0.08 * dense_bytes(model)
+    assert full <= limit * dense_bytes(model)
     # Of a kept weight, 4 bytes of 5 become 2.
     assert half <= 0.65 * full
 
@@ -130,7 +130,8 @@ def test_size_of_whole_networks(tmp_path, name):
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module is not model.conv1:
             module.weight.data *= torch.rand(module.weight.shape) < 0.05
-    check_sizes(model, 64, tmp_path)
+    # The last layer of ResNet-50, which is dense here, has 1.7 % of the weights.
+    check_sizes(model, 64, tmp_path, 0.08 if name == "resnet18" else 0.085)
 
 
 def test_a_large_weight_in_float16(tmp_path):

@@ -98,9 +98,20 @@ def compiled_resnet() -> tuple[nn.Module, fastprune.sparse.CompiledModel]:
     return model, compile(model, images(2))
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("batch", [1, 17, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 16, 40))])
 def test_resnet18(batch):
     check(*compiled_resnet(), images(batch))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_few_images_may_be_any_number(size):
+    """Pixels instead of images in a vector: the same results at all batches, whatever the rule says."""
+    model = pruned(resnet(), 0.2)
+    compiled = compile(model, images(2, size))
+    for few in (0, 20):
+        compiled._few_images = few
+        check(model, compiled, images(1, size))
+        check(model, compiled, images(17, size))
 
 
 def test_a_batch_after_a_larger_one():
@@ -109,9 +120,13 @@ def test_a_batch_after_a_larger_one():
         check(model, compiled, images(batch))
 
 
+@pytest.mark.slow
 def test_resnet50():
     model = pruned(resnet("resnet50"), 0.1)
-    check(model, compile(model, images(2)), images(18))
+    compiled = compile(model, images(2))
+    check(model, compiled, images(18))
+    compiled._few_images = 5
+    check(model, compiled, images(5))
 
 
 @pytest.mark.slow
@@ -125,7 +140,7 @@ def test_other_sizes(name, stem, size):
         check(model, compiled, images(batch, size))
 
 
-@pytest.mark.parametrize("density", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("density", [0.01, 0.5, *(pytest.param(d, marks=pytest.mark.slow) for d in (0.0, 1.0))])
 def test_densities(density):
     model = pruned(resnet(), density)
     check(model, compile(model, images(1)), images(17))
@@ -150,7 +165,9 @@ def test_own_cnn(density):
 
 
 @pytest.mark.parametrize("pooled", [True, False])
-@pytest.mark.parametrize(("kernel", "padding"), [(7, 3), (5, 2), (6, 0), (8, 3)])
+@pytest.mark.parametrize(
+    ("kernel", "padding"), [(7, 3), *(pytest.param(*p, marks=pytest.mark.slow) for p in ((5, 2), (6, 0), (8, 3)))]
+)
 def test_winograd_stem(kernel, padding, pooled):
     """The first layer's own kernel, with and without the pooling that follows."""
     torch.manual_seed(1)
