@@ -181,6 +181,7 @@ def test_what_fails_to_train_costs_no_other_row():
     assert errors == {"broken": "ValueError: no such thing"}
 
 
+@pytest.mark.slow
 def test_epochs_of_a_data_set_on_the_device():
     """What a GPU trains on, here at the size of a CPU: both read each batch of it once, the slower one at most 40."""
     size = training.Size(batch=16, side=32, images=400, width=8)

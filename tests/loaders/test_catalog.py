@@ -259,6 +259,7 @@ def theirs(ffcv, varied_master, tmp_path_factory):
     return out
 
 
+@pytest.mark.xdist_group("theirs")  # their files are written once
 def test_files_that_ffcv_wrote_are_found_by_file_or_folder(theirs, tmp_path):
     found = [find_or_prepare(path, tmp_path, any_size=True) for path in (theirs, *theirs.iterdir())]
     assert found == [found[0]] * 3
@@ -289,6 +290,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.xdist_group("theirs")  # their files are written once
 def test_pairs_of_files_that_are_none(name, theirs, tmp_path):
     folder = copy_of(theirs, tmp_path / "copy")
     spoil, expected = BAD[name]
@@ -299,6 +301,7 @@ def test_pairs_of_files_that_are_none(name, theirs, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.xdist_group("theirs")  # their files are written once
 def test_files_of_ffcv_need_ffcv(theirs, tmp_path, no_ffcv):
     with pytest.raises(InputError, match="not ffcv: ffcv is not installed; not torchvision: there are no image files"):
         choose_loader(*find_or_prepare(theirs, tmp_path, any_size=True))

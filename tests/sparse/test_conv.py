@@ -286,7 +286,7 @@ def test_small_maps(case, add, parts):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # each new tile compiles for seconds
-@hypothesis.settings(max_examples=250, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
 @hypothesis.given(
     case=cases(
         st.integers(1, 10), [1, 5, 16, 17, 33, 100], [(1, 1), (3, 3), (3, 1), (7, 7)], st.integers(0, 3),

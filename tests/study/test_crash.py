@@ -86,7 +86,7 @@ CRASHES = given(
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(QUIET, max_examples=12, derandomize=True)
+@settings(QUIET, max_examples=8, derandomize=True)
 @CRASHES
 def test_a_crash_at_any_operation_changes_nothing(kind, point, torn, beside):
     check_crash(kind, point, torn, beside)
@@ -94,7 +94,7 @@ def test_a_crash_at_any_operation_changes_nothing(kind, point, torn, beside):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(QUIET, max_examples=200)
+@settings(QUIET, max_examples=150)
 @CRASHES
 def test_many_crashes_change_nothing(kind, point, torn, beside):
     check_crash(kind, point, torn, beside)
@@ -117,6 +117,7 @@ def test_killed_from_outside_at_any_moment_it_ends_the_same(tmp_path, moment):
     check_complete(tmp_path, expected)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_the_same(tmp_path):
     """At a new place each time: it gets on, however short its lives are."""
     expected, _, steps = undisturbed("late", step=-1)
