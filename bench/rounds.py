@@ -153,7 +153,10 @@ class Ours:
     def __init__(self, work: Work, batches: Loaders) -> None:
         self.work = work
         self.train, self.val = batches()
-        self.trainer = Trainer(initial_model(Init(work.model, 0)), device=work.device, precision=work.precision)
+        # As torch computes, so that both loops prune the same weights; what the other ways cost, --masks shows.
+        self.trainer = Trainer(
+            initial_model(Init(work.model, 0)), device=work.device, precision=work.precision, compute="plain"
+        )
         self.trainer.save_rewind_point()
         self.node: Prune | None = None
 
