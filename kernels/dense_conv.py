@@ -22,7 +22,7 @@ from fastprune.kernels.lanes import (
     offset_at,
     pointer,
 )
-from fastprune.kernels.sparse_conv import _add_scaled, _addresses, _finish, _store_tile
+from fastprune.kernels.sparse_conv import add_scaled, addresses_of, finish, store_tile
 
 GROUP = 4
 """Rows of a group."""
@@ -35,7 +35,7 @@ def _rows(shape: Any) -> Any:
 
 
 @intrinsic
-def _zeros(context, shape):
+def zero_group(context, shape):
     content = _rows(shape)
 
     def code(_, b, sig, args):
@@ -46,12 +46,12 @@ def _zeros(context, shape):
 
 
 @intrinsic
-def _add_entry(context, shape, content, weights, base, block, row):
+def add_entry(context, shape, content, weights, base, block, row):
     """content + the tile at `base` times each of the GROUP float32 at `weights`."""
 
     def code(_, b, sig, args):
         _, content, weights, *place = args
-        tile = [b.load(p, align=4) for p in _addresses(b, shape, *place)]
+        tile = [b.load(p, align=4) for p in addresses_of(b, shape, *place)]
         new = []
         for g, values in enumerate(cgutils.unpack_tuple(b, content)):
             at = pointer(b, b.add(weights, ir.Constant(ir.IntType(64), 4 * g)), ir.FloatType())
@@ -67,8 +67,8 @@ def _add_entry(context, shape, content, weights, base, block, row):
 @compiled
 def _write(y_tile, content, y, place, y_block, y_row, bias, residual, positive):
     if residual:
-        content = _add_scaled(y_tile, content, np.float32(1), residual + place, y_block, y_row)
-    _store_tile(y_tile, _finish(y_tile, content, bias, positive), y + place, y_block, y_row)
+        content = add_scaled(y_tile, content, np.float32(1), residual + place, y_block, y_row)
+    store_tile(y_tile, finish(y_tile, content, bias, positive), y + place, y_block, y_row)
 
 
 @compiled
@@ -89,9 +89,9 @@ def dense_product(
             j, end = start[kind], start[kind + 1]
             weights = values + 4 * GROUP * (start[kind] * per_class + (o - kind * per_class) * (end - j))
             base = x + x_at[t]
-            content = _zeros(y_tile)
+            content = zero_group(y_tile)
             while j < end:
-                content = _add_entry(x_tile, content, weights, base + offset_at(offsets + 4 * j), x_block, x_row)
+                content = add_entry(x_tile, content, weights, base + offset_at(offsets + 4 * j), x_block, x_row)
                 weights += 4 * GROUP
                 j += 1
             # Indices that the compiler knows: others would put the tuple into memory.

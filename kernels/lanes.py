@@ -54,12 +54,11 @@ def pointer(b: Any, address: Any, kind: Any) -> Any:
     return b.inttoptr(address, kind.as_pointer())
 
 
-def broadcast(b: Any, number: Any) -> Any:
-    """LLVM code: a vector of sixteen times `number`."""
-    one = b.insert_element(ir.Constant(VECTOR, ir.Undefined), number, ir.Constant(_I32, 0))
-    return b.shuffle_vector(
-        one, ir.Constant(VECTOR, ir.Undefined), ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-    )
+def broadcast(b: Any, number: Any, count: int = LANES) -> Any:
+    """LLVM code: a vector of `count` times `number`, of any type."""
+    nothing = ir.Constant(ir.VectorType(number.type, count), ir.Undefined)
+    one = b.insert_element(nothing, number, ir.Constant(_I32, 0))
+    return b.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(_I32, count), [0] * count))
 
 
 def multiply_add(b: Any, x: Any, y: Any, z: Any) -> Any:
@@ -232,12 +231,8 @@ def first_lanes(context, count):
     """1 in the first `count` lanes, 0 in the others. count: int64 in [0, 16]."""
 
     def code(_, b, sig, args):
-        wide = ir.VectorType(_I64, LANES)
-        limit = b.insert_element(ir.Constant(wide, ir.Undefined), args[0], ir.Constant(_I32, 0))
-        limit = b.shuffle_vector(
-            limit, ir.Constant(wide, ir.Undefined), ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)
-        )
-        inside = b.icmp_signed("<", ir.Constant(wide, list(range(LANES))), limit)
+        each = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
+        inside = b.icmp_signed("<", each, broadcast(b, args[0]))
         return b.select(inside, ir.Constant(VECTOR, [1.0] * LANES), ir.Constant(VECTOR, [0.0] * LANES))
 
     return lanes(types.int64), code

@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from fastprune.kernels.dispatch import compiled
 from fastprune.kernels.lanes import number_at, offset_at, pointer
-from fastprune.kernels.sparse_conv import _add_scaled, _finish, _load_tile, _store_tile, _zeros
+from fastprune.kernels.sparse_conv import add_scaled, finish, load_tile, store_tile, zero_tile
 
 COLUMNS = 15
 """Of the table that `chain` takes."""
@@ -42,19 +42,19 @@ def _rows(
                 continue
             at = place + o * channel
             if k > 0:
-                content = _load_tile(y_tile, at, y_block, y_row)
+                content = load_tile(y_tile, at, y_block, y_row)
             elif residual:
-                content = _load_tile(y_tile, residual + o * channel, y_block, y_row)
+                content = load_tile(y_tile, residual + o * channel, y_block, y_row)
             else:
-                content = _zeros(y_tile)
+                content = zero_tile(y_tile)
             while j < end:
-                content = _add_scaled(
+                content = add_scaled(
                     x_tile, content, number_at(values + 4 * j), base + offset_at(offsets + 4 * j), x_block, x_row
                 )
                 j += 1
             if ends:
-                content = _finish(y_tile, content, number_at(bias + 4 * o), positive)
-            _store_tile(y_tile, content, at, y_block, y_row)
+                content = finish(y_tile, content, number_at(bias + 4 * o), positive)
+            store_tile(y_tile, content, at, y_block, y_row)
 
 
 @compiled

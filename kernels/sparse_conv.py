@@ -42,7 +42,7 @@ def tile(blocks: int, rows: int, columns: int, step: int = 1) -> Tile:
     return (0,) * blocks, (0,) * rows, (0,) * columns, (0,) * step
 
 
-def _addresses(b: Any, shape: Any, base: Any, block: Any, row: Any) -> Any:
+def addresses_of(b: Any, shape: Any, base: Any, block: Any, row: Any) -> Any:
     """LLVM code: pointers to the vectors of a tile, block by block, row by row."""
     blocks, rows, columns, step = (part.count for part in shape.types)
     for i in range(blocks):
@@ -64,7 +64,8 @@ def _vectors(shape: Any) -> Any:
 
 
 @intrinsic
-def _zeros(context, shape):
+def zero_tile(context, shape):
+    """A tile of zeros."""
     content = _vectors(shape)
 
     def code(_, b, sig, args):
@@ -74,17 +75,21 @@ def _zeros(context, shape):
 
 
 @intrinsic
-def _load_tile(context, shape, base, block, row):
+def load_tile(context, shape, base, block, row):
+    """The tile at `base`. block, row: bytes between its blocks of images and its rows."""
+
     def code(_, b, sig, args):
-        return cgutils.pack_array(b, [b.load(p, align=4) for p in _addresses(b, shape, *args[1:])])
+        return cgutils.pack_array(b, [b.load(p, align=4) for p in addresses_of(b, shape, *args[1:])])
 
     return _vectors(shape)(shape, types.int64, types.int64, types.int64), code
 
 
 @intrinsic
-def _store_tile(context, shape, content, base, block, row):
+def store_tile(context, shape, content, base, block, row):
+    """Writes a tile to `base`."""
+
     def code(target, b, sig, args):
-        for value, p in zip(cgutils.unpack_tuple(b, args[1]), _addresses(b, shape, *args[2:]), strict=True):
+        for value, p in zip(cgutils.unpack_tuple(b, args[1]), addresses_of(b, shape, *args[2:]), strict=True):
             b.store(value, p, align=4)
         return target.get_dummy_value()
 
@@ -92,19 +97,19 @@ def _store_tile(context, shape, content, base, block, row):
 
 
 @intrinsic
-def _add_scaled(context, shape, content, factor, base, block, row):
+def add_scaled(context, shape, content, factor, base, block, row):
     """content + factor * the tile at `base`."""
 
     def code(_, b, sig, args):
         factor = broadcast(b, args[2])
-        tiles = zip(cgutils.unpack_tuple(b, args[1]), _addresses(b, shape, *args[3:]), strict=True)
+        tiles = zip(cgutils.unpack_tuple(b, args[1]), addresses_of(b, shape, *args[3:]), strict=True)
         return cgutils.pack_array(b, [multiply_add(b, factor, b.load(p, align=4), value) for value, p in tiles])
 
     return content(shape, content, types.float32, types.int64, types.int64, types.int64), code
 
 
 @intrinsic
-def _finish(context, shape, content, bias, positive):
+def finish(context, shape, content, bias, positive):
     """relu(content + bias) if `positive`, else content + bias. NaN stays NaN."""
 
     def code(_, b, sig, args):
@@ -112,20 +117,11 @@ def _finish(context, shape, content, bias, positive):
         values = []
         for value in cgutils.unpack_tuple(b, args[1]):
             value = b.fadd(value, bias)
-            negative = b.and_(broadcast_bit(b, args[3]), b.fcmp_ordered("<", value, zero))
+            negative = b.and_(broadcast(b, args[3]), b.fcmp_ordered("<", value, zero))
             values.append(b.select(negative, zero, value))
         return cgutils.pack_array(b, values)
 
     return content(shape, content, types.float32, types.boolean), code
-
-
-def broadcast_bit(b: Any, bit: Any) -> Any:
-    """LLVM code: sixteen times a bit."""
-    kind = ir.VectorType(ir.IntType(1), LANES)
-    one = b.insert_element(ir.Constant(kind, ir.Undefined), bit, ir.Constant(ir.IntType(32), 0))
-    return b.shuffle_vector(
-        one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-    )
 
 
 @intrinsic
@@ -143,18 +139,14 @@ def _add_four_dots(context, shape, content, base, block, row, offsets, into, cou
             at = b.add(offsets, ir.Constant(ir.IntType(64), 4 * k))
             offset = b.sext(b.load(pointer(b, at, ir.IntType(32)), align=4), ir.IntType(64))
             sums.append((b.add(base, offset), [None] * chains))
-        places = [list(_addresses(b, shape, start, block, row)) for start, _ in sums]
+        places = [list(addresses_of(b, shape, start, block, row)) for start, _ in sums]
         for i, value in enumerate(values):
             for (_, parts), place in zip(sums, places, strict=True):
                 other, j = b.load(place[i], align=4), i % chains
                 parts[j] = b.fmul(value, other) if parts[j] is None else multiply_add(b, value, other, parts[j])
         dots = [b.fadd(*parts) if parts[1] is not None else parts[0] for _, parts in sums]
         four, wide, bits = (ir.VectorType(kind, 4) for kind in (ir.FloatType(), ir.IntType(64), ir.IntType(1)))
-        limit = b.insert_element(ir.Constant(wide, ir.Undefined), count, ir.Constant(ir.IntType(32), 0))
-        limit = b.shuffle_vector(
-            limit, ir.Constant(wide, ir.Undefined), ir.Constant(ir.VectorType(ir.IntType(32), 4), [0] * 4)
-        )
-        inside = b.icmp_signed("<", ir.Constant(wide, [0, 1, 2, 3]), limit)
+        inside = b.icmp_signed("<", ir.Constant(wide, [0, 1, 2, 3]), broadcast(b, count, 4))
         place = pointer(b, into, four)
         new = b.fadd(b.load(place, align=4), sum_of_four(b, dots))
         # Results beyond the row's end belong to the next row, which another thread may be writing.
@@ -193,19 +185,19 @@ def spmm(
                 if j == end and not ends and (k > 0 or add):
                     continue
                 place = y + y_at[t] + row_at[o]
-                content = _zeros(y_tile) if k == 0 and not add else _load_tile(y_tile, place, y_block, y_row)
+                content = zero_tile(y_tile) if k == 0 and not add else load_tile(y_tile, place, y_block, y_row)
                 while j < end:
-                    content = _add_scaled(
+                    content = add_scaled(
                         x_tile, content, number_at(values + 4 * j), base + offset_at(offsets + 4 * j), x_block, x_row
                     )
                     j += 1
                 if bias is not None and ends:
                     if residual:
-                        content = _add_scaled(
+                        content = add_scaled(
                             y_tile, content, np.float32(1), residual + y_at[t] + row_at[o], y_block, y_row
                         )
-                    content = _finish(y_tile, content, bias[o], positive)
-                _store_tile(y_tile, content, place, y_block, y_row)
+                    content = finish(y_tile, content, bias[o], positive)
+                store_tile(y_tile, content, place, y_block, y_row)
 
 
 @compiled
@@ -224,7 +216,7 @@ def sddmm(
                 j, end = start[k, o], start[k, o + 1]
                 if j == end:
                     continue
-                content = _load_tile(g_tile, g + g_at[t] + row_at[o], g_block, g_row)
+                content = load_tile(g_tile, g + g_at[t] + row_at[o], g_block, g_row)
                 while j < end:
                     _add_four_dots(
                         x_tile, content, base, x_block, x_row, offsets + 4 * j, gradients + 4 * j, min(end - j, 4)

@@ -15,10 +15,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.polynomial import polynomial
 
-from fastprune.kernels.dense_conv import GROUP, _add_entry, _zeros
+from fastprune.kernels.dense_conv import GROUP, add_entry, zero_group
 from fastprune.kernels.dispatch import compiled
-from fastprune.kernels.lanes import BYTES, LANES, VECTOR, lanes, load, multiply_add, splat, store
-from fastprune.kernels.sparse_conv import _store_tile, tile
+from fastprune.kernels.lanes import BYTES, LANES, VECTOR, lanes, load, multiply_add, splat, store, where_positive
+from fastprune.kernels.sparse_conv import store_tile, tile
 
 OUTPUTS, TAPS = 4, 4
 POINTS = OUTPUTS + TAPS - 1
@@ -83,17 +83,6 @@ _halves, _join, _shared = _combination(_HALVES), _combination(_JOIN), _combinati
 
 
 @intrinsic
-def _positive(context, value):
-    """`value` where it is positive or NaN, else +0."""
-
-    def code(_, b, sig, args):
-        zero = ir.Constant(VECTOR, [0.0] * LANES)
-        return b.select(b.fcmp_unordered(">", args[0], zero), args[0], zero)
-
-    return lanes(lanes), code
-
-
-@intrinsic
 def _most(context, one, other):
     """The maximum of values that are +0, positive or NaN: NaN if one is."""
 
@@ -152,17 +141,17 @@ def _transform_inputs(x, x_channel, x_row, channels, tiles, scratch, v, v_entry)
 def _products(four, apart, weights, v, v_entry, entries, m):
     """Of four tiles and a group. m: [GROUP, 4 tiles, 49] vectors."""
     for point in range(POINTS * POINTS):
-        content = _zeros(four)
+        content = zero_group(four)
         for _ in range(entries):
-            content = _add_entry(four, content, weights, v, 0, 0)
+            content = add_entry(four, content, weights, v, 0, 0)
             weights += 4 * GROUP
             v += v_entry
         at = m + point * BYTES
         step = 4 * POINTS * POINTS * BYTES
-        _store_tile(apart, content[0], at, 0, 0)
-        _store_tile(apart, content[1], at + step, 0, 0)
-        _store_tile(apart, content[2], at + 2 * step, 0, 0)
-        _store_tile(apart, content[3], at + 3 * step, 0, 0)
+        store_tile(apart, content[0], at, 0, 0)
+        store_tile(apart, content[1], at + step, 0, 0)
+        store_tile(apart, content[2], at + 2 * step, 0, 0)
+        store_tile(apart, content[3], at + 3 * step, 0, 0)
 
 
 @compiled
@@ -175,7 +164,7 @@ def _outputs(m, scratch, bias, positive, out, out_row):
         values = _shared(_join(_column(scratch + i * POINTS * BYTES, BYTES)))
         for j in range(OUTPUTS):
             value = values[j] + add
-            store(_positive(value) if positive else value, out + i * out_row + j * BYTES)
+            store(where_positive(value, value) if positive else value, out + i * out_row + j * BYTES)
 
 
 @compiled

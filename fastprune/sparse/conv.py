@@ -9,10 +9,11 @@ Maps of at most 2 x 2 outputs are *unrolled*: each position counts as a channel 
 outside the map cost nothing (20 of 36 for a 3 x 3 kernel on 2 x 2 maps) and no border is needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from math import ceil
+from typing import Any
 
 import numpy as np
 from llvmlite import binding
@@ -20,6 +21,7 @@ from llvmlite import binding
 from fastprune.kernels.dispatch import compiled
 from fastprune.kernels.lanes import BYTES
 from fastprune.kernels.sparse_conv import Tile, sddmm, spmm, tile
+from fastprune.sparse.program import Conv, FusedConv, Linear
 
 UNROLLED = 4
 """Maps of at most so many outputs are unrolled."""
@@ -41,9 +43,8 @@ def tile_vectors() -> int:
 def _has_avx512() -> bool:
     from numba.core import config
 
-    features = getattr(
-        config, "CPU_FEATURES", None
-    )  # of the environment, for a smaller instruction set than the machine's
+    # Of the environment, for a smaller instruction set than the machine's.
+    features = getattr(config, "CPU_FEATURES", None)
     if features is not None:
         return "+avx512f" in features
     return bool(binding.get_host_cpu_features().get("avx512f", False))
@@ -80,6 +81,13 @@ class Plane:
         p = 2 * self.border
         return blocks, self.channels, self.height + p, self.width + p, 16
 
+    def rows_at(self, each_position: bool) -> np.ndarray:
+        """int64, byte offset of each channel from the origin, or of each position of each channel."""
+        places = np.zeros(1, np.int64)
+        if each_position:
+            places = np.add.outer(np.arange(self.height) * self.row, np.arange(self.width) * BYTES).ravel()
+        return np.add.outer(np.arange(self.channels) * self.channel, places).ravel()
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -104,6 +112,22 @@ class Geometry:
             (n + 2 * p - k) // s + 1 for n, p, k, s in zip(inputs[1:], padding, kernel, stride, strict=True)
         )
         return cls(inputs, (channels, height, width), kernel, stride, padding)
+
+    @classmethod
+    def of_op(cls, op: Conv | FusedConv | Linear) -> "Geometry":
+        """A linear layer is a convolution of one tap on maps of one position."""
+        inputs: Any = op.x.shape if len(op.x.shape) == 3 else (op.x.shape[0], 1, 1)
+        if isinstance(op, Linear):
+            return cls.of(inputs, op.y.shape[0], (1, 1), (1, 1), (0, 0))
+        return cls.of(inputs, op.y.shape[0], op.kernel, op.stride, op.padding)
+
+    def pairs(self) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
+        """(tap, position of the output, position of the input) of all taps inside the map, output by output."""
+        (_, height, width), (kh, kw) = self.outputs, self.kernel
+        for r, c, i, j in np.ndindex(height, width, kh, kw):
+            row, column = r * self.stride[0] + i - self.padding[0], c * self.stride[1] + j - self.padding[1]
+            if 0 <= row < self.inputs[1] and 0 <= column < self.inputs[2]:
+                yield i * kw + j, (r, c), (row, column)
 
     @property
     def unrolled(self) -> bool:
@@ -265,12 +289,43 @@ def _fill(keep, transposed, first, pairs, rows, plane, block, place, offsets, in
                     number += 1
 
 
+Piece = tuple[Tile, Tile, np.ndarray, np.ndarray]
+"""(tile of x, tile of y, byte offsets in x, byte offsets in y)."""
+
+
+def pieces(
+    cover: Tiling,
+    blocks: int,
+    vectors: int,
+    x: Plane,
+    y: Plane,
+    x_step: tuple[int, int],
+    y_step: tuple[int, int] = (1, 1),
+) -> list[Piece]:
+    """The tiles of a cover for so many blocks of images. vectors: of a tile, at most. x_step, y_step: positions between
+    rows and between columns of a tile."""
+    found: list[Piece] = []
+    for rows, columns, at in cover.pieces:
+        together, first = max(1, vectors // (rows * columns)), 0
+        while first < blocks:
+            # Powers of two, so that few shapes of tiles are compiled.
+            deep = 1 << (min(together, blocks - first).bit_length() - 1)
+            firsts = range(first, first + (blocks - first) // deep * deep, deep)
+            x_at, y_at = (
+                np.array([a * p.block + r * s * p.row + c * t * BYTES for a in firsts for r, c in at], np.int64)
+                for p, (s, t) in ((x, x_step), (y, y_step))
+            )
+            found.append((tile(deep, rows, columns, x_step[1]), tile(deep, rows, columns, y_step[1]), x_at, y_at))
+            first = firsts[-1] + deep
+    return found
+
+
 @dataclass
 class Product:
     """A pass of a convolution: lists, and the tiles of its maps.
 
-    x_*: what entries read. y_*: where rows lie. cover: of the map, by tiles. step: positions between columns and rows
-    of a tile, vertical and horizontal, in x and in y.
+    x_*: what entries read. y_*: where rows lie. *_first: byte offset of the first tile. cover: of the map, by tiles.
+    *_step: positions between rows and between columns of a tile. row_at: int64 [rows], byte offset of each row.
     """
 
     lists: Lists
@@ -282,37 +337,12 @@ class Product:
     y_step: tuple[int, int]
     cover: Tiling
     row_at: np.ndarray
-    _pieces: dict[int, list[tuple[Tile, Tile, np.ndarray, np.ndarray]]] = field(default_factory=dict)
+    _pieces: dict[int, list[Piece]] = field(default_factory=dict)
 
-    def pieces(self, blocks: int) -> list[tuple[Tile, Tile, np.ndarray, np.ndarray]]:
-        """(tile of x, tile of y, byte offsets in x, byte offsets in y) for so many blocks of images."""
+    def pieces(self, blocks: int) -> list[Piece]:
+        """The tiles for so many blocks of images, from x_first and y_first."""
         if blocks not in self._pieces:
-            found: list[tuple[Tile, Tile, np.ndarray, np.ndarray]] = []
-            for rows, columns, at in self.cover.pieces:
-                together, first = max(1, tile_vectors() // (rows * columns)), 0
-                while first < blocks:
-                    # Powers of two, so that few shapes of tiles are compiled.
-                    deep = min(together, 1 << ((blocks - first).bit_length() - 1))
-                    deep = 1 << (deep.bit_length() - 1)
-                    firsts = range(first, first + (blocks - first) // deep * deep, deep)
-                    x_at, y_at = (
-                        np.array(
-                            [
-                                begin + a * plane.block + r * step[0] * plane.row + c * step[1] * BYTES
-                                for a in firsts
-                                for r, c in at
-                            ],
-                            np.int64,
-                        )
-                        for plane, begin, step in (
-                            (self.x, self.x_first, self.x_step),
-                            (self.y, self.y_first, self.y_step),
-                        )
-                    )
-                    x_tile, y_tile = (tile(deep, rows, columns, step[1]) for step in (self.x_step, self.y_step))
-                    found.append((x_tile, y_tile, x_at, y_at))
-                    first = firsts[-1] + deep
-            self._pieces[blocks] = found
+            self._pieces[blocks] = pieces(self.cover, blocks, tile_vectors(), self.x, self.y, self.x_step, self.y_step)
         return self._pieces[blocks]
 
     def multiply(
@@ -323,9 +353,9 @@ class Product:
         lists = self.lists
         for x_tile, y_tile, x_at, y_at in self.pieces(blocks):
             spmm(
-                x_tile, y_tile, x, y, self.x.block, self.x_step[0] * self.x.row, self.y.block,
-                self.y_step[0] * self.y.row, x_at, y_at, self.row_at, *part, lists.start, lists.offsets.ctypes.data,
-                values, add, bias, residual, positive,
+                x_tile, y_tile, x + self.x_first, y + self.y_first, self.x.block, self.x_step[0] * self.x.row,
+                self.y.block, self.y_step[0] * self.y.row, x_at, y_at, self.row_at, *part, lists.start,
+                lists.offsets.ctypes.data, values, add, bias, residual + self.y_first if residual else 0, positive,
             )  # fmt: skip
 
     def correlate(self, x: int, y: int, gradients: int, blocks: int, part: tuple[int, int]) -> None:
@@ -333,55 +363,45 @@ class Product:
         lists = self.lists
         for x_tile, y_tile, x_at, y_at in self.pieces(blocks):
             sddmm(
-                x_tile, y_tile, x, y, self.x.block, self.x_step[0] * self.x.row, self.y.block,
-                self.y_step[0] * self.y.row, x_at, y_at, self.row_at, *part, lists.start, lists.offsets.ctypes.data,
-                gradients,
+                x_tile, y_tile, x + self.x_first, y + self.y_first, self.x.block, self.x_step[0] * self.x.row,
+                self.y.block, self.y_step[0] * self.y.row, x_at, y_at, self.row_at, *part, lists.start,
+                lists.offsets.ctypes.data, gradients,
             )  # fmt: skip
 
 
 def forward(keep: np.ndarray, geometry: Geometry, x: Plane, y: Plane) -> Product:
     """The product that computes the output from the input."""
     g = geometry
-    (_, height, width), (kh, kw), (sh, sw), (ph, pw) = g.outputs, g.kernel, g.stride, g.padding
+    (_, height, width), (kh, kw), (ph, pw) = g.outputs, g.kernel, g.padding
     if g.unrolled:
         taps: list[list[tuple[int, int]]] = [[] for _ in range(kh * kw)]
-        for r, c, i, j in np.ndindex(height, width, kh, kw):
-            row, column = r * sh + i - ph, c * sw + j - pw
-            if 0 <= row < g.inputs[1] and 0 <= column < g.inputs[2]:
-                taps[i * kw + j].append((r * width + c, row * x.row + column * BYTES))
+        for tap, (r, c), (row, column) in g.pairs():
+            taps[tap].append((r * width + c, row * x.row + column * BYTES))
         rows, size = height * width, g.inputs[1] * g.inputs[2] * BYTES
-        places = np.add.outer(np.arange(height) * y.row, np.arange(width) * BYTES).ravel()
-        cover, steps = tiling(1, 1, 1), (1, 1)
+        cover, step = tiling(1, 1, 1), (1, 1)
     else:
         taps = [[(0, (i - ph) * x.row + (j - pw) * BYTES)] for i in range(kh) for j in range(kw)]
-        rows, places, steps = 1, np.zeros(1, np.int64), (sh, sw)
-        cover = tiling(height, width, tile_vectors())
+        rows, cover, step = 1, tiling(height, width, tile_vectors()), g.stride
         size = tile_bytes(cover, g.kernel, g.stride)
     share = sum(map(len, taps)) / rows / (kh * kw)
     block = channels_in_block(int(np.count_nonzero(keep)), keep.shape[0], keep.shape[3], size, share)
     lists = build(keep, False, taps, rows, x.channel, block)
-    row_at = np.add.outer(np.arange(g.outputs[0]) * y.channel, places).ravel()
-    return Product(lists, x, y, x.origin, y.origin, steps, (1, 1), cover, row_at)
+    return Product(lists, x, y, x.origin, y.origin, step, (1, 1), cover, y.rows_at(g.unrolled))
 
 
 def backward(keep: np.ndarray, geometry: Geometry, y: Plane, x: Plane) -> list[Product]:
     """The products that compute the gradient of the input x from that of the output y, each for its positions."""
     g = geometry
-    (_, height, width), (kh, kw), (sh, sw), (ph, pw) = g.inputs, g.kernel, g.stride, g.padding
-    channels = np.arange(g.inputs[0])
+    (_, height, width), (kh, kw), (sh, sw) = g.inputs, g.kernel, g.stride
     if g.unrolled:
         taps: list[list[tuple[int, int]]] = [[] for _ in range(kh * kw)]
-        for r, c, i, j in np.ndindex(g.outputs[1], g.outputs[2], kh, kw):
-            row, column = r * sh + i - ph, c * sw + j - pw
-            if 0 <= row < height and 0 <= column < width:
-                taps[i * kw + j].append((row * width + column, r * y.row + c * BYTES))
-        places = np.add.outer(np.arange(height) * x.row, np.arange(width) * BYTES).ravel()
+        for tap, (r, c), (row, column) in g.pairs():
+            taps[tap].append((row * width + column, r * y.row + c * BYTES))
         size = g.outputs[1] * g.outputs[2] * BYTES
         share = sum(map(len, taps)) / (height * width) / (kh * kw)
         block = channels_in_block(int(np.count_nonzero(keep)), keep.shape[3], keep.shape[0], size, share)
         lists = build(keep, True, taps, height * width, y.channel, block)
-        row_at = np.add.outer(channels * x.channel, places).ravel()
-        return [Product(lists, y, x, y.origin, x.origin, (1, 1), (1, 1), tiling(1, 1, 1), row_at)]
+        return [Product(lists, y, x, y.origin, x.origin, (1, 1), (1, 1), tiling(1, 1, 1), x.rows_at(True))]
     products = []
     for a in range(sh):
         rows, down = g.parity(0, a)
@@ -399,7 +419,7 @@ def backward(keep: np.ndarray, geometry: Geometry, y: Plane, x: Plane) -> list[P
             block = channels_in_block(int(np.count_nonzero(keep)), keep.shape[3], keep.shape[0], size, share)
             lists = build(keep, True, taps, 1, y.channel, block)
             first = x.origin + a * x.row + b * BYTES
-            products.append(Product(lists, y, x, y.origin, first, (1, 1), g.stride, cover, channels * x.channel))
+            products.append(Product(lists, y, x, y.origin, first, (1, 1), g.stride, cover, x.rows_at(False)))
     return products
 
 
@@ -431,12 +451,7 @@ class SparseConv:
         self.ahead = forward(keep, geometry, x, y)
         self.weight_pass: Product | None = None
         if g is not None:
-            channels, places = np.arange(geometry.outputs[0]) * g.channel, np.zeros(1, np.int64)
-            if geometry.unrolled:
-                _, height, width = geometry.outputs
-                places = np.add.outer(np.arange(height) * g.row, np.arange(width) * BYTES).ravel()
-            a = self.ahead
-            row_at = np.add.outer(channels, places).ravel()
+            a, row_at = self.ahead, g.rows_at(geometry.unrolled)
             self.weight_pass = Product(a.lists, x, g, a.x_first, g.origin, a.x_step, (1, 1), a.cover, row_at)
         self.back = backward(keep, geometry, g, dx) if g is not None and dx is not None else []
 

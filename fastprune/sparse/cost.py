@@ -50,15 +50,12 @@ def estimate(program: Program, keep: Mapping[str, np.ndarray], images: int) -> t
         if isinstance(op, Conv | Linear) and op.weight in keep:
             mask = keep[op.weight]
             kept = int(np.count_nonzero(mask))
-            shape: tuple[int, int, int] = (*op.x.shape, 1, 1)[:3]  # type: ignore[assignment]
-            if isinstance(op, Conv):
-                g = Geometry.of(shape, op.y.shape[0], op.kernel, op.stride, op.padding)
-            else:
-                g = Geometry.of(shape, op.y.shape[0], (1, 1), (1, 1), (0, 0))
+            g = Geometry.of_op(op)
             passes = 3 if op.x != program.input else 2
             positions = g.outputs[1] * g.outputs[2]
             dense += passes * k.dense * mask.size * positions * images / 1000
-            share = _share(g)
+            # Entries of a kept weight: on unrolled maps the pairs of positions that it joins, on average.
+            share = sum(1 for _ in g.pairs()) / (g.kernel[0] * g.kernel[1]) if g.unrolled else 1.0
             entries, rows, size, tiles = kept * share, mask.shape[0], positions, 1
             if g.unrolled:
                 # Tiles are as many blocks of images as registers hold, one position each.
@@ -76,15 +73,3 @@ def estimate(program: Program, keep: Mapping[str, np.ndarray], images: int) -> t
             sparse += values * k.value
             dense += values * k.dense_value
     return sparse / 1e6, dense / 1e6
-
-
-def _share(g: Geometry) -> float:
-    """Entries of a kept weight: 1, or on unrolled maps the pairs of positions that it joins, on average."""
-    if not g.unrolled:
-        return 1.0
-    pairs = 0
-    for axis in range(2):
-        n, m, s, k, p = g.inputs[1 + axis], g.outputs[1 + axis], g.stride[axis], g.kernel[axis], g.padding[axis]
-        count = sum(0 <= o * s + i - p < n for o in range(m) for i in range(k))
-        pairs = count if axis == 0 else pairs * count
-    return pairs / (g.kernel[0] * g.kernel[1])

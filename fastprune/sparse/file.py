@@ -65,8 +65,7 @@ class Kept:
         """float32 [O, I, KH, KW], or [O, I] of a kernel of one tap."""
         flat = np.zeros(math.prod(self.shape), np.float32)
         flat[self.places] = self.values
-        found = torch.from_numpy(flat.reshape(self.shape)).permute(0, 3, 1, 2)
-        return found
+        return torch.from_numpy(flat.reshape(self.shape)).permute(0, 3, 1, 2)
 
     @property
     def mask(self) -> np.ndarray:
@@ -172,9 +171,8 @@ def check(program: Program, weights: Weights) -> None:
         expect(name is None or shape_of(name) == (size,), f"{name} does not have the shape [{size}]")
 
     def window(op: FusedConv | MaxPool) -> tuple[int, ...]:
-        sizes = zip(op.x.shape[1:], op.kernel, op.stride, op.padding, strict=True)
+        sizes = list(zip(op.x.shape[1:], op.kernel, op.stride, op.padding, strict=True))
         expect(all(k > 0 and s > 0 and p >= 0 for _, k, s, p in sizes), f"{op} has sizes below 1")
-        sizes = zip(op.x.shape[1:], op.kernel, op.stride, op.padding, strict=True)
         return tuple((n + 2 * p - k) // s + 1 for n, k, s, p in sizes)
 
     expect(len(program.input.shape) == 3, "the input is no image")

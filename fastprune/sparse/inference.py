@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
-from fastprune.kernels import lanes_norm as kernels
 from fastprune.kernels.dense_conv import GROUP, dense_product
 from fastprune.kernels.lanes import BYTES, LANES, address, blocks_of, from_lanes, to_lanes
 from fastprune.kernels.sparse_chain import COLUMNS, chain
 from fastprune.kernels.sparse_conv import Tile, spmm, tile
 from fastprune.kernels.winograd import POINTS, TAPS, stem, tiles_of_stem, transformed_weights
-from fastprune.sparse import conv
-from fastprune.sparse.conv import Geometry, Plane, Tiling, tile_vectors, tiling
+from fastprune.sparse import conv, planes
+from fastprune.sparse.conv import Geometry, Piece, Plane, Product, pieces, tile_vectors, tiling
 from fastprune.sparse.file import Kept, Weights, read, write
+from fastprune.sparse.planes import Buffer, Threads, plane_of
 from fastprune.sparse.program import (
     Add,
     FusedConv,
@@ -49,9 +49,8 @@ from fastprune.sparse.program import (
     fuse,
     inputs,
     lower,
+    map_leaves,
 )
-from fastprune.sparse.program import _map as map_leaves
-from fastprune.sparse.tape import Threads, plane_of
 
 DENSEST = 0.7
 """Layers that keep more of their weights are computed densely: an entry of a list costs more than its share there."""
@@ -114,7 +113,6 @@ class CompiledModel:
     def __init__(self, program: Program, weights: Weights) -> None:
         self.program, self.weights = program, weights
         self._lock = threading.Lock()
-        self._threads = Threads(1)
         self._call = _Call(Threads(1))
         planner = _Planner(program, weights)
         self._steps = planner.steps()
@@ -174,26 +172,6 @@ class CompiledModel:
         write(path, self.program, self.weights, dtype)
 
 
-class _Buffer:
-    """Memory of a plane for some blocks of images. tensor: float32 [blocks, C, H+2p, W+2p, 16]."""
-
-    def __init__(self, plane: Plane, tensor: Tensor) -> None:
-        self.plane, self.tensor, self.address = plane, tensor, address(tensor)
-
-    @property
-    def inner(self) -> int:
-        return self.address + self.plane.origin
-
-    @property
-    def steps(self) -> tuple[int, int, int]:
-        return self.plane.block, self.plane.channel, self.plane.row
-
-    @property
-    def interior(self) -> Tensor:
-        p, b = self.plane, self.plane.border
-        return self.tensor[:, :, b : b + p.height, b : b + p.width]
-
-
 class _Call:
     """The values of a call in progress, and memory that is kept between calls.
 
@@ -205,8 +183,8 @@ class _Call:
         self.images = self.blocks = self.first = 0
         self._batch = self._blocks = 0  # of the whole batch
         self._scratch: dict[str, Tensor] = {}
-        self._lanes: dict[Value, _Buffer] = {}
-        self._free: dict[tuple[Plane, int], list[_Buffer]] = defaultdict(list)
+        self._lanes: dict[Value, Buffer] = {}
+        self._free: dict[tuple[Plane, int], list[Buffer]] = defaultdict(list)
         self._torch: dict[Value, Any] = {}
         self._kept: Set[Value] = frozenset()
 
@@ -235,20 +213,20 @@ class _Call:
         self._torch = {}
         return found
 
-    def lanes(self, value: Value) -> _Buffer:
+    def lanes(self, value: Value) -> Buffer:
         """The value for the images of this part."""
         found = self._lanes[value]
         if value in self._kept and self.blocks < self._blocks:
-            return _Buffer(found.plane, found.tensor[self.first : self.first + self.blocks])
+            return Buffer(found.plane, found.tensor[self.first : self.first + self.blocks])
         return found
 
-    def new(self, value: Value, plane: Plane) -> _Buffer:
+    def new(self, value: Value, plane: Plane) -> Buffer:
         """Memory for a value; its border is 0."""
         if value not in self._lanes:
             blocks = self._blocks if value in self._kept else self.blocks
             free = self._free[plane, blocks]
             # Kernels write the inside only, so that borders stay 0.
-            self._lanes[value] = free.pop() if free else _Buffer(plane, torch.zeros(plane.shape(blocks)))
+            self._lanes[value] = free.pop() if free else Buffer(plane, torch.zeros(plane.shape(blocks)))
         return self.lanes(value)
 
     def rename(self, value: Value, new: Value) -> None:
@@ -261,6 +239,11 @@ class _Call:
         if use not in self._scratch or len(self._scratch[use]) < count:
             self._scratch[use] = torch.zeros(count, 16)
         return address(self._scratch[use])
+
+    def scratch(self, vectors: int) -> Callable[[int], int]:
+        """By thread, the address of memory for so many vectors, until the next call."""
+        first = self.vectors("scratch", self.threads.number * vectors)
+        return lambda thread: first + thread * vectors * BYTES
 
     def torch(self, value: Value) -> Any:
         """The value in torch, of the images of this part."""
@@ -378,18 +361,12 @@ class _Planner:
             return op.y.shape[0] % GROUP == 0
         return True
 
-    def _geometry(self, op: FusedConv | Linear) -> Geometry:
-        shape: Any = op.x.shape if len(op.x.shape) == 3 else (op.x.shape[0], 1, 1)
-        if isinstance(op, Linear):
-            return Geometry.of(shape, op.y.shape[0], (1, 1), (1, 1), (0, 0))
-        return Geometry.of(shape, op.y.shape[0], op.kernel, op.stride, op.padding)
-
     def _planes(self) -> dict[Value, Plane]:
         """The planes of all values that are in lanes somewhere."""
         borders: dict[Value, int] = defaultdict(int)
         for op in self.program.ops:
             if isinstance(op, FusedConv | Linear) and self.in_lanes[op.y]:
-                borders[op.x] = max(borders[op.x], self._geometry(op).border)
+                borders[op.x] = max(borders[op.x], Geometry.of_op(op).border)
                 if isinstance(op, FusedConv) and self._is_stem(op) and not self._is_sparse(op):
                     # Windows of 14 inputs, of which the last tile's end at 2 * outputs + 5 - padding.
                     sizes = zip(op.y.shape[1:], op.x.shape[1:], op.padding, strict=True)
@@ -437,7 +414,7 @@ class _Planner:
                 if pool is not None:
                     y = pool.y
                     pooled.add(y)
-            elif lanes and isinstance(op, FusedConv) and self._is_sparse(op) and not self._geometry(op).unrolled:
+            elif lanes and isinstance(op, FusedConv) and self._is_sparse(op) and not Geometry.of_op(op).unrolled:
                 links = (self._link(op),)
                 work = _Chain(links).run
             else:
@@ -460,12 +437,12 @@ class _Planner:
     def _flat(self, op: FusedConv) -> "_Flat":
         weight = self.weights[op.weight]
         assert isinstance(weight, Kept)
-        return _Flat(op, self._geometry(op), weight, self._bias(op.bias, op.y.shape[0], 1))
+        return _Flat(op, Geometry.of_op(op), weight, self._bias(op.bias, op.y.shape[0], 1))
 
     def _link(self, op: FusedConv) -> "_Link":
         weight, plane = self.weights[op.weight], self.planes[op.y]
         assert isinstance(weight, Kept)
-        return _Link(op, self._geometry(op), self.planes[op.x], plane, weight, self._bias(op.bias, plane.channels, 1))
+        return _Link(op, Geometry.of_op(op), self.planes[op.x], plane, weight, self._bias(op.bias, plane.channels, 1))
 
     def few_images(self) -> int:
         """Batches of at most so many images are cheaper with output pixels in a vector. By shapes and kept weights."""
@@ -473,7 +450,7 @@ class _Planner:
         for op in self.program.ops:
             weight = self.weights[op.weight] if isinstance(op, FusedConv) and self._is_sparse(op) else None
             if isinstance(op, FusedConv) and isinstance(weight, Kept):
-                geometry, kept = self._geometry(op), len(weight.places)
+                geometry, kept = Geometry.of_op(op), len(weight.places)
                 _, height, width = geometry.outputs
                 vectors = ceil(height * (width + (op.kernel[1] - 1) // op.stride[1]) / LANES)
                 size = 1 << (min(tile_vectors(), vectors).bit_length() - 1)
@@ -495,13 +472,13 @@ class _Planner:
 
         def work(call: _Call) -> None:
             found = call.torch(value)
-            to_lanes(found if found.dim() == 4 else found[:, :, None, None], call.new(value, plane).interior)
+            to_lanes(found if found.dim() == 4 else found[:, :, None, None], call.new(value, plane).interior())
 
         return work
 
     def _into_torch(self, value: Value) -> Callable[[_Call], None]:
         def work(call: _Call) -> None:
-            found = from_lanes(call.lanes(value).interior, call.images)
+            found = from_lanes(call.lanes(value).interior(), call.images)
             call.put(value, found if len(value.shape) == 3 else found.flatten(1))
 
         return work
@@ -597,7 +574,7 @@ class _Planner:
         return np.repeat(bias.numpy(), repeats)
 
     def _product(self, op: FusedConv | Linear) -> Callable[[_Call], None]:
-        geometry, plane = self._geometry(op), self.planes[op.y]
+        geometry, plane = Geometry.of_op(op), self.planes[op.y]
         pointwise = (
             self._is_sparse(op) and geometry.unrolled and geometry.kernel == (1, 1) and not any(geometry.padding)
         )
@@ -605,11 +582,11 @@ class _Planner:
         bias = self._bias(op.bias, plane.channels, positions)
         residual = op.residual if isinstance(op, FusedConv) else None
         x_plane, weight = self.planes[op.x], self.weights[op.weight]
-        product: _Unrolled | _Pointwise | _Dense
+        product: _Sparse | _Dense
         if isinstance(weight, Kept) and self._is_sparse(op) and pointwise:
-            product = _Pointwise(geometry, x_plane, plane, weight, bias)
+            product = _Sparse.pointwise(geometry, x_plane, plane, weight, bias)
         elif isinstance(weight, Kept) and self._is_sparse(op):
-            product = _Unrolled(geometry, x_plane, plane, weight, bias)
+            product = _Sparse(conv.forward(weight.mask, geometry, x_plane, plane), weight, bias)
         else:
             product = _Dense(geometry, x_plane, plane, self._dense(op.weight), bias)
 
@@ -660,29 +637,17 @@ class _Planner:
         mean, variance = (numbers(name, torch.zeros).double().numpy() for name in (norm.mean, norm.var))
         affine = weight, bias, norm.eps, mean, variance, False
         plane = self.planes[op.y]
-        window = None if pool is None else np.array([*pool.y.shape[1:], *pool.kernel, *pool.stride], np.int64)
+        window = None if pool is None else planes.window_of(pool)
 
         def work(call: _Call) -> None:
-            x, y = call.lanes(op.x), call.new(op.y, plane)
-            p, add = x.plane, None if op.residual is None else call.lanes(op.residual)
-            sizes = p.height, p.width, call.blocks, call.images
+            x, y, sizes = call.lanes(op.x), call.new(op.y, plane), (call.blocks, call.images)
             if pool is not None:
-                size = _padded(p, pool.padding)
-                call.threads.channels(
-                    channels,
-                    lambda i, *part: kernels.norm_pool_forward(
-                        x.inner, x.steps, y.inner, y.steps, 0, *sizes, *affine, window, pool.padding,
-                        call.vectors(f"plane{i}", size), *part,
-                    ),
-                )  # fmt: skip
+                assert window is not None
+                scratch = call.scratch(planes.padded(x.plane, pool.padding))
+                planes.norm_pool(call.threads, x, y, sizes, affine, window, pool.padding, 0, scratch)
                 return
-            where, steps = (0, (0, 0, 0)) if add is None else (add.inner, add.steps)
-            call.threads.channels(
-                channels,
-                lambda _, *part: kernels.norm_forward(
-                    x.inner, x.steps, y.inner, y.steps, where, steps, *sizes, *affine, op.relu, *part
-                ),
-            )
+            add = None if op.residual is None else call.lanes(op.residual)
+            planes.norm(call.threads, x, y, add, sizes, affine, op.relu)
 
         return work
 
@@ -690,31 +655,18 @@ class _Planner:
         plane = self.planes[y]
 
         def work(call: _Call) -> None:
-            a, b, z = call.lanes(x), None if other is None else call.lanes(other), call.new(y, plane)
-            call.threads.channels(
-                plane.channels,
-                lambda _, *part: kernels.add_planes(
-                    a.inner, a.steps, 0 if b is None else b.inner, a.steps if b is None else b.steps, z.inner, z.steps,
-                    plane.height, plane.width, call.blocks, positive, *part,
-                ),
-            )  # fmt: skip
+            a, b = call.lanes(x), None if other is None else call.lanes(other)
+            planes.add(call.threads, a, b, call.new(y, plane), call.blocks, positive)
 
         return work
 
     def _max_pool(self, op: MaxPool) -> Callable[[_Call], None]:
-        plane = self.planes[op.y]
-        window = np.array([*op.y.shape[1:], *op.kernel, *op.stride], np.int64)
+        plane, window = self.planes[op.y], planes.window_of(op)
 
         def work(call: _Call) -> None:
             x, z = call.lanes(op.x), call.new(op.y, plane)
-            p, size = x.plane, _padded(x.plane, op.padding)
-            call.threads.channels(
-                p.channels,
-                lambda i, *part: kernels.pool_forward(
-                    x.inner, x.steps, z.inner, z.steps, 0, p.height, p.width, call.blocks, p.channels, window,
-                    op.padding, call.vectors(f"plane{i}", size), *part,
-                ),
-            )  # fmt: skip
+            scratch = call.scratch(planes.padded(x.plane, op.padding))
+            planes.max_pool(call.threads, x, z, call.blocks, window, op.padding, 0, scratch)
 
         return work
 
@@ -724,21 +676,9 @@ class _Planner:
         assert plane.border == 0
 
         def work(call: _Call) -> None:
-            x, z = call.lanes(op.x), call.new(op.y, plane)
-            p = x.plane
-            call.threads.channels(
-                p.channels,
-                lambda _, *part: kernels.mean_forward(
-                    x.inner, x.steps, z.address, p.height, p.width, call.blocks, p.channels, *part
-                ),
-            )
+            planes.mean(call.threads, call.lanes(op.x), call.new(op.y, plane), call.blocks)
 
         return work
-
-
-def _padded(p: Plane, padding: tuple[int, int]) -> int:
-    """Vectors of a plane with so much padding."""
-    return (p.height + 2 * padding[0]) * (p.width + 2 * padding[1])
 
 
 class _Link:
@@ -793,7 +733,7 @@ class _Chain:
 
     def __init__(self, links: Sequence[_Link]) -> None:
         self.links = links
-        self._pieces: dict[int, list[tuple[Tile, Tile, np.ndarray, np.ndarray]]] = {}
+        self._pieces: dict[int, list[Piece]] = {}
 
     def run(self, call: _Call) -> None:
         table = np.array([link.line(call) for link in self.links], np.int64)
@@ -813,7 +753,7 @@ class _Chain:
             one = table[i : i + 1], x_at[i : i + 1], y_at[i : i + 1], 0, tiles
             threads.ranges(link.lists.split(number), lambda _, *rows, one=one: chain(x_tile, y_tile, *one, *rows))
 
-    def _pieces_for(self, blocks: int) -> list[tuple[Tile, Tile, np.ndarray, np.ndarray]]:
+    def _pieces_for(self, blocks: int) -> list[Piece]:
         """(tile of x, tile of y, byte offsets in x, byte offsets in y) for so many blocks of images."""
         if blocks not in self._pieces:
             every = [pieces(k.cover, blocks, tile_vectors(), k.x, k.y, k.op.stride) for k in self.links]
@@ -912,14 +852,26 @@ class _Flat:
         return parts.flatten(2, 4)
 
 
-class _Unrolled:
-    """A convolution over kept weights on a map whose positions count as channels, see `conv`."""
+class _Sparse:
+    """A convolution over kept weights."""
 
-    def __init__(self, geometry: Geometry, x: Plane, y: Plane, weight: Kept, bias: np.ndarray) -> None:
-        self.product = conv.forward(weight.mask, geometry, x, y)
-        index = self.product.lists.index
+    def __init__(self, product: Product, weight: Kept, bias: np.ndarray) -> None:
+        index = product.lists.index
+        self.product, self.bias = product, bias
         self.values = weight.values if index is None else weight.values[index]
-        self.bias = bias
+
+    @classmethod
+    def pointwise(cls, geometry: Geometry, x: Plane, y: Plane, weight: Kept, bias: np.ndarray) -> "_Sparse":
+        """Of one tap on a small map: a tile is the map for several blocks of images.
+
+        `conv.forward` would unroll it, which saves nothing where no tap falls outside the map.
+        """
+        per_row = len(weight.places) / y.channels
+        block = max(_POINTWISE // tile_vectors(), ceil(x.channels * _ENTRIES / max(per_row, 1e-9)))
+        lists = conv.build(weight.mask, False, [[(0, 0)]], 1, x.channel, min(block, x.channels))
+        cover = tiling(y.height, y.width, tile_vectors())
+        product = Product(lists, x, y, x.origin, y.origin, geometry.stride, (1, 1), cover, y.rows_at(False))
+        return cls(product, weight, bias)
 
     def split(self, parts: int) -> list[int]:
         """Bounds of `parts` ranges of rows with about equal work."""
@@ -932,39 +884,6 @@ class _Unrolled:
         )
 
 
-class _Pointwise:
-    """A convolution of one tap over kept weights on a small map: a tile is the map for several blocks of images.
-
-    `conv.forward` would unroll it, which saves nothing where no tap falls outside the map.
-    """
-
-    def __init__(self, geometry: Geometry, x: Plane, y: Plane, weight: Kept, bias: np.ndarray) -> None:
-        self.x, self.y, self.stride, self.bias = x, y, geometry.stride, bias
-        per_row = len(weight.places) / y.channels
-        block = max(_POINTWISE // tile_vectors(), ceil(x.channels * _ENTRIES / max(per_row, 1e-9)))
-        self.lists = conv.build(weight.mask, False, [[(0, 0)]], 1, x.channel, min(block, x.channels))
-        self.values = weight.values if self.lists.index is None else weight.values[self.lists.index]
-        self.row_at = np.arange(y.channels) * y.channel
-        self.cover = tiling(y.height, y.width, tile_vectors())
-        self._pieces: dict[int, list[tuple[Tile, Tile, np.ndarray, np.ndarray]]] = {}
-
-    def split(self, parts: int) -> list[int]:
-        """Bounds of `parts` ranges of rows with about equal work."""
-        return self.lists.split(parts)
-
-    def run(self, x: int, y: int, residual: int, positive: bool, blocks: int, first: int, last: int) -> None:
-        """y = relu(conv(x) + bias + residual) for rows first to last. x, y, residual: addresses."""
-        if blocks not in self._pieces:
-            self._pieces[blocks] = pieces(self.cover, blocks, tile_vectors(), self.x, self.y, self.stride)
-        for x_tile, y_tile, x_at, y_at in self._pieces[blocks]:
-            spmm(
-                x_tile, y_tile, x + self.x.origin, y + self.y.origin, self.x.block, self.stride[0] * self.x.row,
-                self.y.block, self.y.row, x_at, y_at, self.row_at, first, last, self.lists.start,
-                self.lists.offsets.ctypes.data, address(self.values), False, self.bias,
-                residual + self.y.origin if residual else 0, positive,
-            )  # fmt: skip
-
-
 class _Dense:
     """A convolution that computes all weights, GROUP output channels together.
 
@@ -973,18 +892,16 @@ class _Dense:
     """
 
     def __init__(self, geometry: Geometry, x: Plane, y: Plane, weight: Tensor, bias: np.ndarray) -> None:
-        (channels, height, width), (kh, kw), (sh, sw), (ph, pw) = (
-            geometry.outputs, geometry.kernel, geometry.stride, geometry.padding
-        )  # fmt: skip
-        self.x, self.y, self.stride = x, y, (sh, sw)
+        (channels, height, width), (kh, kw), (ph, pw) = geometry.outputs, geometry.kernel, geometry.padding
+        self.x, self.y, self.stride = x, y, geometry.stride
         firsts = list(np.ndindex(height, width)) if geometry.unrolled else [(0, 0)]
         taps: list[list[tuple[int, int]]] = [[] for _ in range(kh * kw)]
-        for place, (r, c) in enumerate(firsts):
+        if geometry.unrolled:
+            for tap, (r, c), (row, column) in geometry.pairs():
+                taps[tap].append((r * width + c, row * x.row + column * BYTES))
+        else:
             for i, j in np.ndindex(kh, kw):
-                row, column = r * sh + i - ph, c * sw + j - pw
-                inside = 0 <= row < x.height and 0 <= column < x.width
-                if inside or not geometry.unrolled:
-                    taps[i * kw + j].append((place, row * x.row + column * BYTES))
+                taps[i * kw + j].append((0, (i - ph) * x.row + (j - pw) * BYTES))
         self.lists = conv.build(np.ones((1, kh, kw, x.channels), bool), False, taps, len(firsts), x.channel, x.channels)
         self.cover = tiling(*((1, 1) if geometry.unrolled else (height, width)), max(1, tile_vectors() // GROUP))
         self.per_class = channels // GROUP
@@ -997,7 +914,7 @@ class _Dense:
         self.values = np.concatenate(rows)
         bias = bias.reshape(self.per_class, GROUP, len(firsts))
         self.bias = np.ascontiguousarray(bias.transpose(2, 0, 1)).reshape(-1, GROUP)
-        self._pieces: dict[int, list[tuple[Tile, Tile, np.ndarray, np.ndarray]]] = {}
+        self._pieces: dict[int, list[Piece]] = {}
 
     def split(self, parts: int) -> list[int]:
         """Bounds of `parts` equal ranges of groups."""
@@ -1016,24 +933,3 @@ class _Dense:
                 self.lists.start[0], self.lists.offsets.ctypes.data, address(self.values), self.bias,
                 residual + self.y.origin if residual else 0, positive,
             )  # fmt: skip
-
-
-def pieces(
-    cover: Tiling, blocks: int, vectors: int, x: Plane, y: Plane, stride: tuple[int, int]
-) -> list[tuple[Tile, Tile, np.ndarray, np.ndarray]]:
-    """(tile of x, tile of y, byte offsets in x, byte offsets in y) for so many blocks of images, from the planes'
-    origins. vectors: of a tile, at most."""
-    found = []
-    for rows, columns, at in cover.pieces:
-        together, first = max(1, vectors // (rows * columns)), 0
-        while first < blocks:
-            # Powers of two, so that few shapes of tiles are compiled.
-            deep = min(1 << (together.bit_length() - 1), 1 << ((blocks - first).bit_length() - 1))
-            firsts = range(first, first + (blocks - first) // deep * deep, deep)
-            x_at, y_at = (
-                np.array([a * p.block + r * s * p.row + c * t * BYTES for a in firsts for r, c in at], np.int64)
-                for p, (s, t) in ((x, stride), (y, (1, 1)))
-            )
-            found.append((tile(deep, rows, columns, stride[1]), tile(deep, rows, columns), x_at, y_at))
-            first = firsts[-1] + deep
-    return found

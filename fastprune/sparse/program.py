@@ -476,8 +476,8 @@ class _Lowering:
 
     def _compute(self, node: fx.Node, target: Callable[..., Any]) -> Value | Name:
         y = self._value(node.meta["val"])
-        args = tuple(_map(self._leaf, a) for a in node.args)
-        kwargs = {key: _map(self._leaf, a) for key, a in node.kwargs.items()}
+        args = tuple(map_leaves(self._leaf, a) for a in node.args)
+        kwargs = {key: map_leaves(self._leaf, a) for key, a in node.kwargs.items()}
         found: Found = ""
         name = getattr(target, "__name__", str(target))
         if isinstance(target, OpOverload):
@@ -694,18 +694,18 @@ def _pair(sizes: Iterable[int] | int) -> Pair:
     return pair[0], pair[-1]
 
 
-def _map(function: Callable[[Any], Any], tree: Any) -> Any:
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """`function` at the leaves of a tree of tuples, lists (which become tuples) and dicts."""
     if isinstance(tree, tuple | list):
-        return tuple(_map(function, branch) for branch in tree)
+        return tuple(map_leaves(function, branch) for branch in tree)
     if isinstance(tree, Mapping):
-        return {key: _map(function, branch) for key, branch in tree.items()}
+        return {key: map_leaves(function, branch) for key, branch in tree.items()}
     return function(tree)
 
 
 def _leaves(tree: Any) -> list[Any]:
     found: list[Any] = []
-    _map(found.append, tree)
+    map_leaves(found.append, tree)
     return found
 
 
@@ -883,7 +883,7 @@ def _result(op: Op, values: Mapping[Value, Any], known: Mapping[str, Tensor], tr
         return known[leaf.name].clone() if isinstance(leaf, Name) else values[leaf] if isinstance(leaf, Value) else leaf
 
     if isinstance(op, Torch):
-        return op.target(*_map(argument, op.args), **_map(argument, op.kwargs))
+        return op.target(*map_leaves(argument, op.args), **map_leaves(argument, op.kwargs))
     x = values[op.x]
     match op:
         case Conv():

@@ -5,10 +5,8 @@ write kept weights alone, one vector for the whole network; all other parameters
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 from weakref import proxy
 
@@ -17,71 +15,11 @@ import torch
 from torch import Tensor
 
 from fastprune.kernels import lanes_norm as kernels
-from fastprune.kernels.lanes import address, blocks_of, from_lanes, to_lanes
+from fastprune.kernels.lanes import BYTES, address, blocks_of, from_lanes, to_lanes
+from fastprune.sparse import planes
 from fastprune.sparse.conv import Geometry, Lists, Plane, SparseConv
+from fastprune.sparse.planes import Buffer, Threads, plane_of
 from fastprune.sparse.program import Add, Conv, Linear, MaxPool, Mean, Norm, Program, Relu, Value, inputs
-
-Steps = tuple[int, int, int]
-
-
-def plane_of(shape: tuple[int, ...], border: int = 0) -> Plane:
-    """The plane of a value's shape; features (F,) are maps of one position."""
-    channels, height, width = shape if len(shape) == 3 else (shape[0], 1, 1)
-    return Plane(channels, height, width, border)
-
-
-class Threads:
-    """Runs a kernel over ranges of rows or channels, one for each thread. Results do not depend on their number."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self._pool = ThreadPoolExecutor(number - 1) if number > 1 else None
-
-    def ranges(self, bounds: Sequence[int], run: Callable[[int, int, int], Any]) -> None:
-        """run(thread, first, last) for each two neighbouring bounds."""
-        parts = list(enumerate(pairwise(bounds)))
-        if self._pool is None or len(parts) == 1:
-            for i, (first, last) in parts:
-                run(i, first, last)
-            return
-        futures = [self._pool.submit(run, i, *part) for i, part in parts[1:]]
-        try:
-            run(0, *parts[0][1])
-        finally:
-            wait(futures)  # also after Ctrl-C: kernels write to memory that the caller may then free or change
-        for future in futures:
-            future.result()
-
-    def channels(self, count: int, run: Callable[[int, int, int], Any]) -> None:
-        """run(thread, first, last) for equal ranges of `count` channels."""
-        parts = max(1, min(self.number, count))
-        self.ranges([count * i // parts for i in range(parts + 1)], run)
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
-
-
-class _Buffer:
-    """Memory of a plane for as many images as were ever seen. address: of its first element."""
-
-    def __init__(self, plane: Plane, blocks: int) -> None:
-        self.plane, self.blocks = plane, blocks
-        self.tensor = torch.zeros(plane.shape(blocks))  # kernels write the inside only, so that borders stay 0
-        self.address = address(self.tensor)
-
-    @property
-    def inner(self) -> int:
-        return self.address + self.plane.origin
-
-    @property
-    def steps(self) -> Steps:
-        return self.plane.block, self.plane.channel, self.plane.row
-
-    def interior(self, blocks: int) -> Tensor:
-        p = self.plane
-        b = p.border
-        return self.tensor[:blocks, :, b : b + p.height, b : b + p.width]
 
 
 class Tape:
@@ -109,10 +47,12 @@ class Tape:
             self.spans[name] = slice(end, end := end + int(np.count_nonzero(mask)))
         # torch's fused SGD rounds the elements that do not fill a vector of 64 differently.
         self.values, self.kept_gradients = (torch.zeros(-(-end // 64) * 64) for _ in range(2))
-        self._count = 0  # of changes of the values
+        self.changes = 0  # of the values
         self._blocks = 0  # that the buffers have room for
-        self._values: dict[int, _Buffer] = {}
-        self._free: dict[Plane, list[_Buffer]] = defaultdict(list)
+        self._values: dict[int, Buffer] = {}
+        self._free: dict[Plane, list[Buffer]] = defaultdict(list)
+        self._places: dict[int, Tensor] = {}
+        self._scratch = torch.empty(0)
         producers = {op.y.number: op for op in program.ops}
         self._planes, self._gradient_planes = {}, {}
         consumers: dict[int, list[Any]] = defaultdict(list)
@@ -120,16 +60,12 @@ class Tape:
             consumers[inputs(op)[0].number].append(op)
         values = [program.input, *(op.y for op in program.ops)]
         for v in values:
-            border = max((self._geometry(op).border for op in consumers[v.number] if isinstance(op, Conv)), default=0)
+            border = max((Geometry.of_op(op).border for op in consumers[v.number] if isinstance(op, Conv)), default=0)
             self._planes[v.number] = plane_of(v.shape, border)
             made = producers.get(v.number)
-            border = self._geometry(made).gradient_border if isinstance(made, Conv) else 0
+            border = Geometry.of_op(made).gradient_border if isinstance(made, Conv) else 0
             self._gradient_planes[v.number] = plane_of(v.shape, border)
         self._ops: list[_Op] = [self._lowered(op, keep) for op in program.ops]
-
-    def _geometry(self, op: Conv) -> Geometry:
-        shape: Any = op.x.shape
-        return Geometry.of(shape, op.y.shape[0], op.kernel, op.stride, op.padding)
 
     def _lowered(self, op: Any, keep: Mapping[str, np.ndarray]) -> "_Op":
         if isinstance(op, Conv | Linear) and op.weight in keep:
@@ -140,7 +76,7 @@ class Tape:
 
     def values_changed(self) -> None:
         """To be called after `values` were written."""
-        self._count += 1
+        self.changes += 1
 
     def forward(self, images: Tensor, train: bool) -> Tensor:
         """The output, float32 [B, ...], new memory. images: float32 [B, C, H, W]. train: batch norm takes the batch's
@@ -156,6 +92,7 @@ class Tape:
             self._blocks = self.blocks
             self._values.clear()
             self._free.clear()
+            self._places.clear()
         to_lanes(images, self.value(self.program.input).interior(self.blocks))
         for op in self._ops:
             op.forward()
@@ -163,7 +100,7 @@ class Tape:
 
     def backward(self, gradient: Tensor) -> None:
         """Writes the gradients of all parameters, given that of the output, float32 [B, ...]."""
-        self._grads: dict[int, _Buffer] = {}
+        self._grads: dict[int, Buffer] = {}
         to_lanes(_as_maps(gradient), self.gradient(self.program.output)[0].interior(self.blocks))
         for op in reversed(self._ops):
             found = self._grads.pop(op.op.y.number, None)
@@ -174,38 +111,47 @@ class Tape:
             if found not in self._grads.values():
                 self._free[found.plane].append(found)
 
-    def batch(self, value: _Buffer) -> Tensor:
+    def batch(self, value: Buffer) -> Tensor:
         """A value as float32 [B, F] or [B, C, H, W], new memory."""
         found = from_lanes(value.interior(self.blocks), self.images)
         return found.flatten(1) if found.shape[2:] == (1, 1) else found
 
-    def value(self, v: Value) -> _Buffer:
+    def _new(self, plane: Plane) -> Buffer:
+        return Buffer(plane, torch.zeros(plane.shape(self._blocks)))
+
+    def places(self, v: Value) -> int:
+        """The address of room for the tap of each maximum of a pooled value."""
+        if v.number not in self._places:
+            self._places[v.number] = torch.empty(self._blocks, *v.shape, 16)
+        return address(self._places[v.number])
+
+    def scratch(self, vectors: int) -> Callable[[int], int]:
+        """By thread, the address of memory for so many vectors, until the next call."""
+        count = self.threads.number * vectors
+        if len(self._scratch) < count:
+            self._scratch = torch.empty(count, 16)
+        return lambda thread: address(self._scratch) + thread * vectors * BYTES
+
+    def value(self, v: Value) -> Buffer:
         if v.number not in self._values:
-            self._values[v.number] = _Buffer(self._planes[v.number], self._blocks)
+            self._values[v.number] = self._new(self._planes[v.number])
         return self._values[v.number]
 
-    def gradient(self, v: Value) -> tuple[_Buffer, bool]:
+    def gradient(self, v: Value) -> tuple[Buffer, bool]:
         """(the buffer of a value's gradient, whether it holds a part of it that must be added to)."""
         if v.number in self._grads:
             return self._grads[v.number], True
         plane = self._gradient_planes[v.number]
-        self._grads[v.number] = self._free[plane].pop() if self._free[plane] else _Buffer(plane, self._blocks)
+        self._grads[v.number] = self._free[plane].pop() if self._free[plane] else self._new(plane)
         return self._grads[v.number], False
 
-    def pass_on(self, v: Value, gradient: _Buffer, give: bool = True) -> None:
+    def pass_on(self, v: Value, gradient: Buffer, give: bool = True) -> None:
         """Adds `gradient` to that of `v`. give: it is not needed otherwise, so that its memory may become v's."""
         if give and v.number not in self._grads and gradient.plane == self._gradient_planes[v.number]:
             self._grads[v.number] = gradient
             return
-        into, add = self.gradient(v)
-        p = into.plane
-        self.threads.channels(
-            p.channels,
-            lambda _, first, last: kernels.add_planes(
-                gradient.inner, gradient.steps, into.inner if add else 0, into.steps, into.inner, into.steps, p.height,
-                p.width, self.blocks, False, first, last,
-            ),
-        )  # fmt: skip
+        into, more = self.gradient(v)
+        planes.add(self.threads, gradient, into if more else None, into, self.blocks)
 
     def needs_gradient(self, v: Value) -> bool:
         return v.number != self.program.input.number
@@ -218,10 +164,6 @@ class Tape:
         index, values, out = lists.index, self.values[span].numpy(), into.numpy()
         self.threads.channels(len(index), lambda _, first, last: kernels.gather(values, index, out, first, last))
         return into
-
-    @property
-    def changes(self) -> int:
-        return self._count
 
     def close(self) -> None:
         self.threads.close()
@@ -247,7 +189,7 @@ class _Op:
     def forward(self) -> None:
         raise NotImplementedError
 
-    def backward(self, g: _Buffer) -> None:
+    def backward(self, g: Buffer) -> None:
         raise NotImplementedError
 
     def no_gradient(self) -> None:
@@ -262,11 +204,7 @@ class _Weighted(_Op):
 
     def __init__(self, tape: Tape, op: Conv | Linear, keep: np.ndarray) -> None:
         super().__init__(tape, op)
-        x, y = tape._planes[op.x.number], tape._planes[op.y.number]
-        shape = (x.channels, x.height, x.width)
-        geometry = (
-            tape._geometry(op) if isinstance(op, Conv) else Geometry.of(shape, y.channels, (1, 1), (1, 1), (0, 0))
-        )
+        x, y, geometry = tape._planes[op.x.number], tape._planes[op.y.number], Geometry.of_op(op)
         dx = tape._gradient_planes[op.x.number] if tape.needs_gradient(op.x) else None
         self.conv = SparseConv(keep, geometry, x, y, tape._gradient_planes[op.y.number], dx)
         self.span = tape.spans[op.weight]
@@ -293,7 +231,7 @@ class _Weighted(_Op):
             lambda _, *part: product.multiply(x.address, y.address, values, tape.blocks, part, bias=bias),
         )
 
-    def backward(self, g: _Buffer) -> None:
+    def backward(self, g: Buffer) -> None:
         tape, product = self.tape, self.conv.weight_pass
         assert product is not None
         x, sums = tape.value(self.op.x), self._gradients.zero_()
@@ -337,38 +275,23 @@ class _Norm(_Op):
         # Gradients of parameters that are frozen or do not exist go nowhere.
         self._into = [tape.gradients.get(n or "", torch.empty(c)).numpy() for n in (norm.weight, norm.bias)]
         if op.pool is not None:
-            self._window = _window(op.pool, op.y)
-            self._places: Tensor | None = None
+            self._window = planes.window_of(op.pool)
 
     def forward(self) -> None:
         tape, norm = self.tape, self.op.batch_norm
         y, z = tape.value(self.op.x), tape.value(self.op.y)
-        p, train = y.plane, tape.train
+        train = tape.train
         if not train:
             self._mean[:] = tape.parameters[norm.mean].numpy()
             self._variance[:] = tape.parameters[norm.var].numpy()
         affine = self._weight.numpy(), self._bias.numpy(), norm.eps, self._mean, self._variance, train
-        sizes = p.height, p.width, tape.blocks, tape.images
-        if self.op.pool is not None:
-            where = address(self._room_for_places()) if train else 0
-            padding = self.op.pool.padding
-            scratch = torch.empty(tape.threads.number, *_padded(p, padding), 16)
-            tape.threads.channels(
-                p.channels,
-                lambda i, *part: kernels.norm_pool_forward(
-                    y.inner, y.steps, z.inner, z.steps, where, *sizes, *affine, self._window, padding,
-                    address(scratch[i]), *part,
-                ),
-            )  # fmt: skip
+        sizes, pool = (tape.blocks, tape.images), self.op.pool
+        if pool is not None:
+            where, scratch = tape.places(self.op.y) if train else 0, tape.scratch(planes.padded(y.plane, pool.padding))
+            planes.norm_pool(tape.threads, y, z, sizes, affine, self._window, pool.padding, where, scratch)
         else:
             add = None if self.op.residual is None else tape.value(self.op.residual)
-            where, steps = (0, (0, 0, 0)) if add is None else (add.inner, add.steps)
-            tape.threads.channels(
-                p.channels,
-                lambda _, *part: kernels.norm_forward(
-                    y.inner, y.steps, z.inner, z.steps, where, steps, *sizes, *affine, self.op.relu, *part
-                ),
-            )
+            planes.norm(tape.threads, y, z, add, sizes, affine, self.op.relu)
         if train:
             self._update_running()
 
@@ -381,13 +304,7 @@ class _Norm(_Op):
         if norm.count is not None:
             tape.parameters[norm.count].add_(1)
 
-    def _room_for_places(self) -> Tensor:
-        size = (self.tape._blocks, *self.op.y.shape, 16)
-        if self._places is None or self._places.shape != size:
-            self._places = torch.empty(size)
-        return self._places
-
-    def backward(self, g: _Buffer) -> None:
+    def backward(self, g: Buffer) -> None:
         tape, norm = self.tape, self.op.batch_norm
         y, z = tape.value(self.op.x), tape.value(self.op.y)
         p = y.plane
@@ -399,14 +316,13 @@ class _Norm(_Op):
         sizes = p.height, p.width, tape.blocks, tape.images
         saved = self._weight.numpy(), norm.eps, self._mean, self._variance
         if self.op.pool is not None:
-            assert self._places is not None
-            where, padding = address(self._places), self.op.pool.padding
-            scratch = torch.empty(tape.threads.number, tape.blocks, *_padded(p, padding), 16)
+            where, padding = tape.places(self.op.y), self.op.pool.padding
+            scratch = tape.scratch(tape.blocks * planes.padded(p, padding))
             tape.threads.channels(
                 p.channels,
                 lambda i, *part: kernels.norm_pool_backward(
                     y.inner, y.steps, z.inner, z.steps, where, g.inner, g.steps, dy.inner, dy.steps, *sizes, *saved,
-                    *self._into, self._window, padding, address(scratch[i]), *part,
+                    *self._into, self._window, padding, scratch(i), *part,
                 ),
             )  # fmt: skip
         else:
@@ -430,9 +346,10 @@ class _Norm(_Op):
 
 class _Relu(_Op):
     def forward(self) -> None:
-        _add(self.tape, self.op.x, None, self.op.y, True)
+        tape = self.tape
+        planes.add(tape.threads, tape.value(self.op.x), None, tape.value(self.op.y), tape.blocks, positive=True)
 
-    def backward(self, g: _Buffer) -> None:
+    def backward(self, g: Buffer) -> None:
         tape = self.tape
         z, (dx, add) = tape.value(self.op.y), tape.gradient(self.op.x)
         p = z.plane
@@ -446,61 +363,36 @@ class _Relu(_Op):
 
 class _Add(_Op):
     def forward(self) -> None:
-        _add(self.tape, self.op.x, self.op.other, self.op.y, False)
+        x, other, y = (self.tape.value(v) for v in (self.op.x, self.op.other, self.op.y))
+        planes.add(self.tape.threads, x, other, y, self.tape.blocks)
 
-    def backward(self, g: _Buffer) -> None:
+    def backward(self, g: Buffer) -> None:
         # Copied for the first: the two gradients go different ways, and either may be added to.
         self.tape.pass_on(self.op.x, g, give=False)
         self.tape.pass_on(self.op.other, g)
 
 
-def _add(tape: Tape, x: Value, other: Value | None, y: Value, positive: bool) -> None:
-    a, z = tape.value(x), tape.value(y)
-    b = None if other is None else tape.value(other)
-    p = z.plane
-    tape.threads.channels(
-        p.channels,
-        lambda _, *part: kernels.add_planes(
-            a.inner, a.steps, 0 if b is None else b.inner, a.steps if b is None else b.steps, z.inner, z.steps,
-            p.height, p.width, tape.blocks, positive, *part,
-        ),
-    )  # fmt: skip
-
-
 class _MaxPool(_Op):
     def __init__(self, tape: Tape, op: MaxPool) -> None:
         super().__init__(tape, op)
-        self._window = _window(op, op.y)
-        self._places: Tensor | None = None
+        self._window = planes.window_of(op)
 
     def forward(self) -> None:
-        tape = self.tape
-        x, z = tape.value(self.op.x), tape.value(self.op.y)
-        p, padding = x.plane, self.op.padding
-        size = (tape._blocks, *self.op.y.shape, 16)
-        if tape.train and (self._places is None or self._places.shape != size):
-            self._places = torch.empty(size)
-        where = address(self._places) if tape.train and self._places is not None else 0
-        scratch = torch.empty(tape.threads.number, *_padded(p, padding), 16)
-        tape.threads.channels(
-            p.channels,
-            lambda i, *part: kernels.pool_forward(
-                x.inner, x.steps, z.inner, z.steps, where, p.height, p.width, tape.blocks, p.channels, self._window,
-                padding, address(scratch[i]), *part,
-            ),
-        )  # fmt: skip
+        tape, padding = self.tape, self.op.padding
+        x, z, places = tape.value(self.op.x), tape.value(self.op.y), tape.places(self.op.y) if tape.train else 0
+        scratch = tape.scratch(planes.padded(x.plane, padding))
+        planes.max_pool(tape.threads, x, z, tape.blocks, self._window, padding, places, scratch)
 
-    def backward(self, g: _Buffer) -> None:
+    def backward(self, g: Buffer) -> None:
         tape = self.tape
-        assert self._places is not None
-        (dx, add), where, padding = tape.gradient(self.op.x), address(self._places), self.op.padding
+        (dx, add), where, padding = tape.gradient(self.op.x), tape.places(self.op.y), self.op.padding
         p = dx.plane
-        scratch = torch.empty(tape.threads.number, *_padded(p, padding), 16)
+        scratch = tape.scratch(planes.padded(p, padding))
         tape.threads.channels(
             p.channels,
             lambda i, *part: kernels.pool_backward(
                 g.inner, g.steps, where, dx.inner, dx.steps, p.height, p.width, tape.blocks, p.channels, self._window,
-                padding, address(scratch[i]), add, *part,
+                padding, scratch(i), add, *part,
             ),
         )  # fmt: skip
 
@@ -508,16 +400,9 @@ class _MaxPool(_Op):
 class _Mean(_Op):
     def forward(self) -> None:
         tape = self.tape
-        x, z = tape.value(self.op.x), tape.value(self.op.y)
-        p = x.plane
-        tape.threads.channels(
-            p.channels,
-            lambda _, *part: kernels.mean_forward(
-                x.inner, x.steps, z.address, p.height, p.width, tape.blocks, p.channels, *part
-            ),
-        )
+        planes.mean(tape.threads, tape.value(self.op.x), tape.value(self.op.y), tape.blocks)
 
-    def backward(self, g: _Buffer) -> None:
+    def backward(self, g: Buffer) -> None:
         tape = self.tape
         dx, add = tape.gradient(self.op.x)
         p = dx.plane
@@ -554,7 +439,7 @@ class _Linear(_Op):
         to_lanes(_as_maps(out), tape.value(self.op.y).interior(tape.blocks))
 
     @_one_thread()
-    def backward(self, g: _Buffer) -> None:
+    def backward(self, g: Buffer) -> None:
         tape = self.tape
         gradient = tape.batch(g)
         if self.op.weight in tape.gradients:
@@ -566,11 +451,3 @@ class _Linear(_Op):
         if add:
             back += tape.batch(into)
         to_lanes(_as_maps(back), into.interior(tape.blocks))
-
-
-def _window(op: MaxPool, y: Value) -> np.ndarray:
-    return np.array([*y.shape[1:], *op.kernel, *op.stride], np.int64)
-
-
-def _padded(p: Plane, padding: tuple[int, int]) -> tuple[int, int]:
-    return p.height + 2 * padding[0], p.width + 2 * padding[1]

@@ -358,7 +358,14 @@ def _stat(path: Path) -> os.stat_result | None:
 def find_node(root: Path, prefix: str) -> Found | Corrupt:
     """The published node whose key, alone, begins with `prefix`. InputError if there is none, or several."""
     existing_store(root)
-    found = _starting(root, prefix)
+    return _only(_starting(root, prefix), prefix)
+
+
+def _starting(root: Path, prefix: str) -> list[Path]:
+    return [folder for folder in node_folders(root) if folder.name.startswith(prefix.lower())]
+
+
+def _only(found: list[Path], prefix: str) -> Found | Corrupt:
     if len(found) != 1:
         several = f": {', '.join(f.name[:12] for f in found[:4])}{', ...' if len(found) > 4 else ''}" if found else ""
         count = f"{len(found):,} nodes have" if found else "no node has"
@@ -366,18 +373,15 @@ def find_node(root: Path, prefix: str) -> Found | Corrupt:
     return read_node(found[0])
 
 
-def _starting(root: Path, prefix: str) -> list[Path]:
-    return [folder for folder in node_folders(root) if folder.name.startswith(prefix.lower())]
-
-
 def show(root: Path, prefix: str) -> tuple[list[str], bool]:
     """(lines on a node, or on the leftovers of an unpublished one; whether its files match their checksums).
 
     prefix: the beginning of its key and of no other. InputError if no key or several begin with it.
     """
-    if not _starting(root, prefix) and (unpublished := _unpublished(root, prefix.lower())) is not None:
+    found = _starting(root, prefix)
+    if not found and (unpublished := _unpublished(root, prefix.lower())) is not None:
         return unpublished, True
-    node = find_node(root, prefix)
+    node = _only(found, prefix)
     if isinstance(node, Corrupt):
         return [
             f"{node.folder}: {node.why}; delete this folder to recompute the node",

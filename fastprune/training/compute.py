@@ -42,6 +42,11 @@ class Compute(Protocol):
         """Writes weights and momentum to the flat parameters, before other code reads them."""
 
 
+def autocast(device: torch.device, half: torch.dtype | None) -> AbstractContextManager[Any]:
+    """torch.autocast to `half`; no effect for None."""
+    return nullcontext() if half is None else torch.autocast(device.type, half)
+
+
 class Dense:
     """Torch's autograd, on the flat parameters themselves. lower: small convs as GEMMs (training/lower.py)."""
 
@@ -64,7 +69,7 @@ class Dense:
 
     def logits(self, images: Tensor, train: bool) -> Tensor:
         if not self._lower or images.shape in self._without:
-            with self._autocast():
+            with autocast(self._flat.weight.device, self._half):
                 return self._network(images)
         with lowered() as lowering:
             found = self._network(images)
@@ -88,7 +93,3 @@ class Dense:
 
     def push(self) -> None:
         pass
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        half, device = self._half, self._flat.weight.device.type
-        return nullcontext() if half is None else torch.autocast(device, half)

@@ -17,7 +17,7 @@ from fastprune.pruning.coverage import Kinds, Selectors
 from fastprune.pruning.masks import Mask
 from fastprune.pruning.pruner import Pruner
 from fastprune.specs import COMPUTES, PRECISIONS, OptimizerSpec, ScheduleSpec
-from fastprune.training.compute import Compute, Dense
+from fastprune.training.compute import Compute, Dense, autocast
 from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics, of_rank_0
 from fastprune.training.flat import FlatParams, FlatSGD
 from fastprune.training.step import EpochMetrics, EpochSums, GraphedStep, Step, check_labels
@@ -118,7 +118,8 @@ class Trainer:
         """Why this Trainer never computes sparsely, whatever the model; "" if it may."""
         self._chooser: Chooser | None = None
         self._compute: Compute | None = None  # of the training that runs
-        self.computed, self.reason = self._dense["plain" if compute == "plain" else "dense"].name, ""
+        self._densely = self._dense["plain" if compute == "plain" else "dense"]  # unless a training says otherwise
+        self.computed, self.reason = self._densely.name, ""
         self._hyper: dict[str, Any] = {}
         self._graphed: dict[tuple[Any, ...], GraphedStep] = {}
         # One pool and one stream for all graphs: they run one after the other and leave no result in the pool, so they
@@ -329,7 +330,7 @@ class Trainer:
             why = found
         if asked == "sparse" and (self._strict or self._asked == "sparse"):
             raise ValueError(f"compute='sparse' is not possible here: {why}")
-        return self._dense["plain" if self._asked == "plain" else "dense"], why
+        return self._densely, why
 
     def _epoch(
         self,
@@ -426,7 +427,7 @@ class Trainer:
     def _eval_step(self, images: Tensor, labels: Tensor) -> None:
         compute = self._now()
         if not compute.takes(images):  # weights are in the flat parameters: an epoch has ended
-            compute = self._dense["dense"]
+            compute = self._densely
         logits = self._checked(compute.logits(images, False), labels)
         with self._autocast():
             # Without label smoothing: validation losses are comparable among runs that smooth differently.
@@ -435,7 +436,7 @@ class Trainer:
 
     def _now(self) -> Compute:
         """How to compute: as the training that runs, else densely."""
-        return self._compute or self._dense["plain" if self._asked == "plain" else "dense"]
+        return self._compute or self._densely
 
     def _checked(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The logits, once both are known to fit. ValueError if the model returns no logits."""
@@ -490,8 +491,7 @@ class Trainer:
         return tensor.to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        half = _HALF[self.precision]
-        return nullcontext() if half is None else torch.autocast(self.device.type, half)
+        return autocast(self.device, _HALF[self.precision])
 
     def _tensors(self) -> dict[str, Tensor]:
         """Parameters and batch-norm statistics by name, the tensors themselves."""

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprune.sparse.conv import tile_vectors
+from fastprune.sparse.planes import Threads
 from fastprune.sparse.program import Add, Conv, Linear, MaxPool, Mean, Norm, Program, Relu, Value, fuse, lower
-from fastprune.sparse.tape import Tape, Threads
+from fastprune.sparse.tape import Tape
 from fastprune.specs import ModelSpec
 from fastprune.training.models import build
 
@@ -209,8 +210,7 @@ class Run:
             )
 
         op: Any
-        on_tape: Any
-        for op, on_tape in zip(self.program.ops, self.tape._ops, strict=True):
+        for op in self.program.ops:
             x = values[op.x.number]
             match op:
                 case Conv():
@@ -222,7 +222,7 @@ class Run:
                     y = F.batch_norm(x, None, None, of(norm.weight), of(norm.bias), True, 0.0, norm.eps)
                     y = y if op.residual is None else y + values[op.residual.number]
                     if op.pool is not None:  # of what is positive; a maximum of 0 is no choice
-                        y = pooled(y.relu(), op.pool, on_tape._places)
+                        y = pooled(y.relu(), op.pool, self.tape._places[op.y.number])
                     elif op.relu:
                         y = positive(y, op.y)
                 case Relu():
@@ -230,7 +230,7 @@ class Run:
                 case Add():
                     y = x + values[op.other.number]
                 case MaxPool():
-                    y = pooled(x, op, on_tape._places)
+                    y = pooled(x, op, self.tape._places[op.y.number])
                 case Mean():
                     y = x.mean((2, 3))
             values[op.y.number] = y
