@@ -368,17 +368,3 @@ def mean_backward(g, dx, dx_steps, height, width, blocks, channels, add, first, 
                 for i in range(width):
                     into = dx + a * dx_steps[0] + c * dx_steps[1] + r * dx_steps[2] + i * BYTES
                     store(load(into) + v if add else v, into)
-
-
-@compiled
-def gather(values, index, out, first, last):
-    """out[i] = values[index[i]] for i in [first, last): float32, int32."""
-    for i in range(first, last):
-        out[i] = values[index[i]]
-
-
-@compiled
-def scatter_add(values, index, out):
-    """out[index[i]] += values[i], in order. float32, int32."""
-    for i in range(index.shape[0]):
-        out[index[i]] += values[i]

@@ -222,3 +222,26 @@ def sddmm(
                         x_tile, content, base, x_block, x_row, offsets + 4 * j, gradients + 4 * j, min(end - j, 4)
                     )
                     j += 4
+
+
+@compiled
+def gather(values, index, out, start, first, last):
+    """out[i] = values[index[i]] for the entries i of rows first to last: float32, int32."""
+    for k in range(start.shape[0]):
+        for i in range(start[k, first], start[k, last]):
+            out[i] = values[index[i]]
+
+
+@compiled
+def scatter_add(values, index, out, start, first, last):
+    """out[index[i]] += values[i] for the entries i of rows first to last, in order: float32, int32."""
+    for k in range(start.shape[0]):
+        for i in range(start[k, first], start[k, last]):
+            out[index[i]] += values[i]
+
+
+@compiled
+def clear(values, start, first, last):
+    """values[i] = 0 for the entries i of rows first to last: float32."""
+    for k in range(start.shape[0]):
+        values[start[k, first] : start[k, last]] = 0

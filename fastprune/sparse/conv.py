@@ -20,7 +20,7 @@ from llvmlite import binding
 
 from fastprune.kernels.dispatch import compiled
 from fastprune.kernels.lanes import BYTES
-from fastprune.kernels.sparse_conv import Tile, sddmm, spmm, tile
+from fastprune.kernels.sparse_conv import Tile, clear, gather, scatter_add, sddmm, spmm, tile
 from fastprune.sparse.program import Conv, FusedConv, Linear
 
 UNROLLED = 4
@@ -205,12 +205,13 @@ class Lists:
 
     start: int64 [blocks, rows + 1], first entry of each row. offsets: int32 [entries + 3], bytes; the last four are
     equal, because sddmm reads four at a time. index: int32 [entries], the kept weight of each entry in storage order,
-    or None where they agree.
+    or None where they agree. together: rows of a channel, which read the same weights.
     """
 
     start: np.ndarray
     offsets: np.ndarray
     index: np.ndarray | None
+    together: int = 1
     _splits: dict[int, list[int]] = field(default_factory=dict)
 
     @property
@@ -222,13 +223,39 @@ class Lists:
         return self.start.shape[1] - 1
 
     def split(self, parts: int) -> list[int]:
-        """Bounds of `parts` ranges of rows with about equal work."""
+        """Bounds of `parts` ranges of whole channels' rows with about equal work."""
         if parts not in self._splits:
             # A row costs about what four entries cost, for loading and storing its tile.
-            work = np.cumsum(np.diff(self.start, axis=1).sum(0) + 4)
-            inner = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts)
+            rows = np.diff(self.start, axis=1).sum(0) + 4
+            work = np.cumsum(rows.reshape(-1, self.together).sum(1))
+            inner = np.searchsorted(work, work[-1] * np.arange(1, parts) / parts) * self.together
             self._splits[parts] = [0, *map(int, inner), self.rows]
         return self._splits[parts]
+
+    def part(self, i: int, parts: int) -> tuple[int, int]:
+        """(first, last) row of the i-th range."""
+        bounds = self.split(parts)
+        return bounds[i], bounds[i + 1]
+
+    def ordered(self, values: np.ndarray, into: np.ndarray, part: tuple[int, int]) -> int:
+        """The address of `values`, float32 [kept], in the order of the entries, of which those of rows part[0] to
+        part[1] are there. into: float32 [entries], memory for them."""
+        if self.index is None:
+            return values.ctypes.data
+        gather(values, self.index, into, self.start, *part)
+        return into.ctypes.data
+
+    def clear(self, sums: np.ndarray, part: tuple[int, int]) -> None:
+        """Sets to 0 those of `sums`, float32 [entries + 3], that belong to rows part[0] to part[1]."""
+        clear(sums, self.start, *part)
+
+    def add_up(self, sums: np.ndarray, gradients: np.ndarray, part: tuple[int, int]) -> None:
+        """Adds the sums of entries of rows part[0] to part[1] to the gradients of their weights, float32 [kept]."""
+        if self.index is None:
+            first, last = self.start[0, list(part)]
+            gradients[first:last] += sums[first:last]
+        else:
+            scatter_add(sums, self.index, gradients, self.start, *part)
 
 
 def build(keep: np.ndarray, transposed: bool, taps: Sequence[Sequence[tuple[int, int]]], rows: int, plane: int,
@@ -254,39 +281,51 @@ def build(keep: np.ndarray, transposed: bool, taps: Sequence[Sequence[tuple[int,
     _fill(keep, transposed, first, pairs, rows, plane, block, start.copy(), offsets, index)
     offsets[entries:] = offsets[entries - 1] if entries else 0  # 0 may lie outside, with a padding beyond the kernel
     in_order = blocks == 1 and not transposed and rows == 1 and all(len(tap) == 1 for tap in taps)
-    return Lists(start, offsets, None if in_order else index)
+    return Lists(start, offsets, None if in_order else index, rows)
+
+
+@compiled
+def _kept(line, into):
+    """Writes the places of a line that are kept, without a branch that is hard to predict; their number."""
+    number = 0
+    for c in range(line.shape[0]):
+        into[number] = c
+        number += line[c]
+    return number
 
 
 @compiled
 def _count(keep, transposed, first, pairs, rows, block, start):
+    kept = np.empty(keep.shape[3] + 1, np.int32)
     for o in range(keep.shape[0]):
         for tap in range(keep.shape[1] * keep.shape[2]):
-            if first[tap] == first[tap + 1]:
-                continue
-            line = keep[o, tap // keep.shape[2], tap % keep.shape[2]]
-            for c in range(keep.shape[3]):
-                if line[c]:
-                    mine, other = (c, o) if transposed else (o, c)
-                    for e in range(first[tap], first[tap + 1]):
-                        start[other // block, mine * rows + pairs[e, 0] + 1] += 1
+            number = _kept(keep[o, tap // keep.shape[2], tap % keep.shape[2]], kept)
+            for e in range(first[tap], first[tap + 1]):
+                row = pairs[e, 0] + 1
+                if transposed:
+                    for n in range(number):
+                        start[o // block, kept[n] * rows + row] += 1
+                else:
+                    for n in range(number):
+                        start[kept[n] // block, o * rows + row] += 1
 
 
 @compiled
 def _fill(keep, transposed, first, pairs, rows, plane, block, place, offsets, index):
-    number = 0
+    kept = np.empty(keep.shape[3] + 1, np.int32)
+    before = 0
     for o in range(keep.shape[0]):
         for tap in range(keep.shape[1] * keep.shape[2]):
-            line = keep[o, tap // keep.shape[2], tap % keep.shape[2]]
-            for c in range(keep.shape[3]):
-                if line[c]:
-                    mine, other = (c, o) if transposed else (o, c)
-                    for e in range(first[tap], first[tap + 1]):
-                        k, row = other // block, mine * rows + pairs[e, 0]
-                        at = place[k, row]
-                        place[k, row] = at + 1
-                        offsets[at] = other * plane + pairs[e, 1]
-                        index[at] = number
-                    number += 1
+            number = _kept(keep[o, tap // keep.shape[2], tap % keep.shape[2]], kept)
+            for e in range(first[tap], first[tap + 1]):
+                for n in range(number):
+                    mine, other = (kept[n], o) if transposed else (o, kept[n])
+                    k, row = other // block, mine * rows + pairs[e, 0]
+                    at = place[k, row]
+                    place[k, row] = at + 1
+                    offsets[at] = other * plane + pairs[e, 1]
+                    index[at] = before + n
+            before += number
 
 
 Piece = tuple[Tile, Tile, np.ndarray, np.ndarray]
@@ -448,6 +487,8 @@ class SparseConv:
         self, keep: np.ndarray, geometry: Geometry, x: Plane, y: Plane, g: Plane | None = None, dx: Plane | None = None
     ) -> None:
         self.kept = int(np.count_nonzero(keep))
+        # First kept weight of each filter, in storage order, and the end.
+        self.filters = np.concatenate([[0], np.count_nonzero(keep, axis=(1, 2, 3)).cumsum()])
         self.ahead = forward(keep, geometry, x, y)
         self.weight_pass: Product | None = None
         if g is not None:

@@ -89,7 +89,6 @@ class Sparse:
         tape, count = self.tape, len(self._kept)
         torch.index_select(flat.weight, 0, self._kept, out=tape.values[:count])
         torch.index_select(flat.momentum, 0, self._kept, out=self._momentum[:count])
-        tape.values_changed()
 
     def push(self) -> None:
         """Writes kept weights and momentum back; pruned ones are +0 there already. After a push without a step since,
@@ -136,7 +135,6 @@ class Sparse:
         self._ahead = True
         masked_sgd_(tape.values, tape.kept_gradients, self._momentum, None, **hyper)
         masked_sgd_(flat.other_params, flat.other_grad, flat.other_momentum, None, **hyper)
-        tape.values_changed()
 
     def close(self) -> None:
         """Ends the threads."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,31 +20,30 @@ def plane_of(shape: tuple[int, ...], border: int = 0) -> Plane:
 
 
 class Threads:
-    """Runs a kernel over ranges of rows or channels, one for each thread. Results do not depend on their number."""
+    """Runs a kernel over parts of its rows or channels, one for each thread. Results do not depend on their number."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self._pool = ThreadPoolExecutor(number - 1) if number > 1 else None
 
-    def ranges(self, bounds: Sequence[int], run: Callable[[int, int, int], Any]) -> None:
-        """run(thread, first, last) for each two neighbouring bounds."""
-        parts = list(enumerate(pairwise(bounds)))
-        if self._pool is None or len(parts) == 1:
-            for i, (first, last) in parts:
-                run(i, first, last)
-            return
-        futures = [self._pool.submit(run, i, *part) for i, part in parts[1:]]
+    def each(self, run: Callable[[int], Any], number: int | None = None) -> None:
+        """run(thread) on each thread, or on the first `number` of them."""
+        futures = [self._pool.submit(run, i) for i in range(1, number or self.number)] if self._pool is not None else []
         try:
-            run(0, *parts[0][1])
+            run(0)
         finally:
             wait(futures)  # also after Ctrl-C: kernels write to memory that the caller may then free or change
         for future in futures:
             future.result()
 
-    def channels(self, count: int, run: Callable[[int, int, int], Any]) -> None:
-        """run(thread, first, last) for equal ranges of `count` channels."""
-        parts = max(1, min(self.number, count))
-        self.ranges([count * i // parts for i in range(parts + 1)], run)
+    def ranges(self, bounds: Sequence[int], run: Callable[[int, int, int], Any]) -> None:
+        """run(thread, first, last) for each two neighbouring bounds, at most as many as threads."""
+        self.each(lambda i: run(i, bounds[i], bounds[i + 1]), len(bounds) - 1)
+
+    def channels(self, number: int, run: Callable[[int, int, int], Any]) -> None:
+        """run(thread, first, last) for equal ranges of so many channels."""
+        parts = max(1, min(self.number, number))
+        self.ranges([number * i // parts for i in range(parts + 1)], run)
 
     def close(self) -> None:
         if self._pool is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastprune.kernels import lanes_norm as kernels
 from fastprune.kernels.lanes import BYTES, address, blocks_of, from_lanes, to_lanes
 from fastprune.sparse import planes
-from fastprune.sparse.conv import Geometry, Lists, Plane, SparseConv
+from fastprune.sparse.conv import Geometry, Plane, SparseConv
 from fastprune.sparse.planes import Buffer, Threads, plane_of
 from fastprune.sparse.program import Add, Conv, Linear, MaxPool, Mean, Norm, Program, Relu, Value, inputs
 
@@ -28,7 +28,7 @@ class Tape:
     parameters: the module's parameters and buffers by name; running statistics are updated in place. gradients: by
     name, where gradients of parameters that are not in `keep` are written. keep: masks of convs and linear layers,
     bool [O, KH, KW, I]. `values` and `kept_gradients`, float32, hold the kept weights of all of these, one after the
-    other in `spans`, each in storage order; call `values_changed` after writing values.
+    other in `spans`, each in storage order.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class Tape:
             self.spans[name] = slice(end, end := end + int(np.count_nonzero(mask)))
         # torch's fused SGD rounds the elements that do not fill a vector of 64 differently.
         self.values, self.kept_gradients = (torch.zeros(-(-end // 64) * 64) for _ in range(2))
-        self.changes = 0  # of the values
         self._blocks = 0  # that the buffers have room for
         self._values: dict[int, Buffer] = {}
         self._free: dict[Plane, list[Buffer]] = defaultdict(list)
@@ -73,10 +72,6 @@ class Tape:
         return {Linear: _Linear, Norm: _Norm, Relu: _Relu, Add: _Add, MaxPool: _MaxPool, Mean: _Mean}[type(op)](
             self, op
         )
-
-    def values_changed(self) -> None:
-        """To be called after `values` were written."""
-        self.changes += 1
 
     def forward(self, images: Tensor, train: bool) -> Tensor:
         """The output, float32 [B, ...], new memory. images: float32 [B, C, H, W]. train: batch norm takes the batch's
@@ -156,15 +151,6 @@ class Tape:
     def needs_gradient(self, v: Value) -> bool:
         return v.number != self.program.input.number
 
-    def ordered(self, lists: Lists, span: slice, into: Tensor | None) -> Tensor:
-        """The kept values in the order of the lists. into: memory for them."""
-        if lists.index is None:
-            return self.values[span]
-        assert into is not None
-        index, values, out = lists.index, self.values[span].numpy(), into.numpy()
-        self.threads.channels(len(index), lambda _, first, last: kernels.gather(values, index, out, first, last))
-        return into
-
     def close(self) -> None:
         self.threads.close()
 
@@ -209,53 +195,46 @@ class _Weighted(_Op):
         self.conv = SparseConv(keep, geometry, x, y, tape._gradient_planes[op.y.number], dx)
         self.span = tape.spans[op.weight]
         self.positions = y.height * y.width if geometry.unrolled else 1
-        products = [self.conv.ahead, *self.conv.back]
-        self._lists = [(p, None if p.lists.index is None else torch.empty(p.lists.entries)) for p in products]
-        self._gradients = torch.empty(self.conv.ahead.lists.entries + 3)
-        self._seen = -1
-
-    def _ordered(self) -> list[Tensor]:
-        if self._seen != self.tape.changes:
-            self._ready = [self.tape.ordered(p.lists, self.span, into) for p, into in self._lists]
-            self._seen = self.tape.changes
-        return self._ready
+        # For the values in the order of each product's lists: with its own memory a thread orders what it then reads.
+        self._ahead, *self._back = (np.empty(p.lists.entries, np.float32) for p in (self.conv.ahead, *self.conv.back))
+        self._sums = np.empty(self.conv.ahead.lists.entries + 3, np.float32)
 
     def forward(self) -> None:
-        tape, product = self.tape, self.conv.ahead
-        x, y, values = tape.value(self.op.x), tape.value(self.op.y), address(self._ordered()[0])
+        tape, product, number = self.tape, self.conv.ahead, self.tape.threads.number
+        x, y, values = tape.value(self.op.x), tape.value(self.op.y), tape.values[self.span].numpy()
         bias = None
         if self.op.bias is not None:
             bias = np.repeat(tape.parameters[self.op.bias].detach().numpy(), self.positions)
-        tape.threads.ranges(
-            product.lists.split(tape.threads.number),
-            lambda _, *part: product.multiply(x.address, y.address, values, tape.blocks, part, bias=bias),
-        )
+
+        def run(thread: int) -> None:
+            part = product.lists.part(thread, number)
+            ordered = product.lists.ordered(values, self._ahead, part)
+            product.multiply(x.address, y.address, ordered, tape.blocks, part, bias=bias)
+
+        tape.threads.each(run)
 
     def backward(self, g: Buffer) -> None:
-        tape, product = self.tape, self.conv.weight_pass
+        tape, product, number = self.tape, self.conv.weight_pass, self.tape.threads.number
         assert product is not None
-        x, sums = tape.value(self.op.x), self._gradients.zero_()
-        tape.threads.ranges(
-            product.lists.split(tape.threads.number),
-            lambda _, *part, p=product: p.correlate(x.address, g.address, address(sums), tape.blocks, part),
-        )
-        kept = tape.kept_gradients[self.span]
-        if product.lists.index is None:
-            kept.copy_(sums[: len(kept)])
-        else:
-            kernels.scatter_add(sums.numpy(), product.lists.index, kept.zero_().numpy())
+        x, values, kept = tape.value(self.op.x), *(t[self.span].numpy() for t in (tape.values, tape.kept_gradients))
+        dx, add = tape.gradient(self.op.x) if self.conv.back else (None, False)
+
+        def run(thread: int) -> None:
+            part = product.lists.part(thread, number)
+            product.lists.clear(self._sums, part)
+            product.correlate(x.address, g.address, self._sums.ctypes.data, tape.blocks, part)
+            first, last = (self.conv.filters[row // product.lists.together] for row in part)
+            kept[first:last] = 0
+            product.lists.add_up(self._sums, kept, part)
+            for back, into in zip(self.conv.back, self._back, strict=True):
+                assert dx is not None
+                part = back.lists.part(thread, number)
+                ordered = back.lists.ordered(values, into, part)
+                back.multiply(g.address, dx.address, ordered, tape.blocks, part, add)
+
+        tape.threads.each(run)
         if self.op.bias in tape.gradients:
             torch.sum(g.interior(tape.blocks), (0, 2, 3, 4), out=tape.gradients[self.op.bias])
-        if not self.conv.back:
-            return
-        dx, add = tape.gradient(self.op.x)
-        for product, values in zip(self.conv.back, self._ordered()[1:], strict=True):
-            tape.threads.ranges(
-                product.lists.split(tape.threads.number),
-                lambda _, *part, p=product, v=values: p.multiply(
-                    g.address, dx.address, address(v), tape.blocks, part, add
-                ),
-            )
 
     def no_gradient(self) -> None:
         super().no_gradient()

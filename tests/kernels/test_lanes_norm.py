@@ -354,14 +354,3 @@ def test_means(size, add):
     close(z.images, x.double().mean((2, 3), keepdim=True), 1e-6)
     close(dx.images, g.double().expand_as(x) / (size[0] * size[1]) + 2.0 * add, 1e-6)
     a.check_border()
-
-
-def test_gather_and_scatter():
-    values, index = np.arange(5, dtype=np.float32), np.array([4, 0, 4, 2], np.int32)
-    out = np.full(4, np.nan, np.float32)
-    kernels.gather(values, index, out, 1, 4)
-    assert out[1:].tolist() == [0.0, 4.0, 2.0]
-    assert np.isnan(out[0])
-    sums = np.zeros(5, np.float32)
-    kernels.scatter_add(np.array([1.0, 2.0, 3.0, 4.0, np.nan, np.nan, np.nan], np.float32), index, sums)
-    assert sums.tolist() == [2.0, 0.0, 4.0, 0.0, 4.0]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastprune.kernels.dispatch import INTERPRETED
-from fastprune.kernels.sparse_conv import sddmm, spmm, tile
+from fastprune.kernels.sparse_conv import clear, gather, scatter_add, sddmm, spmm, tile
 from fastprune.sparse.conv import tile_vectors
 from tests.kernels.inputs import INF, NAN, bits
 
@@ -228,3 +228,18 @@ def test_the_inner_loop_is_sixteen_fused_multiply_adds_from_memory(monkeypatch):
     for piece in pieces:
         assert len(re.findall(r"\tvfmadd\w+ps\t[^\n]*\(%r\w+[^\n]*%zmm", piece)) == 16
         assert not re.search(r"\tvmov\w+\t%zmm", piece)  # nothing is spilled
+
+
+def test_entries_of_some_rows_are_gathered_and_scattered():
+    """Rows 0 and 1 of three rows in two blocks of columns: entries 0, 1 and 3."""
+    start, index = np.array([[0, 1, 2, 3], [3, 3, 4, 5]]), np.array([4, 0, 1, 4, 3], np.int32)
+    out = np.full(5, np.nan, np.float32)
+    gather(np.arange(5, dtype=np.float32), index, out, start, 0, 2)
+    np.testing.assert_array_equal(out, [4, 0, np.nan, 4, np.nan])
+    sums = np.zeros(5, np.float32)
+    scatter_add(np.array([1, 2, np.nan, 4, np.nan, np.nan], np.float32), index, sums, start, 0, 2)
+    assert sums.tolist() == [2, 0, 0, 0, 5]
+    clear(out, start, 0, 2)
+    np.testing.assert_array_equal(out, [0, 0, np.nan, 0, np.nan])
+    for first in range(4):
+        clear(out[:0], start, first, first)  # no rows

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -157,18 +158,21 @@ class Computed:
         self.results = [from_lanes(y.inner, case.batch), from_lanes(dx.inner, case.batch), dw]
         self._keep, self._add, self._case = keep, add, case
 
-    def exact(self) -> list[Tensor]:
-        x, w = self.images.double().requires_grad_(), self.weight.double().requires_grad_()
+    def exact(self, of: Callable[[Tensor], Tensor] = Tensor.double) -> list[Tensor]:
+        x, w, g = (of(t.double()).requires_grad_() for t in (self.images, self.weight, self.gradient))
         y = F.conv2d(x, w, stride=self._case.stride, padding=self._case.padding)
-        dx, dw = torch.autograd.grad(y, (x, w), self.gradient.double())
+        dx, dw = torch.autograd.grad(y, (x, w), g)
         return [y.detach(), dx + float(self._add), dw.permute(0, 2, 3, 1)[self._keep]]
 
     def check(self) -> None:
-        for name, got, exact in zip(("output", "dx", "dw"), self.results, self.exact(), strict=True):
+        every = zip(("output", "dx", "dw"), self.results, self.exact(), self.exact(Tensor.abs), strict=True)
+        for name, got, exact, terms in every:
             assert got.shape == exact.shape, name
             if got.numel():
                 error = (got.double() - exact).abs().max().item()
-                assert error <= LIMIT * exact.abs().max().item(), (name, error)
+                # Of few sums all may be small by cancellation, and no larger one be there to measure errors by.
+                few = torch.finfo(torch.float32).eps * terms.max().item() if got.numel() < 10 else 0.0
+                assert error <= max(LIMIT * exact.abs().max().item(), few), (name, error)
 
 
 # On AVX-512, the tiles of these have 4 x 4 positions, or one where maps are unrolled: few kernels to compile.

@@ -136,7 +136,6 @@ class Run:
         self.tape = Tape(self.program, self.parameters | dict(model.named_buffers()), self.gradients, keep, threads)
         for name, span in self.tape.spans.items():
             self.tape.values[span] = self._stored(self.parameters[name].detach())[torch.from_numpy(keep[name])]
-        self.tape.values_changed()
         self.size, self.g, self.keep = size, g, keep
         self.momentum: dict[str, Tensor] = {}
 
@@ -269,7 +268,6 @@ class Run:
             buffer = self.momentum.setdefault(name, torch.zeros_like(weight))
             buffer.mul_(SGD["momentum"]).add_(gradient + SGD["weight_decay"] * weight)
             weight.sub_(SGD["lr"] * buffer)
-        self.tape.values_changed()
         for name, p in self.exact.named_parameters():
             if name in self.keep:
                 self._stored(p)[torch.from_numpy(self.keep[name])] = self.tape.values[self.tape.spans[name]].double()
