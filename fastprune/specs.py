@@ -299,6 +299,11 @@ class Prune(Node):
         """The prune round, from 1."""
         return 1 if self.prior is None else self.prior.round + 1
 
+    @cached_property
+    def density(self) -> float:
+        """The share of weights that are kept, but for rounding to whole weights."""
+        return (1 - self.fraction) * (1.0 if self.prior is None else self.prior.density)
+
     @property
     def model(self) -> ModelSpec:
         return self.source.model if isinstance(self.source, Init) else self.source.node.model

@@ -85,40 +85,38 @@ def _print_cost(graph: Graph, store: RunStore, given: float | None, gpus: Sequen
     if any(n.data.fingerprint.startswith(UNKNOWN) for n in graph.trainings):
         print("  Images that are not prepared yet have no fingerprint: none of their trainings counts as in the store.")
     print(f"  disk         {_size(bytes_on_disk(graph, todo)):>15}   for the nodes to do")
-    rates = _measured(graph, store)
-    _print_time(todo, rates, given)
+    rates = Rates(graph, store, given)
+    _print_time(todo, rates)
     if gpus:
-        _print_clusters(gpus, graph, todo, _seconds(todo, rates, given, _prune_seconds(graph, store)))
+        _print_clusters(gpus, graph, todo, _seconds(todo, rates, _prune_seconds(graph, store)))
 
 
-def _print_time(todo: list[Runnable], measured: dict[tuple[str, int, str], float], given: float | None) -> None:
+def _print_time(todo: list[Runnable], rates: "Rates") -> None:
     seconds, unmeasured, used = 0.0, 0, set()
     for node in todo:
         if isinstance(node, Train):
-            # One rate for all rounds: a masked step costs what a dense step costs (bench/NOTES.md).
-            rate = given or measured.get(_kind(node))
+            rate = rates.of(node)
             if rate is None:
                 unmeasured += 1
             else:
-                used.add(f"{rate:,.0f}")
+                used.add(rate)
                 seconds += Cost.of([node]).images / rate
     if used:
-        source = "as given" if given else "measured in this store"
-        print(f"  time left    {duration(seconds):>15}   on one worker, at {', '.join(sorted(used))} images/s {source}")
+        at = " to ".join(f"{rate:,.0f}" for rate in sorted({min(used), max(used)}))
+        source = "as given" if rates.given else "measured in this store"
+        print(f"  time left    {duration(seconds):>15}   on one worker, at {at} images/s {source}")
     if unmeasured:
         more = f" of {unmeasured:,} more trainings" if used else ""
         why = "no such run was measured in this store; to assume a rate, give --images-per-second R"
         print(f"  time left            unknown  {more} {why}")
 
 
-def _seconds(
-    todo: list[Runnable], measured: dict[tuple[str, int, str], float], given: float | None, prune: float
-) -> dict[str, float]:
+def _seconds(todo: list[Runnable], rates: "Rates", prune: float) -> dict[str, float]:
     """Key -> seconds that the node takes. InputError where no rate is known."""
     seconds = {}
     for node in todo:
         if isinstance(node, Train):
-            rate = given or measured.get(_kind(node))
+            rate = rates.of(node)
             if rate is None:
                 raise InputError(
                     "--gpus needs the rate of a run, and this store has none measured: give --images-per-second R"
@@ -155,18 +153,37 @@ def _prune_seconds(graph: Graph, store: RunStore) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
+class Rates:
+    """Images a second of trainings: as given, or else as measured in the store."""
+
+    def __init__(self, graph: Graph, store: RunStore, given: float | None) -> None:
+        self.given = given
+        found: dict[tuple[str, int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for node in graph.trainings:
+            if store.has(node):
+                rate = store.node(node)["provenance"]["images_per_second"]
+                found[_kind(node)][_density(node)].append(rate)
+        self._measured = {
+            kind: {density: sum(each) / len(each) for density, each in by_density.items()}
+            for kind, by_density in found.items()
+        }
+
+    def of(self, node: Train) -> float | None:
+        """The given rate, or the mean of those runs of the node's kind whose density is nearest to its; None without
+        any. Where kept weights alone are computed with, a sparser round takes less time."""
+        measured = self._measured.get(_kind(node))
+        if self.given or measured is None:
+            return self.given
+        return measured[min(measured, key=lambda density: abs(math.log(density / _density(node))))]
+
+
 def _kind(node: Train) -> tuple[str, int, str]:
-    """What decides the speed of a run: runs of equal kind have about the same images/s."""
+    """What decides the speed of a dense run: runs of equal kind have about the same images/s."""
     return node.model.name, node.model.width, node.data.fingerprint
 
 
-def _measured(graph: Graph, store: RunStore) -> dict[tuple[str, int, str], float]:
-    """Kind -> mean images/s of its runs in the store."""
-    rates: dict[tuple[str, int, str], list[float]] = defaultdict(list)
-    for node in graph.trainings:
-        if store.has(node):
-            rates[_kind(node)].append(store.node(node)["provenance"]["images_per_second"])
-    return {kind: sum(found) / len(found) for kind, found in rates.items()}
+def _density(node: Train) -> float:
+    return node.mask.density if isinstance(node.mask, Prune) else 1.0
 
 
 def describe(s: Settings, data: DataSpec) -> str:

@@ -12,7 +12,7 @@ from fastprune.figures import FIGURES, load, reproduce
 from fastprune.specs import DataSpec, Prune, Train
 from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.graph import Graph
-from fastprune.study.plan import longest_chain, simulate
+from fastprune.study.plan import Rates, longest_chain, simulate
 from fastprune.study.settings import preset
 from tests.fakes import eval_runs, find_runs, masks
 
@@ -96,6 +96,31 @@ def test_the_plan_says_how_long_and_where_the_chain_decides(tmp_path, capsys):
     assert "31 trainings, to A2 eval" in after[5]
     # 302 * 5 / 31 = 48.7. Fewer GPUs have too much to do; as many need not be enough.
     assert after[6].strip() == "that short only with 49 GPUs or more"
+
+
+def test_a_training_takes_as_long_as_those_of_the_nearest_density():
+    """Dense at 100 and 300 images/s, and after one round, where a share of 0.8 is left, at 800."""
+    chains = Chains(CHAINS.settings.override(fraction=0.2), DATA, 0)
+    runs, other = find_runs(chains, 0.2), chains.dense(0.5)
+    measured = {runs[0].key: 100.0, other.key: 300.0, runs[1].key: 800.0}
+    assert [n.mask.density for n in runs[1:]] == pytest.approx([0.8, 0.64])
+
+    class Store:
+        def has(self, node):
+            return node.key in measured
+
+        def node(self, node):
+            return {"provenance": {"images_per_second": measured[node.key]}}
+
+    graph = Graph.of([*runs, other])
+    rates = Rates(graph, Store(), None)
+    assert [rates.of(n) for n in (*runs, other)] == [200.0, 800.0, 800.0, 200.0]
+    # Runs of one density are averaged, no others.
+    measured[runs[2].key] = 500.0
+    assert Rates(graph, Store(), None).of(runs[2]) == 500.0
+    assert Rates(graph, Store(), 50.0).of(runs[2]) == 50.0
+    measured.clear()
+    assert Rates(graph, Store(), None).of(runs[2]) is None
 
 
 @pytest.mark.parametrize(
