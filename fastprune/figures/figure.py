@@ -281,7 +281,7 @@ def points_of(figure: Figure, settings: Settings, data: DataSpec) -> list[AnyPoi
     """All points of the figure, for every seed: those of its panels, and one per find run."""
     panels = figure.panels_of(settings)
     found: list[AnyPoint] = []
-    for seed in range(settings.seeds):
+    for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
         # Panels with equal settings share one builder, which remembers the masks that it has built.
         chains = {panel.settings: Chains(panel.settings, data, seed) for panel in panels}
         points = [point for panel in panels for point in find_points(panel, chains[panel.settings])]

@@ -199,9 +199,10 @@ def describe(s: Settings, data: DataSpec) -> str:
         what = f"{len(s.sparsities)} sparsities"
     if s.stops:
         what += f" pruned at epochs {' '.join(map(str, s.stops))}"
+    seeds = f"{s.seeds}" + f" from {s.first_seed}" * bool(s.first_seed)
     return (
         f"{s.model} (stem {s.stem}, width {s.width}) on {data.name} "
-        f"({data.classes} classes, {data.train_count:,} images){rates}; seeds {s.seeds}, "
+        f"({data.classes} classes, {data.train_count:,} images){rates}; seeds {seeds}, "
         f"{what}, epochs {s.epochs}, batch {s.batch_size}, {s.precision}"
     )
 

@@ -42,7 +42,10 @@ class Settings:
 
     # Defaults are those that all protocols share (section A.1). A field without a default differs between them.
 
-    seeds: Annotated[int, Flag("number of seeds: 0 to N-1", "N", 1, 1000)] = 5
+    seeds: Annotated[int, Flag("number of seeds", "N", 1, 1000)] = 5
+    first_seed: Annotated[
+        int, Flag("the first of them (0): another machine's share of a study, or seeds that no figure has", "N", 0, 10**6)
+    ] = 0
     rounds: Annotated[int, Flag("prune rounds after round 0, the dense network", "N", 1, 1000)] = 30
     fraction: Annotated[
         float, Flag("fraction of the remaining weights to prune in each round", "F", 1e-6, 1 - 1e-6)

@@ -122,6 +122,14 @@ def test_every_point_has_its_place(name, preset_name):
     assert all(n.key in graph.labels for n in graph.nodes)
 
 
+def test_seeds_from_another_first_one_are_the_same_runs():
+    """So that a study's seeds can be shared between machines, and their stores merged."""
+    points, graph = planned("A2", "quick", seeds=2, first_seed=1)
+    assert {p.seed for p in points} == {1, 2}
+    _, whole = planned("A2", "quick", seeds=3)
+    assert {n.key for n in graph.nodes} == {n.key for n in whole.nodes if n.seed > 0}
+
+
 def test_every_run_of_a_figure_is_of_its_seed():
     for name in FIGURES:
         points, _ = planned(name, "quick")
