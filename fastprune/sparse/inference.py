@@ -644,10 +644,11 @@ class _Planner:
             if pool is not None:
                 assert window is not None
                 scratch = call.scratch(planes.padded(x.plane, pool.padding))
-                planes.norm_pool(call.threads, x, y, sizes, affine, window, pool.padding, 0, scratch)
-                return
-            add = None if op.residual is None else call.lanes(op.residual)
-            planes.norm(call.threads, x, y, add, sizes, affine, op.relu)
+                run = planes.norm_pool(x, y, sizes, affine, window, pool.padding, 0, scratch)
+            else:
+                add = None if op.residual is None else call.lanes(op.residual)
+                run = planes.norm(x, y, add, sizes, affine, op.relu)
+            call.threads.channels(channels, run)
 
         return work
 

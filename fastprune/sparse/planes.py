@@ -115,31 +115,24 @@ def max_pool(
 
 
 def norm(
-    threads: Threads, y: Buffer, z: Buffer, residual: Buffer | None, sizes: tuple[int, int], affine: tuple[Any, ...],
-    relu: bool,
-) -> None:  # fmt: skip
-    """z = relu(batch_norm(y) + residual). sizes: blocks and images. affine: weight, bias, eps, mean, variance and
-    whether the last two are the batch's, as kernels.norm_forward takes them."""
+    y: Buffer, z: Buffer, residual: Buffer | None, sizes: tuple[int, int], affine: tuple[Any, ...], relu: bool
+) -> Callable[[int, int, int], Any]:
+    """For `Threads.channels`: z = relu(batch_norm(y) + residual). sizes: blocks and images. affine: weight, bias, eps,
+    mean, variance and whether the last two are the batch's, as kernels.norm_forward takes them."""
     where, steps = (0, (0, 0, 0)) if residual is None else (residual.inner, residual.steps)
     p = y.plane
-    threads.channels(
-        p.channels,
-        lambda _, *part: kernels.norm_forward(
-            y.inner, y.steps, z.inner, z.steps, where, steps, p.height, p.width, *sizes, *affine, relu, *part
-        ),
+    return lambda _, *part: kernels.norm_forward(
+        y.inner, y.steps, z.inner, z.steps, where, steps, p.height, p.width, *sizes, *affine, relu, *part
     )
 
 
 def norm_pool(
-    threads: Threads, y: Buffer, z: Buffer, sizes: tuple[int, int], affine: tuple[Any, ...], window: np.ndarray,
+    y: Buffer, z: Buffer, sizes: tuple[int, int], affine: tuple[Any, ...], window: np.ndarray,
     padding: tuple[int, int], places: int, scratch: Callable[[int], int],
-) -> None:  # fmt: skip
-    """z = max_pool(relu(batch_norm(y))). As `norm` and `max_pool`."""
+) -> Callable[[int, int, int], Any]:  # fmt: skip
+    """For `Threads.channels`: z = max_pool(relu(batch_norm(y))). As `norm` and `max_pool`."""
     p = y.plane
-    threads.channels(
-        p.channels,
-        lambda i, *part: kernels.norm_pool_forward(
-            y.inner, y.steps, z.inner, z.steps, places, p.height, p.width, *sizes, *affine, window, padding, scratch(i),
-            *part,
-        ),
+    return lambda i, *part: kernels.norm_pool_forward(
+        y.inner, y.steps, z.inner, z.steps, places, p.height, p.width, *sizes, *affine, window, padding, scratch(i),
+        *part,
     )  # fmt: skip

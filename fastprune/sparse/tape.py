@@ -7,6 +7,7 @@ write kept weights alone, one vector for the whole network; all other parameters
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 from weakref import proxy
 
@@ -65,6 +66,9 @@ class Tape:
             border = Geometry.of_op(made).gradient_border if isinstance(made, Conv) else 0
             self._gradient_planes[v.number] = plane_of(v.shape, border)
         self._ops: list[_Op] = [self._lowered(op, keep) for op in program.ops]
+        for before, then in pairwise(self._ops):
+            if isinstance(before, _Weighted) and isinstance(then, _Norm) and then.op.x == before.op.y:
+                before.then = then
 
     def _lowered(self, op: Any, keep: Mapping[str, np.ndarray]) -> "_Op":
         if isinstance(op, Conv | Linear) and op.weight in keep:
@@ -89,8 +93,11 @@ class Tape:
             self._free.clear()
             self._places.clear()
         to_lanes(images, self.value(self.program.input).interior(self.blocks))
+        done: _Op | None = None
         for op in self._ops:
-            op.forward()
+            if op is not done:
+                op.forward()
+            done = op.then if isinstance(op, _Weighted) else None
         return self.batch(self.value(self.program.output))
 
     def backward(self, gradient: Tensor) -> None:
@@ -198,6 +205,8 @@ class _Weighted(_Op):
         # For the values in the order of each product's lists: with its own memory a thread orders what it then reads.
         self._ahead, *self._back = (np.empty(p.lists.entries, np.float32) for p in (self.conv.ahead, *self.conv.back))
         self._sums = np.empty(self.conv.ahead.lists.entries + 3, np.float32)
+        self.then: _Norm | None = None
+        """What normalises the output: each thread goes on with the channels that it has computed."""
 
     def forward(self) -> None:
         tape, product, number = self.tape, self.conv.ahead, self.tape.threads.number
@@ -206,12 +215,18 @@ class _Weighted(_Op):
         if self.op.bias is not None:
             bias = np.repeat(tape.parameters[self.op.bias].detach().numpy(), self.positions)
 
+        normalize = None if self.then is None else self.then.start()
+
         def run(thread: int) -> None:
             part = product.lists.part(thread, number)
             ordered = product.lists.ordered(values, self._ahead, part)
             product.multiply(x.address, y.address, ordered, tape.blocks, part, bias=bias)
+            if normalize is not None:
+                normalize(thread, *(row // product.lists.together for row in part))
 
         tape.threads.each(run)
+        if self.then is not None:
+            self.then.finish()
 
     def backward(self, g: Buffer) -> None:
         tape, product, number = self.tape, self.conv.weight_pass, self.tape.threads.number
@@ -257,6 +272,11 @@ class _Norm(_Op):
             self._window = planes.window_of(op.pool)
 
     def forward(self) -> None:
+        self.tape.threads.channels(self.op.x.shape[0], self.start())
+        self.finish()
+
+    def start(self) -> Callable[[int, int, int], Any]:
+        """The forward pass of some channels: (thread, first, last)."""
         tape, norm = self.tape, self.op.batch_norm
         y, z = tape.value(self.op.x), tape.value(self.op.y)
         train = tape.train
@@ -267,15 +287,15 @@ class _Norm(_Op):
         sizes, pool = (tape.blocks, tape.images), self.op.pool
         if pool is not None:
             where, scratch = tape.places(self.op.y) if train else 0, tape.scratch(planes.padded(y.plane, pool.padding))
-            planes.norm_pool(tape.threads, y, z, sizes, affine, self._window, pool.padding, where, scratch)
-        else:
-            add = None if self.op.residual is None else tape.value(self.op.residual)
-            planes.norm(tape.threads, y, z, add, sizes, affine, self.op.relu)
-        if train:
-            self._update_running()
+            return planes.norm_pool(y, z, sizes, affine, self._window, pool.padding, where, scratch)
+        add = None if self.op.residual is None else tape.value(self.op.residual)
+        return planes.norm(y, z, add, sizes, affine, self.op.relu)
 
-    def _update_running(self) -> None:
+    def finish(self) -> None:
+        """Updates the running statistics after all channels."""
         norm, tape = self.op.batch_norm, self.tape
+        if not tape.train:
+            return
         count = tape.images * self.op.x.shape[1] * self.op.x.shape[2]
         variance = torch.from_numpy(self._variance) * (count / max(1, count - 1))
         for name, now in ((norm.mean, torch.from_numpy(self._mean)), (norm.var, variance)):

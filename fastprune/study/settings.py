@@ -44,7 +44,8 @@ class Settings:
 
     seeds: Annotated[int, Flag("number of seeds", "N", 1, 1000)] = 5
     first_seed: Annotated[
-        int, Flag("the first of them (0): another machine's share of a study, or seeds that no figure has", "N", 0, 10**6)
+        int,
+        Flag("the first of them: another machine's share of a study, or seeds that no figure has", "N", 0, 10**6),
     ] = 0
     rounds: Annotated[int, Flag("prune rounds after round 0, the dense network", "N", 1, 1000)] = 30
     fraction: Annotated[
