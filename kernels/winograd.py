@@ -23,31 +23,52 @@ from fastprune.kernels.sparse_conv import store_tile, tile
 OUTPUTS, TAPS = 4, 4
 POINTS = OUTPUTS + TAPS - 1
 
-# With infinity: points whose error in float32 is small, at most 4e-6 of the maximum; two pairs share their work.
-_AT = (0.0, 1.0, -1.0, 0.5, -0.5, -2.0)
-_PAIRS = ((1, 2), (3, 4))
+# Polynomials are evaluated at 0 and at both signs of these multiples of _UNIT: opposite points share their work, and
+# constants of A and B are exact in float32. Found by a search over fractions, first for small norms of the transforms'
+# rows, then for a small error. For 64 channels that is 1.1e-6 to 2.1e-6 of the maximum; with the usual 0, +-1, +-1/2,
+# -2 and infinity it was 2.9e-6 to 6.8e-6. How points make the error: Barabasz et al. (2020). That others than small
+# whole numbers and their inverses can be better: Alam et al. (2022).
+_UNIT = 5 / 8
+_MULTIPLES = (1, 2, 5)
+_AT = np.array([0, *(sign * _UNIT * n for n in _MULTIPLES for sign in (1, -1))])
 
 
-def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(A, G, B) by Cook and Toom: outputs = A ((G taps) * (B inputs)), float64 [4, 7], [7, 4], [7, 7]."""
-    a, g, b = np.zeros((OUTPUTS, POINTS)), np.zeros((POINTS, TAPS)), np.zeros((POINTS, POINTS))
-    for i, at in enumerate(_AT):
-        others = [other for j, other in enumerate(_AT) if j != i]
-        a[:, i] = at ** np.arange(OUTPUTS)
-        g[i] = at ** np.arange(TAPS) / np.prod(at - np.array(others))
-        b[i, :-1] = polynomial.polyfromroots(others)
-    a[-1, -1] = g[-1, -1] = 1
-    b[-1] = polynomial.polyfromroots(_AT)
-    return a, g, b
+def _weights_transform() -> np.ndarray:
+    """G of outputs = A ((G taps) * (B inputs)), by Cook and Toom, float64 [7, 4]."""
+    apart = np.subtract.outer(_AT, _AT) + np.eye(POINTS)
+    return np.vander(_AT, TAPS, increasing=True) / apart.prod(1, keepdims=True)
 
 
-A, G, B = _matrices()
-# Sums and differences of the pairs, shared: A = _SHARED _JOIN, B = 2 _JOIN^T _HALVES (both up to the pairs' halves).
-_JOIN = np.eye(POINTS)
-for _i, _j in _PAIRS:
-    _JOIN[_i, _j] = _JOIN[_j, _i] = 1
-    _JOIN[_j, _j] = -1
-_SHARED, _HALVES = A @ np.linalg.inv(_JOIN), np.linalg.inv(_JOIN) @ B
+def _inputs_transform() -> tuple[np.ndarray, np.ndarray]:
+    """(_JOIN, _HALVES), float64 [7, 7]: B = _JOIN _HALVES. A row of B is the polynomial that is 0 at all other points.
+
+    For the points +-a that is x (x +- a) r(x^2): a sum and a difference of x^2 r(x^2) and a x r(x^2), which are halves.
+    """
+    join, halves = np.eye(POINTS), np.zeros((POINTS, POINTS))
+    halves[0] = polynomial.polyfromroots(_AT[1:])
+    for i in range(1, POINTS, 2):
+        others = polynomial.polyfromroots(np.delete(_AT, [0, i, i + 1]))
+        halves[i, 2:], halves[i + 1, 1:-1] = others, others
+        join[i : i + 2, i : i + 2] = [1, _AT[i]], [1, -_AT[i]]
+    return join, halves
+
+
+def _outputs_transform() -> tuple[np.ndarray, np.ndarray]:
+    """(_POWERS, _SUMS), float64 [4, 7] and [7, 7]: A = diag(_UNIT^k) _POWERS _SUMS, with powers of whole numbers."""
+    sums, powers = np.eye(POINTS), np.zeros((OUTPUTS, POINTS))
+    powers[0, 0] = 1
+    for i, n in zip(range(1, POINTS, 2), _MULTIPLES, strict=True):
+        sums[i : i + 2, i : i + 2] = [1, 1], [1, -1]
+        for k in range(OUTPUTS):
+            powers[k, i + k % 2] = n**k
+    return powers, sums
+
+
+G = _weights_transform()
+_JOIN, _HALVES = _inputs_transform()
+_POWERS, _SUMS = _outputs_transform()
+# What is left of A in both directions, by the sum of the output's row and column.
+_SCALES = tuple(np.float32(_UNIT**k) for k in range(2 * OUTPUTS - 1))
 
 
 def _combination(matrix: np.ndarray) -> Any:
@@ -79,7 +100,8 @@ def _combination(matrix: np.ndarray) -> Any:
     return combine
 
 
-_halves, _join, _shared = _combination(_HALVES), _combination(_JOIN), _combination(_SHARED)
+_halves, _join = _combination(_HALVES), _combination(_JOIN)
+_sums, _powers = _combination(_SUMS), _combination(_POWERS)
 
 
 @intrinsic
@@ -159,11 +181,11 @@ def _outputs(m, scratch, bias, positive, out, out_row):
     """The 4 x 4 outputs of a tile. m: 49 vectors."""
     add = splat(bias)
     for j in range(POINTS):
-        _put(_shared(_join(_column(m + j * BYTES, POINTS * BYTES))), scratch + j * BYTES, POINTS * BYTES)
+        _put(_powers(_sums(_column(m + j * BYTES, POINTS * BYTES))), scratch + j * BYTES, POINTS * BYTES)
     for i in range(OUTPUTS):
-        values = _shared(_join(_column(scratch + i * POINTS * BYTES, BYTES)))
+        values = _powers(_sums(_column(scratch + i * POINTS * BYTES, BYTES)))
         for j in range(OUTPUTS):
-            value = values[j] + add
+            value = values[j] * splat(_SCALES[i + j]) + add
             store(where_positive(value, value) if positive else value, out + i * out_row + j * BYTES)
 
 
@@ -190,7 +212,8 @@ def stem(
     `tiles_of_stem` gives. x: address of the first input of the first output, in the border as a rule; reads 14 rows and
     columns for a tile. x_steps, y_steps: bytes between blocks, channels and rows. weights: of `transformed_weights`.
     bias: float32 [O]. Scratch, in vectors: v [49, 4 * channels, tiles up to a multiple of 4], finite; m
-    [(4 * GROUP + 1) * 49]; rows [GROUP, 5, 4 * tiles + 1] and carry [O, 4 * tiles + 1], both used with `pooled`.
+    [(4 * GROUP + 1) * 49]; rows [GROUP, 5, 4 * tiles + 1] and carry [O, 4 * tiles + 1], both used with `pooled`, which
+    needs `positive`.
     """
     v_entry = (tiles + 3) // 4 * 4 * BYTES
     entries = 4 * channels
