@@ -159,4 +159,18 @@ def test_unknown_names():
         load("A9")
     with pytest.raises(InputError, match="unknown preset"):
         preset(A2.protocol, "tiny")
-    assert set(PRESETS) == {"smoke", "quick", "paper"}
+    assert set(PRESETS) == {"smoke", "quick", "cpu", "paper"}
+
+
+def test_rates_of_preset_cpu_keep_their_ratio_to_the_batch_size():
+    found = preset(A2.protocol, "cpu")
+    assert found.batch_size == 64
+    assert found.lr_find == (0.00625, 0.025, 0.1)
+    assert found.lr_eval == (0.0625, 0.1)
+    assert preset(A2.protocol, "cpu", A2.presets).lr_eval == (0.1,)  # as the figure says
+    assert preset(load("structured").protocol, "cpu").lr_eval == (0.025,)  # 0.1 at a batch of 256
+    assert preset(load("A4").protocol, "cpu").lr_eval == ()
+    assert preset(A2.protocol, "quick").lr_find == A2.protocol.lr_find
+    steps = found.epochs * (100 * 500 // found.batch_size)
+    assert steps == 15_620
+    assert found.schedule(0.1).milestones == (15, 18)
