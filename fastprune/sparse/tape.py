@@ -66,9 +66,11 @@ class Tape:
             border = Geometry.of_op(made).gradient_border if isinstance(made, Conv) else 0
             self._gradient_planes[v.number] = plane_of(v.shape, border)
         self._ops: list[_Op] = [self._lowered(op, keep) for op in program.ops]
-        for before, then in pairwise(self._ops):
-            if isinstance(before, _Weighted) and isinstance(then, _Norm) and then.op.x == before.op.y:
-                before.then = then
+        read = [v for op in program.ops for v in inputs(op)] + [program.output]
+        for conv, norm in pairwise(self._ops):
+            alone = read.count(conv.op.y) == 1
+            if alone and isinstance(conv, _Weighted) and isinstance(norm, _Norm) and norm.op.x == conv.op.y:
+                conv.norm, norm.conv = norm, proxy(conv)  # not a circle, either
 
     def _lowered(self, op: Any, keep: Mapping[str, np.ndarray]) -> "_Op":
         if isinstance(op, Conv | Linear) and op.weight in keep:
@@ -97,7 +99,7 @@ class Tape:
         for op in self._ops:
             if op is not done:
                 op.forward()
-            done = op.then if isinstance(op, _Weighted) else None
+            done = op.norm if isinstance(op, _Weighted) else None
         return self.batch(self.value(self.program.output))
 
     def backward(self, gradient: Tensor) -> None:
@@ -205,8 +207,14 @@ class _Weighted(_Op):
         # For the values in the order of each product's lists: with its own memory a thread orders what it then reads.
         self._ahead, *self._back = (np.empty(p.lists.entries, np.float32) for p in (self.conv.ahead, *self.conv.back))
         self._sums = np.empty(self.conv.ahead.lists.entries + 3, np.float32)
-        self.then: _Norm | None = None
-        """What normalises the output: each thread goes on with the channels that it has computed."""
+        self.norm: _Norm | None = None
+        """What alone reads the output: a thread goes on with the channels that it has computed."""
+
+    def channels(self, thread: int) -> tuple[int, int]:
+        """The output channels of a thread, first and end."""
+        lists = self.conv.ahead.lists
+        first, last = (row // lists.together for row in lists.part(thread, self.tape.threads.number))
+        return first, last
 
     def forward(self) -> None:
         tape, product, number = self.tape, self.conv.ahead, self.tape.threads.number
@@ -215,35 +223,47 @@ class _Weighted(_Op):
         if self.op.bias is not None:
             bias = np.repeat(tape.parameters[self.op.bias].detach().numpy(), self.positions)
 
-        normalize = None if self.then is None else self.then.start()
+        normalize = None if self.norm is None else self.norm.start()
 
         def run(thread: int) -> None:
             part = product.lists.part(thread, number)
             ordered = product.lists.ordered(values, self._ahead, part)
             product.multiply(x.address, y.address, ordered, tape.blocks, part, bias=bias)
             if normalize is not None:
-                normalize(thread, *(row // product.lists.together for row in part))
+                normalize(thread, *self.channels(thread))
 
         tape.threads.each(run)
-        if self.then is not None:
-            self.then.finish()
+        if self.norm is not None:
+            self.norm.finish()
+
+    def weight_gradients(self, g: Buffer) -> Callable[[int], None]:
+        """What a thread does for the gradients of its channels' weights, from those of the output's same channels."""
+        tape, product = self.tape, self.conv.weight_pass
+        assert product is not None
+        x, kept = tape.value(self.op.x), tape.kept_gradients[self.span].numpy()
+
+        def run(thread: int) -> None:
+            part = product.lists.part(thread, tape.threads.number)
+            product.lists.clear(self._sums, part)
+            product.correlate(x.address, g.address, self._sums.ctypes.data, tape.blocks, part)
+            first, last = (self.conv.filters[channel] for channel in self.channels(thread))
+            kept[first:last] = 0
+            product.lists.add_up(self._sums, kept, part)
+
+        return run
 
     def backward(self, g: Buffer) -> None:
-        tape, product, number = self.tape, self.conv.weight_pass, self.tape.threads.number
-        assert product is not None
-        x, values, kept = tape.value(self.op.x), *(t[self.span].numpy() for t in (tape.values, tape.kept_gradients))
+        tape, values = self.tape, self.tape.values[self.span].numpy()
+        # Those of a conv before batch norm are there already.
+        weights = self.weight_gradients(g) if self.norm is None else None
         dx, add = tape.gradient(self.op.x) if self.conv.back else (None, False)
 
         def run(thread: int) -> None:
-            part = product.lists.part(thread, number)
-            product.lists.clear(self._sums, part)
-            product.correlate(x.address, g.address, self._sums.ctypes.data, tape.blocks, part)
-            first, last = (self.conv.filters[row // product.lists.together] for row in part)
-            kept[first:last] = 0
-            product.lists.add_up(self._sums, kept, part)
+            if weights is not None:
+                weights(thread)
             for back, into in zip(self.conv.back, self._back, strict=True):
                 assert dx is not None
-                part = back.lists.part(thread, number)
+                part = back.lists.part(thread, tape.threads.number)
                 ordered = back.lists.ordered(values, into, part)
                 back.multiply(g.address, dx.address, ordered, tape.blocks, part, add)
 
@@ -270,6 +290,8 @@ class _Norm(_Op):
         self._into = [tape.gradients.get(n or "", torch.empty(c)).numpy() for n in (norm.weight, norm.bias)]
         if op.pool is not None:
             self._window = planes.window_of(op.pool)
+        self.conv: _Weighted | None = None
+        """The conv whose output nothing else reads."""
 
     def forward(self) -> None:
         self.tape.threads.channels(self.op.x.shape[0], self.start())
@@ -314,26 +336,32 @@ class _Norm(_Op):
             dy, _ = tape.gradient(self.op.x)
         sizes = p.height, p.width, tape.blocks, tape.images
         saved = self._weight.numpy(), norm.eps, self._mean, self._variance
+        run: Callable[[int, int, int], Any]
         if self.op.pool is not None:
             where, padding = tape.places(self.op.y), self.op.pool.padding
             scratch = tape.scratch(tape.blocks * planes.padded(p, padding))
-            tape.threads.channels(
-                p.channels,
-                lambda i, *part: kernels.norm_pool_backward(
-                    y.inner, y.steps, z.inner, z.steps, where, g.inner, g.steps, dy.inner, dy.steps, *sizes, *saved,
-                    *self._into, self._window, padding, scratch(i), *part,
-                ),
+            run = lambda i, *part: kernels.norm_pool_backward(  # noqa: E731
+                y.inner, y.steps, z.inner, z.steps, where, g.inner, g.steps, dy.inner, dy.steps, *sizes, *saved,
+                *self._into, self._window, padding, scratch(i), *part,
             )  # fmt: skip
         else:
-            tape.threads.channels(
-                p.channels,
-                lambda _, *part: kernels.norm_backward(
-                    y.inner, y.steps, z.inner, z.steps, g.inner, g.steps, dy.inner, dy.steps, *sizes, *saved,
-                    self.op.relu, *self._into, *part,
-                ),
+            run = lambda _, *part: kernels.norm_backward(  # noqa: E731
+                y.inner, y.steps, z.inner, z.steps, g.inner, g.steps, dy.inner, dy.steps, *sizes, *saved,
+                self.op.relu, *self._into, *part,
             )  # fmt: skip
-            if self.op.residual is not None:
-                tape.pass_on(self.op.residual, g)
+        conv = self.conv
+        if conv is None:
+            tape.threads.channels(p.channels, run)
+        else:
+            weights = conv.weight_gradients(dy)
+
+            def both(thread: int) -> None:
+                run(thread, *conv.channels(thread))
+                weights(thread)
+
+            tape.threads.each(both)
+        if self.op.residual is not None:
+            tape.pass_on(self.op.residual, g)
         if add:
             tape.pass_on(self.op.x, before)
             tape._free[before.plane].append(before)
