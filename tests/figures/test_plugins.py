@@ -59,7 +59,7 @@ def clean(monkeypatch):
     sys.modules.pop("fastprune_user_mine", None)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_users_figure_and_criterion_run_in_each_worker(workers, clean, tmp_path, capsys):
     module = tmp_path / "mine.py"
     module.write_text(MODULE.format(version=3))

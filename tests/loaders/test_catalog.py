@@ -241,7 +241,7 @@ def test_the_same_images_elsewhere_are_read_from_there(mini, tmp_path):
 # Files that FFCV wrote
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a group's tests need not follow each other
 def theirs(ffcv, varied_master, tmp_path_factory):
     """train_500_0.50_90.ffcv and val_500_0.50_90.ffcv, as FFCV's ImageNet example writes them."""
     code = (

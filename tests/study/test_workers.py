@@ -45,6 +45,7 @@ def test_a_device_has_its_processes_and_a_cpu_alone_has_this_one(config, monkeyp
         made.clear()
 
 
+@pytest.mark.slow
 def test_a_process_is_replaced_where_it_dies_idle_at_work_or_fails(config):
     bad = replace(MASKS[0], allocation="by moonlight")
     reports: list[tuple[int, int]] = []

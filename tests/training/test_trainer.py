@@ -300,7 +300,8 @@ def test_flat_layout():
     assert len(flat.other_segments) == len(list(build(SPEC).parameters())) - len(model_convs)
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_thirty_rounds_compile_once(precision):
     """Compiled for each shape of training and evaluation once; new masks, rates and hyperparameters compile nothing."""
     counters = torch._dynamo.utils.counters
