@@ -146,7 +146,8 @@ def test_a_process_that_cannot_be_started_leaves_none_behind(config, monkeypatch
     assert started[0].exitcode == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("which", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [signal.SIGKILL, signal.SIGTERM])
 def test_children_end_with_their_parent_however_that_ends(tmp_path, which):
     arguments = command(tmp_path, "--device", "cpu", "--workers", "2")
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
