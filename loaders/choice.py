@@ -1,10 +1,14 @@
-"""Choose the loader that reads a data set, from its files and the packages installed. Standard library only."""
+"""Choose the loader that reads a data set, from its files and the packages installed."""
 
+import warnings
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from fastprune.console import printable
 from fastprune.errors import InputError
 from fastprune.loaders.layout import Layout, scan
 from fastprune.loaders.manifest import Manifest
@@ -29,10 +33,8 @@ def choose_loader(
 
     If `device` is a GPU, "auto" prefers resident if the images fit into half of the device's free memory.
     copies: processes that share the device, each with its own copy of the images.  InputError if no loader can read
-    the data.  No file is opened, and nothing but torch (for a GPU) is imported.
+    the data.  No file is opened, and nothing but ffcv, and torch for a GPU, is imported.
     """
-    # ffcv is looked up, not imported: a broken installation raises when it is used and never selects another loader
-    # silently.
     if loader != "auto":
         if loader not in _OBSTACLES:
             raise InputError(f"unknown loader {loader!r}: choose one of {', '.join(LOADERS)}")
@@ -57,16 +59,32 @@ def choose_loader(
 
 
 def ffcv_is_there() -> bool:
-    """Whether FFCV is installed. It is not imported."""
-    return find_spec("ffcv") is not None
+    """Whether FFCV is installed and can be imported."""
+    return without_ffcv() is None
+
+
+def without_ffcv() -> str | None:
+    """Why FFCV cannot be used, in a few words, or None. Imports it, if it is installed."""
+    # It is compiled against OpenCV and libjpeg-turbo: where one of them is gone or another, the import fails.
+    if find_spec("ffcv") is None:
+        return "is not installed"
+    return _broken("ffcv")
+
+
+@cache
+def _broken(package: str) -> str | None:
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            import_module(package)
+    except Exception as error:
+        return f"is installed, but cannot be imported ({printable(error) or type(error).__name__})"
+    return None
 
 
 def need_ffcv() -> None:
-    """InputError if FFCV is not installed."""
-    if not ffcv_is_there():
-        raise InputError(
-            "loader ffcv needs ffcv, which is not installed: run scripts/setup.sh, or use --loader torchvision"
-        )
+    """InputError if FFCV cannot be used."""
+    if why := without_ffcv():
+        raise InputError(f"loader ffcv needs ffcv, which {why}: run scripts/setup.sh, or use --loader torchvision")
 
 
 def source_folder(manifest: Manifest, folder: Path | None) -> Path | None:
@@ -122,7 +140,8 @@ def _synthetic_obstacle(manifest: Manifest, folder: Path | None) -> str | None:
 def _ffcv_obstacle(manifest: Manifest, folder: Path | None) -> str | None:
     if folder is None or manifest.train_file is None:
         return "there are no .beton files"
-    return None if ffcv_is_there() else "ffcv is not installed"
+    why = without_ffcv()
+    return None if why is None else f"ffcv {why}"
 
 
 def _torchvision_obstacle(manifest: Manifest, folder: Path | None) -> str | None:

@@ -1,31 +1,39 @@
-"""`python -m fastprune COMMAND`, or `python -m fastprune.cli COMMAND`: the commands of scripts/ by name."""
+"""`fastprune COMMAND`, or `python -m fastprune COMMAND`: the commands of scripts/ by name."""
 
+import platform
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
+import fastprune
 from fastprune.cli.command import BAD_INPUT, DONE, INTERRUPTED, run_command
 from fastprune.errors import InputError
 
 COMMANDS = {
-    "reproduce": "reproduce figures of the paper, as in: python -m fastprune reproduce --fig A2",
+    "reproduce": "reproduce figures of the paper, as in: fastprune reproduce --fig A2",
     "train": "train a torchvision model, dense or under a mask",
     "prepare_data": "make a data set ready for training",
     "compile": "write a trained network to a file: kept weights alone, a state dict, or ONNX",
     "store": "list, verify, clean up, export and merge a store of runs",
+    "doctor": "say what is here, what is missing for which use, and the command that mends it",
 }
 
-_HELP = """usage: python -m fastprune COMMAND ...
+_HELP = """usage: fastprune COMMAND ...
 
 {}
 
-python -m fastprune COMMAND --help lists the flags of a command.
-In a checkout, python scripts/COMMAND.py is the same command."""
+fastprune COMMAND --help lists the flags of a command; fastprune --version says what is installed.
+python -m fastprune COMMAND is the same, and in a checkout so is python scripts/COMMAND.py."""
+
+_LIBRARIES = ("torch", "torchvision", "triton", "numpy", "numba", "ffcv")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code, or 2 if none or an unknown one is named."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        return run_command("fastprune", lambda: print(about()) or DONE)
     if not arguments or arguments[0] not in COMMANDS:
         return run_command("fastprune", lambda: _help(arguments))
     try:
@@ -33,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the command handles it
         return INTERRUPTED
     return int(command.main(arguments[1:]))
+
+
+def about() -> str:
+    """The versions of what matters, in a line, without importing any of it."""
+    found = [f"fastprune {fastprune.__version__}", f"Python {platform.python_version()}"]
+    for library in _LIBRARIES:
+        try:
+            found.append(f"{library} {version(library)}")
+        except PackageNotFoundError:
+            found.append(f"no {library}")
+    return ", ".join(found)
 
 
 def _help(arguments: Sequence[str]) -> int:

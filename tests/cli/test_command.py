@@ -1,6 +1,8 @@
 """What all command lines share: exit codes, lines, signals, streams, home folders; the list of commands."""
 
 import os
+import platform
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fastprune
 from fastprune.cli import prepare_data, reproduce, store
 from fastprune.cli.__main__ import COMMANDS
 from fastprune.cli.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, expanded, run_command, to_path
@@ -171,12 +174,21 @@ def test_python_m_lists_the_commands(name):
     assert (asked.returncode, asked.stderr) == (DONE, "")
     assert bare.stderr == asked.stdout
     assert all(
-        f"  {command} " in asked.stdout for command in ("reproduce", "train", "prepare_data", "compile", "store")
+        f"  {command} " in asked.stdout
+        for command in ("reproduce", "train", "prepare_data", "compile", "store", "doctor")
     )
     wrong = python_m(name, "nothing", "--help")
     assert (wrong.returncode, wrong.stdout) == (BAD_INPUT, "")
-    expected = "fastprune: unknown command 'nothing': choose one of reproduce, train, prepare_data, compile, store\n"
-    assert wrong.stderr == expected
+    names = "reproduce, train, prepare_data, compile, store, doctor"
+    assert wrong.stderr == f"fastprune: unknown command 'nothing': choose one of {names}\n"
+
+
+def test_the_version_is_a_line_with_those_of_what_matters():
+    done = python_m("fastprune", "--version")
+    assert (done.returncode, done.stderr) == (DONE, "")
+    assert done.stdout.startswith(f"fastprune {fastprune.__version__}, Python {platform.python_version()}, torch ")
+    assert done.stdout.count("\n") == 1
+    assert re.search(r", (ffcv \d|no ffcv)", done.stdout)
 
 
 def test_every_script_is_a_command():

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from fastprune.loaders import (
     Crop,
     SyntheticData,
     catalog,
+    choice,
     choose_loader,
     find_or_prepare,
     load_manifest,
     open_data,
     peek,
 )
-from fastprune.loaders.choice import LoaderChoice
+from fastprune.loaders.choice import LoaderChoice, without_ffcv
 
 DATA = SyntheticData(classes=2, train_per_class=5, val_per_class=2, size=8)
 needs_ffcv = pytest.mark.usefixtures("ffcv")
@@ -103,6 +105,37 @@ def test_without_ffcv_a_raw_folder_is_read_as_it_is(raw, tmp_path, monkeypatch):
     assert find_or_prepare(raw, store, show=False) == (manifest, folder)
     with pytest.raises(InputError, match="ffcv needs ffcv, which is not installed"):
         find_or_prepare(raw, store, loader="ffcv", show=False)
+
+
+@pytest.fixture
+def broken_ffcv(monkeypatch, tmp_path) -> Iterator[None]:
+    """As where OpenCV is gone: its compiled part cannot be loaded."""
+    (tmp_path / "broken" / "ffcv").mkdir(parents=True)
+    line = "raise ImportError('libopencv_core.so.4.6: cannot open shared object file')"
+    (tmp_path / "broken" / "ffcv" / "__init__.py").write_text(line)
+    for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path / "broken")
+    choice._broken.cache_clear()
+    yield
+    choice._broken.cache_clear()
+
+
+@pytest.mark.usefixtures("broken_ffcv")
+def test_where_ffcv_is_broken_auto_says_so_and_takes_the_next(raw, tmp_path):
+    store = tmp_path / "store"
+    manifest, folder = find_or_prepare(raw, store, workers=1, show=False)
+    why = "is installed, but cannot be imported (libopencv_core.so.4.6: cannot open shared object file)"
+    assert choose_loader(manifest, folder).name == "torchvision"
+    assert without_ffcv() == why
+    prepared = replace(manifest, train_file="train.beton", val_file="val.beton")
+    assert choose_loader(prepared, folder) == LoaderChoice("torchvision", f"not ffcv: ffcv {why}")
+    with pytest.raises(
+        InputError, match=r"^loader ffcv needs ffcv, which is installed, but cannot be imported .*setup\.sh"
+    ):
+        find_or_prepare(raw, store, loader="ffcv", show=False)
+    with pytest.raises(InputError, match=r"loader ffcv cannot be used: ffcv is installed, but cannot"):
+        choose_loader(prepared, folder, "ffcv")
 
 
 def test_a_prepared_folder_is_taken_as_it_is(prepared_master, tmp_path):

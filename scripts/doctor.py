@@ -1,0 +1,10 @@
+"""Says what is here, what is missing for which use, and the command that mends it. See --help."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout without an install
+from fastprune.launch import launch
+
+if __name__ == "__main__":
+    launch("fastprune.cli.doctor", __file__)
