@@ -132,6 +132,7 @@ def test_redraw_without_the_summary_claims_nothing_it_does_not_know(finished, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_nothing_is_written_elsewhere(finished, tmp_path):
     home, cwd = tmp_path / "home", tmp_path / "cwd"
     home.mkdir()
