@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,14 @@ def printable(text: object) -> str:
     # Names of files, stores and archives may come from other people, and escape sequences would steer the terminal.
     line = " ".join(str(text).split())
     return line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package, which is not imported, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def bf16_advice(instead: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -1,9 +1,8 @@
-"""Choose the loader that reads a data set, from its files and the packages installed."""
+"""Choose the loader that reads a data set, from its files and the packages installed. Standard library only."""
 
-import warnings
 from collections.abc import Callable
+from ctypes import CDLL
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +32,7 @@ def choose_loader(
 
     If `device` is a GPU, "auto" prefers resident if the images fit into half of the device's free memory.
     copies: processes that share the device, each with its own copy of the images.  InputError if no loader can read
-    the data.  No file is opened, and nothing but ffcv, and torch for a GPU, is imported.
+    the data.  No file is opened, and nothing but torch (for a GPU) is imported.
     """
     if loader != "auto":
         if loader not in _OBSTACLES:
@@ -59,25 +58,28 @@ def choose_loader(
 
 
 def ffcv_is_there() -> bool:
-    """Whether FFCV is installed and can be imported."""
+    """Whether FFCV is installed and can be loaded."""
     return without_ffcv() is None
 
 
 def without_ffcv() -> str | None:
-    """Why FFCV cannot be used, in a few words, or None. Imports it, if it is installed."""
-    # It is compiled against OpenCV and libjpeg-turbo: where one of them is gone or another, the import fails.
-    if find_spec("ffcv") is None:
+    """Why FFCV cannot be used, in a few words, or None. Loads its compiled part, if it is installed."""
+    spec = find_spec("ffcv")
+    if spec is None:
         return "is not installed"
-    return _broken("ffcv")
+    return _broken(tuple(spec.submodule_search_locations or ()))
 
 
 @cache
-def _broken(package: str) -> str | None:
+def _broken(folders: tuple[str, ...]) -> str | None:
+    # It is compiled against OpenCV and libjpeg-turbo, one of which may be gone or another. To load that part takes 10
+    # ms; to import FFCV takes seconds, which a process that hands the reading to others need not spend.
     try:
-        with warnings.catch_warnings(action="ignore"):
-            import_module(package)
-    except Exception as error:
-        return f"is installed, but cannot be imported ({printable(error) or type(error).__name__})"
+        for folder in folders:
+            for part in Path(folder).glob("_libffcv*"):
+                CDLL(str(part))
+    except OSError as error:
+        return f"is installed, but cannot be imported ({printable(error)})"
     return None
 
 

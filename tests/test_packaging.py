@@ -101,7 +101,11 @@ def test_installed_wheel_imports_from_where_it_is(built: Built, tmp_path: Path) 
     install = [sys.executable, "-m", "uv", "pip", "install", "--python", sys.executable, "--offline", "--no-deps"]
     run(*install, "--target", target, built.wheel, cwd=tmp_path)
     top = {path.name for path in target.iterdir() if path.name[0] != "." and path.suffix != ".dist-info"}
-    assert top == {"fastprune"}
+    # One package to import; the command beside it is what pyproject.toml's [project.scripts] names.
+    assert top - {"bin"} == {"fastprune"}
+    assert [path.name for path in (target / "bin").iterdir()] == ["fastprune"]
+    said = run(target / "bin" / "fastprune", "--version", cwd=tmp_path, PYTHONPATH=str(target))
+    assert said.startswith("fastprune ")
     code = "import importlib, sys; print(*(importlib.import_module(name).__file__ for name in sys.argv[1:]))"
     packages = ["fastprune", "fastprune.kernels", "fastprune.loaders"]
     where = run(sys.executable, "-c", code, *packages, cwd=tmp_path, PYTHONPATH=str(target)).split()

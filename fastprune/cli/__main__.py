@@ -4,10 +4,10 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 import fastprune
 from fastprune.cli.command import BAD_INPUT, DONE, INTERRUPTED, run_command
+from fastprune.console import version_of
 from fastprune.errors import InputError
 
 COMMANDS = {
@@ -47,10 +47,8 @@ def about() -> str:
     """The versions of what matters, in a line, without importing any of it."""
     found = [f"fastprune {fastprune.__version__}", f"Python {platform.python_version()}"]
     for library in _LIBRARIES:
-        try:
-            found.append(f"{library} {version(library)}")
-        except PackageNotFoundError:
-            found.append(f"no {library}")
+        known = version_of(library)
+        found.append(f"no {library}" if known is None else f"{library} {known}")
     return ", ".join(found)
 
 

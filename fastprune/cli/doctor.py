@@ -7,12 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from fastprune.cli.command import DONE, FAILED, Parser, expanded, run_command, to_path
-from fastprune.console import bf16_advice, printable
+from fastprune.console import bf16_advice, printable, version_of
 from fastprune.errors import InputError
 
 OK, MISSING, BROKEN = "ok", "missing", "broken"
@@ -41,8 +40,10 @@ def findings(store: Path, data: str | None) -> Iterator[Finding]:
 def cpu() -> Finding:
     from llvmlite import binding
 
-    cores, features = len(os.sched_getaffinity(0)), binding.get_host_cpu_features()
-    vectors = "AVX-512" if features.get("avx512f") else "AVX2" if features.get("avx2") else "no AVX2"
+    from fastprune.sparse.conv import has_avx512
+
+    cores = len(os.sched_getaffinity(0))
+    vectors = "AVX-512" if has_avx512() else "AVX2" if binding.get_host_cpu_features().get("avx2") else "no AVX2"
     pays = "no speed is known here" if vectors == "no AVX2" else "in fp32 a pruned round costs less than the last"
     slow = ", bf16 is slower than fp32" if bf16_advice("-") else ""
     return Finding("CPU", OK, f"{cores} core{'s' * (cores > 1)}, {vectors}: {pays}{slow}")
@@ -72,13 +73,13 @@ def ffcv() -> Finding:
         lines = done.stderr.strip().splitlines()
         why = lines[-1] if lines else f"exit code {done.returncode}"
         return Finding("FFCV", BROKEN, f"it is installed, but cannot be imported: {why}", "scripts/setup.sh")
-    return Finding("FFCV", OK, installed("ffcv"))
+    return Finding("FFCV", OK, version_of("ffcv") or "of unknown version")
 
 
 def ray() -> Finding:
     if find_spec("ray") is None:
         return Finding("Ray", MISSING, "only --executor ray needs it", "uv pip install 'fastprune[ray]'")
-    return Finding("Ray", OK, installed("ray"))
+    return Finding("Ray", OK, version_of("ray") or "of unknown version")
 
 
 def disk(store: Path) -> Finding:
@@ -106,13 +107,6 @@ def images(data: str | None, store: Path) -> Finding:
     except (InputError, OSError) as error:
         return Finding("data", BROKEN, printable(error))
     return Finding("data", OK, f"{name}, {train:,} images to train and {val:,} to validate, {how}")
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "of unknown version"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -37,10 +37,11 @@ _ENTRIES = 10
 def tile_vectors() -> int:
     """Vectors of sixteen images in a tile: what the machine's registers hold beside a broadcast weight."""
     # AVX-512 has 32 registers of 16 floats, AVX2 16 of 8.
-    return 16 if _has_avx512() else 6
+    return 16 if has_avx512() else 6
 
 
-def _has_avx512() -> bool:
+def has_avx512() -> bool:
+    """Whether kernels are compiled for AVX-512."""
     from numba.core import config
 
     # Of the environment, for a smaller instruction set than the machine's.

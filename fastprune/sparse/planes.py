@@ -28,6 +28,7 @@ class Threads:
 
     def each(self, run: Callable[[int], Any], number: int | None = None) -> None:
         """run(thread) on each thread, or on the first `number` of them."""
+        assert number is None or number <= self.number
         futures = [self._pool.submit(run, i) for i in range(1, number or self.number)] if self._pool is not None else []
         try:
             run(0)

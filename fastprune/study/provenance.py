@@ -7,13 +7,13 @@ import os
 import platform
 import socket
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastprune
+from fastprune.console import version_of
 
 _LIBRARIES = ("torch", "torchvision", "triton", "numpy", "numba", "safetensors", "torch-pruning", "ffcv")
 
@@ -43,11 +43,10 @@ def versions() -> dict[str, str]:
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
     for library in _LIBRARIES:
-        try:
-            # torch.__version__ names the build, such as +cu128; the package's metadata may not.
-            found[library] = torch.__version__ if library == "torch" else version(library)
-        except PackageNotFoundError:
-            continue
+        # torch.__version__ names the build, such as +cu128; the package's metadata may not.
+        known = torch.__version__ if library == "torch" else version_of(library)
+        if known is not None:
+            found[library] = known
     return found
 
 

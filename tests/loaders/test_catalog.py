@@ -108,14 +108,14 @@ def test_without_ffcv_a_raw_folder_is_read_as_it_is(raw, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def broken_ffcv(monkeypatch, tmp_path) -> Iterator[None]:
+def broken_ffcv(ffcv, monkeypatch) -> Iterator[None]:
     """As where OpenCV is gone: its compiled part cannot be loaded."""
-    (tmp_path / "broken" / "ffcv").mkdir(parents=True)
-    line = "raise ImportError('libopencv_core.so.4.6: cannot open shared object file')"
-    (tmp_path / "broken" / "ffcv" / "__init__.py").write_text(line)
-    for name in [name for name in sys.modules if name.split(".")[0] == "ffcv"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path / "broken")
+
+    def load(path: str) -> None:
+        assert Path(path).name.startswith("_libffcv.")
+        raise OSError("libopencv_core.so.4.6: cannot open shared object file")
+
+    monkeypatch.setattr(choice, "CDLL", load)
     choice._broken.cache_clear()
     yield
     choice._broken.cache_clear()
