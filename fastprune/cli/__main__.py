@@ -12,6 +12,7 @@ from fastprune.errors import InputError
 
 COMMANDS = {
     "reproduce": "reproduce figures of the paper, as in: fastprune reproduce --fig A2",
+    "report": "write figures and their page again from a store",
     "train": "train a torchvision model, dense or under a mask",
     "prepare_data": "make a data set ready for training",
     "compile": "write a trained network to a file: kept weights alone, a state dict, or ONNX",

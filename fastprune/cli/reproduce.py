@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--store", type=to_path, default=Path("runs"), metavar="DIR", help="folder for trained runs (default runs)"
     )
+    p.add_argument("--open", action="store_true", help="show the page of results in a browser while it fills")
     what = p.add_mutually_exclusive_group()
     what.add_argument(
         "--plan", action="store_true", help="print what would run and what it would cost, without running it"
@@ -179,6 +180,7 @@ def _main(args: argparse.Namespace, command: str) -> int:
         gpus_per_run=args.gpus_per_run,
         modules=_modules(args),
         command=command,
+        open=args.open,
     )
     if args.redraw:
         redraw(request)

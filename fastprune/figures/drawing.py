@@ -57,6 +57,16 @@ def draw(rows: Sequence[Row], drawing: Drawing, folder: Path) -> tuple[Path, Pat
     return png, pdf
 
 
+def figure_svg(rows: Sequence[Row], drawing: Drawing) -> str:
+    """The same drawing as an SVG document, whose text stays text. Raises as `draw`."""
+    from matplotlib import style
+
+    check_rows(rows, drawing.panels)
+    # Names of its parts are hashes with a salt, which is random by default: equal rows must give equal bytes.
+    with style.context(["default", RC, {"svg.fonttype": "none", "svg.hashsalt": drawing.title}]):
+        return _render(_figure(rows, drawing), "svg", transparent=True, metadata={"Date": None}).decode()
+
+
 def _render(figure: "Figure", kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, **options)

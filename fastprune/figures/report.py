@@ -83,15 +83,20 @@ def draw_again(folder: Path) -> list[Path]:
     corrupt files.
     """
     rows = read_csv(folder / "results.csv")
-    drawing = _recorded_drawing(folder / "summary.json") or _bare_drawing(rows)
+    drawing = _read_drawing(folder / "summary.json") or _bare_drawing(rows)
     return list(draw(rows, drawing, folder))
 
 
-def _recorded_drawing(path: Path) -> Drawing | None:
+def recorded_drawing(summary: Mapping[str, Any]) -> Drawing:
+    """The drawing that a summary records. KeyError, TypeError, AttributeError or ValueError if it does not."""
+    recorded = summary["drawing"]
+    panels = {letter: DrawnPanel(**panel) for letter, panel in recorded["panels"].items()}
+    return Drawing(**{field.name: recorded[field.name] for field in fields(Drawing)} | {"panels": panels})
+
+
+def _read_drawing(path: Path) -> Drawing | None:
     try:
-        recorded = json.loads(path.read_bytes())["drawing"]
-        panels = {letter: DrawnPanel(**panel) for letter, panel in recorded["panels"].items()}
-        return Drawing(**{field.name: recorded[field.name] for field in fields(Drawing)} | {"panels": panels})
+        return recorded_drawing(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -7,13 +7,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastprune.console import bf16_advice
 from fastprune.errors import InputError
+from fastprune.figures import load
 from fastprune.figures.axes import Drawing, DrawnPanel
 from fastprune.figures.claims import judge
 from fastprune.figures.collect import collect, remark
@@ -22,8 +25,8 @@ from fastprune.figures.report import draw_again, summarize, terminal_summary, wr
 from fastprune.figures.results import Row
 from fastprune.specs import DataSpec
 from fastprune.store import RunStore
-from fastprune.store.listing import computed
-from fastprune.store.needs import record_figure
+from fastprune.store.listing import computed, existing_store
+from fastprune.store.needs import Needs, named, read_needs, record_figure
 from fastprune.study.chains import check_rounds
 from fastprune.study.data import TITLES, DataRequest, data_flag, data_spec
 from fastprune.study.graph import Cost, Graph, merge_graphs
@@ -32,6 +35,7 @@ from fastprune.study.settings import Settings
 
 if TYPE_CHECKING:
     from fastprune.study.compute import Images
+    from fastprune.study.progress import Live, Watch
     from fastprune.study.run import Outcome
 
 
@@ -64,7 +68,7 @@ class Request:
     compute: one of COMPUTES. device: "cpu", "cuda" or "cuda:N"; None: every GPU, else the CPU. workers: how many runs
     compute at once; None: by the device. images_per_second: to plan with; None: those measured. planned_gpus: numbers
     of GPUs to plan for. ray: run on the Ray cluster at ray_address. gpus_per_run: on Ray; None: one if there are GPUs.
-    modules: the user's modules to import. command: the command line, to be recorded.
+    modules: the user's modules to import. command: the command line, to be recorded. open: whether to show the page.
     """
 
     figures: tuple[FigureRequest, ...]
@@ -82,6 +86,7 @@ class Request:
     gpus_per_run: float | None = None
     modules: tuple[str, ...] = ()
     command: str = ""
+    open: bool = False
 
 
 def plan(request: Request) -> None:
@@ -134,7 +139,7 @@ class _Figure:
 
     request: FigureRequest
     data: DataSpec
-    loader: str
+    loader: str | None
     points: list[AnyPoint]
     graph: Graph
 
@@ -184,20 +189,32 @@ def run(request: Request) -> bool:
     # Recorded before it runs, so that `store.py gc` spares the nodes of a figure that is not finished.
     for each in figures:
         record_figure(
-            store, each.request.name, each.request.preset, each.graph.nodes, each.graph.histories, request.command
+            store,
+            each.request.name,
+            each.request.preset,
+            each.graph.nodes,
+            each.graph.histories,
+            request.command,
+            asdict(each.request.settings),
+            asdict(each.data),
         )
     graph = merge_graphs(f.graph for f in figures)
     # Before anything runs, so that the report can tell cached nodes from computed ones.
     todo = {n.key for n in graph.todo(store)}
-    outcome = _execute(request, store, graph, images, devices, workers)
+    page = _LivePage(figures, store, todo, devices, request.command)
+    if request.open:
+        open_page(page.write())
+    outcome = page.follow(lambda watch: _execute(request, store, graph, images, devices, workers, watch))
     # Nodes of several figures run at once, so their time and rate cannot be divided between figures.
     command = {
         "figures": [f.name for f in request.figures],
+        "line": request.command,
         "images_per_s": outcome.images / outcome.seconds if outcome.images else None,
         "wall_s": time.monotonic() - began,
     }
     for each in figures:
         _report(each, store, todo, outcome, devices, command)
+    print(f"\nPage    {page.write(finished=True)}")
     cached = Cost.of(n for n in graph.nodes if n.key not in todo)
     found = Cost.of(graph.by_key[key] for key in outcome.found).trainings
     others = f", {found} by other processes" if outcome.found else ""
@@ -251,6 +268,65 @@ def _report(
     write_all(request.out, rows, drawing, summary)
     print()
     print(terminal_summary(summary, request.out))
+
+
+class _LivePage:
+    """The page of a run: written while it goes on, so rarely that it takes a fiftieth of the time, and at its end."""
+
+    def __init__(
+        self, figures: "list[_Figure]", store: RunStore, todo: set[str], devices: list[str], command: str
+    ) -> None:
+        self.figures, self.store, self.todo, self.devices = figures, store, todo, devices
+        self.command = {"line": command}
+        self.out = figures[0].request.out.parent
+        self.due = time.monotonic() + _FIRST_PAGE_SECONDS
+        self.live: Live | None = None
+
+    def follow(self, run: "Callable[[Watch], Outcome]") -> "Outcome":
+        """Calls `run` with a function that keeps the page up to date; after an error the page says that it ended."""
+        try:
+            return run(self._watch)
+        except BaseException:
+            if self.live is not None:  # else no page of this run was written
+                self._try(replace(self.live, going=False))
+            raise
+
+    def _watch(self, state: "Callable[[], Live]") -> None:
+        if (began := time.monotonic()) >= self.due:
+            self._try(state())
+            now = time.monotonic()
+            self.due = now + max(_PAGE_SECONDS, 50 * (now - began))
+
+    def _try(self, live: "Live") -> None:
+        # A page that cannot be written while runs go on ends none of them: at the end it is an error.
+        with suppress(InputError):
+            self.write(live)
+            self.live = live
+
+    def write(self, live: "Live | None" = None, *, finished: bool = False) -> Path:
+        """Writes the page, with the figures of earlier commands in the same folder; returns its path."""
+        from fastprune.figures.page import Results, results_in, write_page
+
+        there = results_in(self.out)
+        if not finished:
+            for each in self.figures:
+                rows, drawing = collect(each.request.name, each.points, self.store), each.drawing(self.store)
+                cost = {"command": self.command}
+                summary = _summary(each, rows, drawing, cost, self.devices, self.store)
+                there[each.request.name] = Results(rows, summary)
+        return write_page(self.out, there.values(), self.store.root, live)
+
+
+_FIRST_PAGE_SECONDS, _PAGE_SECONDS = 15.0, 10.0
+"""When the first page of a run is written, and the least time between two."""
+
+
+def open_page(path: Path) -> None:
+    """Shows a page in the user's browser; a line says where it is if there is no browser."""
+    import webbrowser
+
+    if not webbrowser.open(path.resolve().as_uri()):
+        print(f"no browser found: open {path}", file=sys.stderr)
 
 
 def _cost(graph: Graph, todo: set[str], outcome: "Outcome") -> dict[str, Any]:
@@ -317,7 +393,13 @@ def _devices(asked: str | None) -> list[str]:
 
 
 def _execute(
-    request: Request, store: RunStore, graph: Graph, images: "dict[str, Images]", devices: list[str], workers: int
+    request: Request,
+    store: RunStore,
+    graph: Graph,
+    images: "dict[str, Images]",
+    devices: list[str],
+    workers: int,
+    watch: "Watch",
 ) -> "Outcome":
     from fastprune.study.compute import WorkConfig
     from fastprune.study.progress import Bars
@@ -339,7 +421,7 @@ def _execute(
     )
 
     def by(workers: "list[Worker]") -> "Outcome":
-        with Bars(graph, todo, len(workers)) as bars:
+        with Bars(graph, todo, len(workers), watch) as bars:
             return run_graph(graph, RunStore(config.store), workers, bars)
 
     if not request.ray:
@@ -382,6 +464,55 @@ def _keep_caches_in(folder: Path) -> None:
     # rather than spin, which would take the cores of other workers.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def report(store_path: Path, out: Path, names: Sequence[str] = (), *, show: bool = False) -> None:
+    """Writes the files and the page of figures that a store records, without computing anything.
+
+    names: of figures or of records; none: the last record of each figure. InputError for a figure that is not recorded,
+    or that this version would compute otherwise.
+    """
+    existing_store(store_path)
+    records = read_needs(store_path)
+    if not records:
+        raise InputError(f"{store_path} records no figure: run reproduce.py --store {store_path} first")
+    chosen = {r.figure: r for r in sorted(named(records, names) if names else records, key=lambda r: r.made["at"] or 0)}
+    _check_writable(out)
+    store = RunStore(store_path, read_only=True)
+    with tempfile.TemporaryDirectory(dir=out) as caches:
+        _keep_caches_in(Path(caches))
+        _report_records(chosen.values(), store, out, show)
+
+
+def _report_records(records: Iterable[Needs], store: RunStore, out: Path, show: bool) -> None:
+    from fastprune.figures.page import results_in, write_page
+    from fastprune.study.run import Outcome
+
+    for record in records:
+        figure = _recorded(record, out)
+        _report(figure, store, set(), Outcome(), ["cpu"], {"line": record.made["command"]})
+    path = write_page(out, results_in(out).values(), store.root)
+    print(f"\nPage    {path}")
+    if show:
+        open_page(path)
+
+
+def _recorded(record: Needs, out: Path) -> _Figure:
+    """A figure from its record. InputError if the record lacks what is needed, or this version plans other nodes."""
+    figure = load(record.figure)
+    again = f"{record.path}: run figure {record.figure} again"
+    try:
+        settings: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in record.made["settings"].items()
+        }
+        request = FigureRequest(figure, str(record.made["preset"]), Settings(**settings), None, out / figure.name)
+        data = DataSpec(**record.made["data"])
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"{again}: an older version recorded it") from error
+    points, graph = build_graph(figure, request.settings, data)
+    if {n.key for n in graph.nodes} != record.nodes:
+        raise InputError(f"{again}: another version recorded it, and this one would train other networks")
+    return _Figure(request, data, None, points, graph)
 
 
 def redraw(request: Request) -> None:

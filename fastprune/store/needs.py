@@ -8,8 +8,8 @@ import json
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,15 @@ def record_figure(
     nodes: Sequence[Runnable],
     histories: Sequence[LprHistory],
     command: str,
+    settings: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Path:
     """Records the nodes of a figure's graph and the LPR histories that it shows; returns the file.
 
-    "nodes": their keys. "reads": for the key of each run whose outputs are read, the keys of the readers of its
-    "weights" and "momentum", by epoch, and the fractions of its "histories". Call it before the nodes are computed: a
-    node without a record is unneeded to gc.
+    settings, data: as JSON values, from which the figure can be made again. "nodes": their keys. "reads": for the key
+    of each run whose outputs are read, the keys of the readers of its "weights" and "momentum", by epoch, and the
+    fractions of its "histories". Call it before the nodes are computed: a node without
+    a record is unneeded to gc.
     """
     # By reader: once all readers of a state are published, gc may remove it.
     reads: dict[str, dict[str, Any]] = defaultdict(dict)
@@ -51,6 +54,8 @@ def record_figure(
         "figure": figure,
         "preset": preset,
         "command": command,
+        "settings": settings,
+        "data": data,
         "at": time.time(),
         "nodes": keys,
         "reads": reads,
@@ -66,13 +71,14 @@ def record_figure(
 @dataclass(frozen=True)
 class Needs:
     """A record that record_figure wrote. states: by a run's key and (file prefix, epoch), the keys of the readers.
-    histories: by a run's key, file names."""
+    histories: by a run's key, file names. made: its other fields, unchecked."""
 
     path: Path
     figure: str
     nodes: frozenset[str]
     states: dict[str, dict[tuple[str, int], list[str]]]
     histories: dict[str, list[str]]
+    made: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @classmethod
     def read(cls, path: Path) -> "Needs":
@@ -97,7 +103,8 @@ class Needs:
         nodes = content["nodes"]
         if not isinstance(content["figure"], str) or not isinstance(nodes, list):
             raise TypeError
-        return cls(path, content["figure"], frozenset(map(_key, nodes)), states, histories)
+        made = {name: content.get(name) for name in ("preset", "command", "at", "settings", "data")}
+        return cls(path, content["figure"], frozenset(map(_key, nodes)), states, histories, made)
 
 
 def _key(text: str) -> str:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -16,14 +18,48 @@ _FIRST_SECONDS = 0.2
 """The time that the first reported images took, roughly: it is not known."""
 
 
+@dataclass(frozen=True)
+class Live:
+    """The state of a run. trained, failed, blocked: of its `trainings`. images: training images done, of images_total.
+    rate: images per second; None: not known yet. doing: what each busy worker computes, in words. notes: what happened
+    so far that a user should know. going: False once it ended before all was done."""
+
+    trainings: int
+    trained: int
+    failed: int
+    blocked: int
+    images: int
+    images_total: int
+    rate: float | None
+    doing: tuple[str, ...]
+    notes: tuple[str, ...]
+    going: bool = True
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.images_total - self.images) / self.rate if self.rate and self.going else None
+
+
+Watch = Callable[[Callable[[], Live]], None]
+"""Called after each event with a function that tells the state of the run."""
+
+
 class Bars:
     """A View of tqdm bars on stderr: images/s and time left for the whole run, and what each worker computes.
 
     If stderr is no terminal, only the bar of the whole run, a line every ten seconds.
     """
 
-    def __init__(self, graph: Graph, todo: list[Runnable], workers: int) -> None:
-        self.graph = graph
+    def __init__(
+        self,
+        graph: Graph,
+        todo: list[Runnable],
+        workers: int,
+        watch: Watch = lambda state: None,
+    ) -> None:
+        self.graph, self.watch = graph, watch
+        self.doing: dict[int, str] = {}
+        self.notes: list[str] = []
         live = bool(todo) and sys.stderr.isatty()
         self.trainings = sum(isinstance(n, Train) for n in todo)
         self.trained = self.failures = self.blocked = 0
@@ -63,6 +99,14 @@ class Bars:
             about = f"{self.graph.label(node)} · epoch {epoch}/{node.stop} · {rate:,.0f} images/s"
             about += f" · {self.how[node.key]}" if node.key in self.how else ""
             self._say(worker, f"{self.places[worker]}: {about}")
+        self.watch(self.live)
+
+    def live(self) -> Live:
+        """The state of the run now."""
+        rate = self.total.format_dict["n"] / self.total.format_dict["elapsed"] if self.total.n else None
+        counts = (self.trainings, self.trained, self.failures, self.blocked)
+        doing = tuple(text for _, text in sorted(self.doing.items()))
+        return Live(*counts, int(self.total.n), int(self.total.total), rate, doing, tuple(self.notes))
 
     def computes(self, worker: int, node: Runnable, how: str) -> None:
         self.how[node.key] = how
@@ -78,6 +122,7 @@ class Bars:
             self._count()
             if result["diverged"]:
                 self.note(f"diverged: {self.graph.label(node)}, in epoch {result['epochs']}")
+        self.watch(self.live)
 
     def failed(self, worker: int, node: Runnable, reason: str, blocked: list[Runnable]) -> None:
         self._say(worker, "")
@@ -86,6 +131,7 @@ class Bars:
         self._expect_no_more_of([node, *blocked])
         self._count()
         self.note(f"failed: {self.graph.label(node)}: {reason}")
+        self.watch(self.live)
 
     def _expect_no_more_of(self, nodes: list[Runnable]) -> None:
         """Takes the images that these nodes will not compute off the bar's total."""
@@ -102,6 +148,7 @@ class Bars:
         """Prints a line above the bars."""
         # Not print: tqdm clears the bars first, and draws them again below the line.
         tqdm.write(text, file=sys.stderr)
+        self.notes.append(text)
 
     def __enter__(self) -> Self:
         return self
@@ -113,5 +160,8 @@ class Bars:
 
     def _say(self, worker: int, text: str) -> None:
         """Replaces the text of a worker's line, if it has one."""
+        self.doing[worker] = text
+        if not text:
+            del self.doing[worker]
         if worker < len(self.lines):
             self.lines[worker].set_description_str(text)

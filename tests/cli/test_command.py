@@ -173,13 +173,10 @@ def test_python_m_lists_the_commands(name):
     assert (bare.returncode, bare.stdout) == (BAD_INPUT, "")
     assert (asked.returncode, asked.stderr) == (DONE, "")
     assert bare.stderr == asked.stdout
-    assert all(
-        f"  {command} " in asked.stdout
-        for command in ("reproduce", "train", "prepare_data", "compile", "store", "doctor")
-    )
+    assert all(f"  {command} " in asked.stdout for command in COMMANDS)
     wrong = python_m(name, "nothing", "--help")
     assert (wrong.returncode, wrong.stdout) == (BAD_INPUT, "")
-    names = "reproduce, train, prepare_data, compile, store, doctor"
+    names = ", ".join(COMMANDS)
     assert wrong.stderr == f"fastprune: unknown command 'nothing': choose one of {names}\n"
 
 

@@ -56,7 +56,7 @@ def test_what_a_run_leaves(finished):
         **{"nodes": small_figure.NODES, "trained": small_figure.TRAININGS, "images": images},
     }
     assert not {"images_per_s", "wall_s"} & cost.keys()
-    assert cost["command"].keys() == {"figures", "images_per_s", "wall_s"}
+    assert cost["command"].keys() == {"figures", "images_per_s", "line", "wall_s"}
     assert cost["command"]["figures"] == ["A2"]
     assert summary["environment"]["compute"] == {"dense": small_figure.TRAININGS}  # too short to be sparse
     assert {c["verdict"] for c in summary["claims"]} == {"undecided"}

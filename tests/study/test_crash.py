@@ -94,7 +94,7 @@ def test_a_crash_at_any_operation_changes_nothing(kind, point, torn, beside):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(QUIET, max_examples=150)
+@settings(QUIET, max_examples=75)
 @CRASHES
 def test_many_crashes_change_nothing(kind, point, torn, beside):
     check_crash(kind, point, torn, beside)
