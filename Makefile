@@ -1,7 +1,7 @@
 # `make help` says what there is. Every target sets up .venv first, and that does nothing the second time.
 FIG ?= A2
 SYSTEM ?= 1
-export PYTHON SYSTEM
+export PYTHON SYSTEM TORCH
 
 python := .venv/bin/python
 reproduce_flags = --fig $(FIG) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data '$(DATA)') \
@@ -21,7 +21,8 @@ help:
 	@echo "make constraints        resolve constraints.txt anew from pyproject.toml"
 	@echo "make clean              delete .venv, builds and caches; results and stores stay"
 	@echo
-	@echo "With each: SYSTEM=0 installs no system packages; PYTHON=python3.12 chooses the Python."
+	@echo "With each: SYSTEM=0 installs no system packages; PYTHON=python3.12 chooses the Python,"
+	@echo "TORCH=cpu a build of torch for CPUs, a tenth of the download (the first time, and it stays)."
 
 setup:
 	@scripts/setup.sh

@@ -9,6 +9,8 @@ Makes .venv, or completes it; does nothing where it is complete already.
   --plan     say what would be installed, and install nothing
 
   PYTHON=... the Python to use (default: the first of python3, python3.13, python3.12, python3.11 that is new enough)
+  TORCH=cpu  take a build of torch from the index of PyTorch: cpu (a tenth of the download), cu130 or another name that
+             uv has for --torch-backend (default: the build of PyPI, or that of the last call)
   SYSTEM=0   install no system packages'
 
 venv=.venv
@@ -27,6 +29,7 @@ case "${1-}" in
 *) die "unknown argument '$1': the only one is --plan" ;;
 esac
 case "${SYSTEM:=1}" in 0 | 1) ;; *) die "SYSTEM is '$SYSTEM': give 1 (install system packages) or 0 (install none)" ;; esac
+[[ ${TORCH-} =~ ^[a-z0-9.]*$ ]] || die "TORCH is '$TORCH': give cpu, auto, or a version of CUDA such as cu130"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Two calls at a time take turns. The lock is on the folder itself, and leaves no file behind.
@@ -53,15 +56,17 @@ print(int(bool(importlib.util.find_spec("venv") and importlib.util.find_spec("en
         <<<"$answer"
 }
 
-# The stamp, if it is of a complete environment: old_inputs, old_exe, old_ffcv.
-old_inputs='' old_exe='' old_ffcv=''
+# The stamp, if it is of a complete environment: old_inputs, old_exe, old_ffcv, old_torch (empty: PyPI's build).
+old_inputs='' old_exe='' old_ffcv='' old_torch=''
 if [[ -x $venv/bin/python && -f $stamp ]]; then
     {
-        read -r state && [[ $state == complete ]] && read -r old_inputs && read -r old_exe && read -r old_ffcv
+        read -r state && [[ $state == complete ]] && read -r old_inputs && read -r old_exe && read -r old_ffcv &&
+            { read -r old_torch || true; } # a stamp of before has none
     } <"$stamp" || old_inputs=''
 fi
+torch=${TORCH:-$old_torch}
 inputs="$PWD $(cat pyproject.toml constraints.txt scripts/setup.sh | cksum)"
-[[ -z ${PYTHON-} && $inputs == "$old_inputs" && $old_ffcv == yes && $plan_only == 0 ]] && exit 0
+[[ -z ${PYTHON-} && $inputs == "$old_inputs" && $torch == "$old_torch" && $old_ffcv == yes && $plan_only == 0 ]] && exit 0
 
 if [[ -n ${PYTHON-} ]]; then
     probe "$PYTHON" || die "PYTHON=$PYTHON does not run: give the name or the path of a Python $oldest or newer"
@@ -117,7 +122,7 @@ fi
 [[ -z $cannot ]] || need=''
 
 # Complete: the same inputs and Python, and FFCV is in, failed to build, or still cannot be had.
-if [[ $inputs == "$old_inputs" && $exe == "$old_exe" && ($old_ffcv != no || -n $cannot) ]]; then
+if [[ $inputs == "$old_inputs" && $exe == "$old_exe" && $torch == "$old_torch" && ($old_ffcv != no || -n $cannot) ]]; then
     if ((plan_only)); then say "nothing to do: $venv is complete"; fi
     exit 0
 fi
@@ -128,19 +133,28 @@ to_apt="$need_venv $need"
 to_apt=${to_apt# }
 [[ -z ${to_apt// /} ]] ||
     say "system packages to install with apt-get (up to 1.6 GB; SYSTEM=0 installs none): $to_apt"
-say "Python packages to install in $venv, from constraints.txt (about 6 GB): fastprune, torch $(
+size='about 6 GB'
+[[ $torch != cpu ]] || size='about 3 GB'
+say "Python packages to install in $venv, from constraints.txt ($size): fastprune, torch $(
     sed -n 's/^torch==\([^ ;]*\).*/\1/p' constraints.txt
-), its other dependencies and the development tools, with $exe ($version)"
+)${torch:+ ($torch)}, its other dependencies and the development tools, with $exe ($version)"
 [[ -z $cannot ]] || say "going on without FFCV, with the portable loader: $cannot"
 ((plan_only)) && exit 0
 
 # ---- do it ------------------------------------------------------------------------------------------------------------
 
-# An environment that is not complete, or is of another Python, is made anew; only one that we made is deleted.
+# Before anything is deleted or installed.
+if [[ -n $torch && $torch != "$old_torch" ]]; then
+    index=https://download.pytorch.org/whl/cpu/torch/
+    "$exe" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=20)' "$index" 2>/dev/null ||
+        die "TORCH=$torch takes torch from $index, which cannot be reached from here: leave TORCH out for PyPI's build"
+fi
+# An environment that is not complete, or is of another Python or build of torch, is made anew; only one that we made is
+# deleted.
 if [[ -e $venv && ! -f $stamp ]]; then
     rmdir "$venv" 2>/dev/null || die "$PWD/$venv was not made by scripts/setup.sh: move it away or delete it"
 fi
-if [[ -d $venv && (-z $old_inputs || $exe != "$old_exe") ]]; then
+if [[ -d $venv && (-z $old_inputs || $exe != "$old_exe" || $torch != "$old_torch") ]]; then
     find "$venv" -mindepth 1 -maxdepth 1 ! -name "${stamp##*/}" -exec rm -rf {} +
 fi
 mkdir -p "$venv"
@@ -172,7 +186,8 @@ python=$venv/bin/python
 "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt uv ||
     die "pip could not install uv in $venv (its message is above)"
 uv_install() {
-    "$python" -m uv pip install --python "$python" -c constraints.txt --build-constraints constraints.txt "$@"
+    "$python" -m uv pip install --python "$python" ${torch:+--torch-backend "$torch"} \
+        -c constraints.txt --build-constraints constraints.txt "$@"
 }
 uv_install -e '.[dev]' || die "uv could not install the Python packages in $venv (its message is above)"
 "$python" -c 'import torch, torchvision, fastprune' || die "what was installed in $venv does not import (see above)"
@@ -191,6 +206,6 @@ elif [[ $old_ffcv == yes ]] && "$python" -c 'import ffcv' 2>/dev/null; then
     ffcv=yes # it was there before, and only could not be built again
 fi
 
-printf '%s\n' complete "$inputs" "$exe" "$ffcv" >"$stamp.new"
+printf '%s\n' complete "$inputs" "$exe" "$ffcv" "$torch" >"$stamp.new"
 mv "$stamp.new" "$stamp"
 say "$venv is complete"

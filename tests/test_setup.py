@@ -20,6 +20,7 @@ case "$*" in
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 esac
 case "${FAIL:-nothing} $*" in
+"index -c "*urlopen*) exit 1 ;;
 "kill -m uv "*) kill -9 $PPID ;;
 "uv -m uv "*) exit 1 ;;
 "build "*ffcv]*) echo "no OpenCV"; exit 1 ;;
@@ -64,7 +65,7 @@ class Machine:
         return [call for call in (self.bin / "calls").read_text().splitlines() if call.startswith(program)]
 
     def has_ffcv(self) -> bool:
-        return (self.repo / ".venv/.fastprune-setup").read_text().endswith("\nyes\n")
+        return (self.repo / ".venv/.fastprune-setup").read_text().splitlines()[3] == "yes"
 
 
 @pytest.fixture
@@ -208,6 +209,7 @@ def test_apt_that_fails(machine: Machine) -> None:
         (probe(venv=0), {"SYSTEM": "0"}, "install the package python3.11-venv first"),
         (probe(venv=0, in_usr=0), {}, "has no venv module: give another Python"),
         (probe(), {"SYSTEM": "no"}, "SYSTEM is 'no'"),
+        (probe(), {"TORCH": "CPU!"}, "TORCH is 'CPU!'"),
     ],
 )
 def test_what_cannot_go_on_is_one_line_and_code_2(
@@ -274,4 +276,36 @@ def test_another_python_makes_the_environment_anew_and_stays(machine: Machine) -
     assert machine.calls("python -m venv")
     assert machine.setup(PYTHON="python3.12") == (0, [])
     machine.python_says(probe())
+    assert machine.setup() == (0, [])
+
+
+def test_a_build_of_torch_for_cpus_and_it_stays(machine: Machine) -> None:
+    code, lines = machine.setup(TORCH="cpu")
+    assert code == 0
+    assert "(about 3 GB): fastprune, torch" in one(lines, "Python packages")
+    assert "(cpu)" in one(lines, "Python packages")
+    installs = machine.calls("python -m uv pip install")
+    assert len(installs) == 2
+    assert all(" --torch-backend cpu -c constraints.txt" in call for call in installs)
+    assert machine.setup() == machine.setup(TORCH="cpu") == (0, [])
+    with (machine.repo / "constraints.txt").open("a") as file:
+        file.write("extra==1\n")
+    assert machine.setup()[0] == 0
+    assert all(" --torch-backend cpu " in call for call in machine.calls("python -m uv pip install"))
+    assert machine.calls("python -m venv") == []
+
+
+def test_another_build_of_torch_makes_the_environment_anew(machine: Machine) -> None:
+    machine.setup()
+    assert machine.setup(TORCH="cpu")[0] == 0
+    assert machine.calls("python -m venv")
+    assert machine.setup(TORCH="cu130")[0] == 0
+    assert machine.calls("python -m venv")
+
+
+def test_an_index_that_cannot_be_reached_is_one_line_and_changes_nothing(machine: Machine) -> None:
+    machine.setup()
+    code, lines = machine.setup(TORCH="cpu", FAIL="index")
+    assert code == 2
+    assert "cannot be reached from here: leave TORCH out" in one(lines, "error")
     assert machine.setup() == (0, [])
