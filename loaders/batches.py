@@ -179,7 +179,10 @@ class DataSource:
             raise InputError(f"batch size is {batch_size}, expected at least 1")
         if seed is not None and batch_size * world_size > count:
             each = f" on each of {world_size} ranks" if world_size > 1 else ""
-            raise InputError(f"batch size {batch_size}{each} is larger than the {count} training images: no full batch")
+            raise InputError(
+                f"batch size {batch_size}{each} is larger than the {count} training images: no full batch; lower it "
+                "(--batch-size)"
+            )
         samples = select(self._reader.labels[split], subset.classes, subset.per_class(split))
         return Batches(
             self._reader,

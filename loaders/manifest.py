@@ -97,9 +97,8 @@ class Subset:
     def check(self, manifest: Manifest) -> None:
         """InputError if the subset does not fit `manifest`."""
         if self.classes is not None and not 1 <= self.classes <= len(manifest.classes):
-            raise InputError(
-                f"{self.classes} classes requested, {manifest.name} has {len(manifest.classes)}: request fewer"
-            )
+            there = len(manifest.classes)
+            raise InputError(f"{self.classes} classes requested, {manifest.name} has {there}: lower --classes")
         for most in (self.train_per_class, self.val_per_class):
             if most is not None and most < 1:
                 raise InputError(f"{most} images per class requested, expected at least 1")
