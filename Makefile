@@ -7,7 +7,7 @@ python := .venv/bin/python
 reproduce_flags = --fig $(FIG) $(if $(PRESET),--preset $(PRESET)) $(if $(DATA),--data '$(DATA)') \
 	$(if $(OUT),--out '$(OUT)') $(if $(STORE),--store '$(STORE)') $(ARGS)
 
-.PHONY: help setup reproduce test test-all lint bench test-gpu constraints clean
+.PHONY: help setup reproduce test test-all lint docs bench test-gpu constraints clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test               set up, then run every kind of test once: ARGS='-k masks'"
 	@echo "make test-all           the same, and the slow tests"
 	@echo "make lint               ruff, mypy and import-linter"
+	@echo "make docs               build the documentation site in build/docs: open build/docs/index.html"
 	@echo "make bench              the benchmarks of bench/: ARGS='bench/bench_crop.py --device cuda'"
 	@echo "make test-gpu           checks, then times everything on a CUDA machine: ARGS='--only checks --cache FOLDER'"
 	@echo "make setup              only set up .venv (scripts/setup.sh --plan says what that would install)"
@@ -41,7 +42,7 @@ test: setup
 	$(python) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 	TRITON_INTERPRET=1 $(python) -m pytest -n 2 -m "not slow" tests/kernels
 
-test-all: test
+test-all: test docs
 	$(python) -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
 bench: setup
@@ -55,6 +56,12 @@ lint: setup
 	$(python) -m ruff format --check .
 	$(python) -m mypy
 	.venv/bin/lint-imports
+
+# Strict: a warning fails it, and so does a link within the site that leads nowhere (docs/conf.py). From nothing each
+# time, as Sphinx's check of a page is skipped where it has not changed.
+docs: setup
+	rm -rf build/docs
+	$(python) -m sphinx --quiet --fail-on-warning --builder html --conf-dir docs --doctree-dir build/doctrees --fresh-env . build/docs
 
 # One version of each package for every Python that is supported, so that results do not differ by it.
 constraints: setup

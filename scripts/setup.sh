@@ -189,13 +189,13 @@ uv_install() {
     "$python" -m uv pip install --python "$python" ${torch:+--torch-backend "$torch"} \
         -c constraints.txt --build-constraints constraints.txt "$@"
 }
-uv_install -e '.[dev]' || die "uv could not install the Python packages in $venv (its message is above)"
+uv_install -e '.[dev,docs]' || die "uv could not install the Python packages in $venv (its message is above)"
 "$python" -c 'import torch, torchvision, fastprune' || die "what was installed in $venv does not import (see above)"
 
 if [[ $ffcv == yes ]]; then
     log=$venv/ffcv-build.log
     say "FFCV is compiled (log: $log)"
-    build_ffcv() { uv_install "$@" -e '.[dev,ffcv]' && "$python" -c 'import ffcv'; }
+    build_ffcv() { uv_install "$@" -e '.[dev,docs,ffcv]' && "$python" -c 'import ffcv'; }
     # A wheel that uv kept from before a change of the system's libraries does not import: the second try builds it anew.
     { build_ffcv || build_ffcv --refresh-package ffcv --reinstall-package ffcv; } >"$log" 2>&1 || {
         "$python" -m uv pip uninstall --python "$python" ffcv >>"$log" 2>&1 || true

@@ -1,58 +1,290 @@
-"""The snippets of README and docs run as they stand, those of a page one after the other."""
+"""The snippets of all pages: Python runs as it stands, a page's snippets one after the other; commands are parsed.
 
+A page needs no entry here. HERE gives a page what its text presumes, and CHECKS looks at what its snippets have left.
+"""
+
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+import fastprune
+from fastprune.cli.__main__ import COMMANDS
+from fastprune.figures import FIGURES
+from fastprune.pruning import criteria
+
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted(
+    str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md"))
+)
+SLOW = {  # they compile, export or train
+    "docs/deploy.md",
+    "docs/own-model.md",
+    "docs/sparse.md",
+    "docs/train.md",
+    "docs/tutorial.md",
+}
+# Programs of others, whose arguments are not ours to check.
+OTHERS = {"cd", "exec", "git", "pip", "ray", "source"}
 
 
-def snippets(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+class Fence(NamedTuple):
+    language: str
+    code: str
+    line: int
 
 
-def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    found = snippets("docs/pruning.md")
-    assert len(found) >= 7
-    for number, snippet in enumerate(found):
-        exec(compile(snippet, f"docs/pruning.md, snippet {number + 1}", "exec"), names)
-    out = capsys.readouterr().out
+def fences(page: str) -> list[Fence]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [Fence(m[1], m[2], text.count("\n", 0, m.start()) + 1) for m in found]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_snippet_says_what_it_is(page):
+    known = {"python", "sh", "text", "{eval-rst}", "{toctree}"}
+    assert {f"{page}:{f.line}: {f.language}" for f in fences(page) if f.language not in known} == set()
+
+
+# ---- commands -------------------------------------------------------------------------------------------------------
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The commands of a shell snippet, as lists of arguments, without comments and without NAME=VALUE before them."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            command, words = words[:end], words[end + 1 :]
+            while re.match(r"[A-Z_]+=", command[0]):
+                del command[0]
+            yield command
+
+
+def parse(command: list[str]) -> None:
+    """Raises InputError or AssertionError unless the command is one of ours with arguments that it takes."""
+    program, *rest = command
+    if program in OTHERS:
+        return
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in rest if "=" not in word} <= set(targets)
+        return
+    if program == "torchrun":
+        rest = rest[next(i for i, word in enumerate(rest) if word.endswith(".py")) :]
+    elif program == "fastprune":
+        rest = [f"scripts/{rest[0]}.py", *rest[1:]]
+    else:
+        assert program in ("python", ".venv/bin/python"), f"what is {program}?"
+    script, *arguments = rest
+    assert (ROOT / script).is_file()
+    if not script.startswith("scripts/"):
+        return
+    name = Path(script).stem
+    assert name in COMMANDS
+    module = import_module(f"fastprune.cli.{name}")
+    args = module.parser().parse_args(arguments)
+    if name == "train":  # flags that contradict each other, or are not supported
+        module.request_of(args)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(f.language == "sh" for f in fences(page))])
+def test_commands_take_their_arguments(page):
+    for fence in fences(page):
+        if fence.language == "sh":
+            for command in commands(fence.code):
+                try:
+                    parse(command)
+                except Exception as error:
+                    pytest.fail(f"{page}:{fence.line}: {shlex.join(command)}: {error}")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "python scripts/train.py --data-path photos --sparsty 0.9",
+        "torchrun --nproc_per_node 8 scripts/train.py --data-path photos --amp-dtype fp16",
+        "FIG=A2 fastprune reproduce --fig",
+        "cd fastprune && make everything",
+        "python scripts/nothing.py",
+        "curl example.org",
+    ],
+)
+def test_a_wrong_command_is_found(line):
+    with pytest.raises((AssertionError, fastprune.InputError)):
+        for command in commands(line):
+            parse(command)
+
+
+# ---- Python ---------------------------------------------------------------------------------------------------------
+
+
+def mask_of_a_store(folder: Path) -> None:
+    pruner = fastprune.Pruner(torch.nn.Linear(5, 3), verbose=False)
+    pruner.prune(n=4)
+    where = folder / "runs/nodes/..."  # as the page writes it
+    where.mkdir(parents=True)
+    pruner.mask.save(where / "mask.safetensors")
+    torch.save(pruner.masks["weight"], folder / "expected.pt")
+
+
+def run_commands(folder: Path, code: str) -> None:
+    """Runs those commands of a shell snippet that train or test; figures have tests of their own."""
+    for command in commands(code):
+        if command[1:2] == ["scripts/train.py"]:
+            command = [sys.executable, "-W", "error", str(ROOT / command[1]), *command[2:]]
+            done = subprocess.run(
+                command, cwd=folder, capture_output=True, text=True, env=os.environ | {"COLUMNS": "100"}
+            )
+            assert done.returncode == 0, done.stderr
+
+
+HERE: dict[str, Callable[[Path], None]] = {"docs/clusters.md": mask_of_a_store}
+
+
+def after_readme(names: dict[str, Any], folder: Path, out: str) -> None:
+    pruner = names["pruner"]
+    assert pruner.kept == pruner.total - round(0.2 * pruner.total)
+
+
+def after_pruning(names: dict[str, Any], folder: Path, out: str) -> None:
     assert re.search(r"total +11,172,032 +[\d,]+ +0\.5120", out)
-    assert (tmp_path / "mask.safetensors").exists()
-    sparse = names["sparse"]
-    groups = sparse[0].weight.view(-1, 4)
-    assert ((groups != 0).sum(1) == 2).all()
+    assert (folder / "mask.safetensors").exists()
+    assert ((names["sparse"][0].weight.view(-1, 4) != 0).sum(1) == 2).all()
 
 
-def test_the_readmes_snippet_runs(tmp_path, monkeypatch):
+def after_clusters(names: dict[str, Any], folder: Path, out: str) -> None:
+    assert names["mask"].keys() == {"weight"}
+    assert (names["mask"]["weight"] == torch.load(folder / "expected.pt").numpy()).all()
+
+
+def after_own_criterion(names: dict[str, Any], folder: Path, out: str) -> None:
+    # 500 of 900 weights, then a tenth of the other 450.
+    assert names["pruner"].total == 900
+    assert names["pruner"].kept == 405
+    assert criteria.CRITERIA["normalised"].version == 1
+
+
+def after_own_figure(names: dict[str, Any], folder: Path, out: str) -> None:
+    figure = FIGURES["mine"]
+    assert [s.name for s in figure.panels_of(figure.protocol)[0].series] == ["0.05", "0.8"]
+    assert [claim.text for claim in figure.claims_of(figure.protocol)] == ["0.05 is better"]
+
+
+def after_own_model(names: dict[str, Any], folder: Path, out: str) -> None:
+    assert names["pruner"].names == ("body.weight",)
+    assert names["trainer"].pruner.sparsity == 0.5
+    assert out.splitlines()[-1] == "[]"
+
+
+def after_train(names: dict[str, Any], folder: Path, out: str) -> None:
+    assert names["trainer"].pruner.density == pytest.approx(0.8**3, abs=1e-6)
+    names["torchvision"].models.resnet18(num_classes=4).load_state_dict(torch.load(folder / "model.pt"))
+
+
+def after_sparse(names: dict[str, Any], folder: Path, out: str) -> None:
+    agree(names["model"], names["fast"], names["again"])
+    dense = sum(t.numel() * 4 for t in names["model"].state_dict().values())
+    assert (folder / "net.fastprune").stat().st_size < 0.08 * dense
+
+
+def after_deploy(names: dict[str, Any], folder: Path, out: str) -> None:
+    agree(names["model"], names["fast"])
+    dense = (folder / "net.pth").stat().st_size
+    assert (folder / "net.fastprune").stat().st_size < 0.045 * dense
+    agree(names["model"], onnx_network(folder / "net.onnx"))
+
+
+def after_tutorial(names: dict[str, Any], folder: Path, out: str) -> None:
+    kept = sum(int(t.count_nonzero()) for n, t in names["weights"].items() if t.dim() == 4)
+    total = sum(t.numel() for t in names["weights"].values() if t.dim() == 4)
+    assert kept == total - round(0.9 * total)
+    agree(names["model"], names["fast"], fastprune.sparse.load(folder / "photos.fastprune"))
+    agree(names["model"], onnx_network(folder / "photos.onnx"))
+
+
+def agree(model: torch.nn.Module, *others: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images)
+    for other in others:
+        assert (other(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def onnx_network(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], Path, str], None]] = {
+    "README.md": after_readme,
+    "docs/clusters.md": after_clusters,
+    "docs/deploy.md": after_deploy,
+    "docs/own-criterion.md": after_own_criterion,
+    "docs/own-figure.md": after_own_figure,
+    "docs/own-model.md": after_own_model,
+    "docs/pruning.md": after_pruning,
+    "docs/sparse.md": after_sparse,
+    "docs/train.md": after_train,
+    "docs/tutorial.md": after_tutorial,
+}
+
+WITH_PYTHON = [page for page in PAGES if any(f.language == "python" for f in fences(page))]
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in WITH_PYTHON])
+def test_python_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (snippet,) = snippets("README.md")
-    names: dict[str, object] = {}
-    exec(compile(snippet, "README.md", "exec"), names)
-    assert names["pruner"].kept == names["pruner"].total - round(0.2 * names["pruner"].total)
+    figures, known = dict(FIGURES), dict(criteria.CRITERIA)
+    HERE.get(page, lambda folder: None)(tmp_path)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    try:
+        for fence in fences(page):
+            if fence.language == "python":
+                exec(compile("\n" * fence.line + fence.code, page, "exec"), names)
+            elif page == "docs/tutorial.md" and fence.language == "sh":
+                run_commands(tmp_path, fence.code)
+        CHECKS[page](names, tmp_path, capsys.readouterr().out)
+    finally:  # a page may register figures and criteria
+        for registry, before in ((FIGURES, figures), (criteria.CRITERIA, known)):
+            registry.clear()
+            registry.update(before)
 
 
-@pytest.mark.parametrize("page", ["docs/train.md"])
-def test_other_snippets_are_python(page):
-    for snippet in snippets(page):
-        compile(snippet, page, "exec")
+# ---- the notebook ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_page_on_sparse_computing_holds(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (snippet,) = snippets("docs/sparse.md")
-    names: dict[str, Any] = {}
-    exec(compile(snippet, "docs/sparse.md", "exec"), names)
-    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = names["model"](images)
-    for made in ("fast", "again"):
-        assert (names[made](images) - expected).abs().max() <= 1e-5 * expected.abs().max()
-    dense = sum(t.numel() * 4 for t in names["model"].state_dict().values())
-    assert (tmp_path / "net.fastprune").stat().st_size < 0.08 * dense
+def test_the_notebook_runs(tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "examples/prune_your_model.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    NotebookClient(notebook, timeout=250, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    said = "".join(output["text"] for output in outputs if output.get("name") == "stdout")
+    # Only the Pruner's line goes to stderr: no warning.
+    assert [o["text"].startswith("fastprune: covers") for o in outputs if o.get("name") == "stderr"] == [True]
+    assert re.search(r"total +11,157,504 +1,115,750 +0\.1000", said)
+    assert float(re.search(r"sparsity 0\.9: accuracy [\d.]+, trained ([\d.]+)", said)[1]) > 0.5  # chance is 0.1
+    assert float(re.search(r"largest logit: (\S+)", said)[1]) <= 1e-5
+    assert fastprune.sparse.load(tmp_path / "pruned.fastprune")(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_notebook_is_stored_as_it_ran():
+    cells = json.loads((ROOT / "examples/prune_your_model.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert {output["output_type"] for cell in code for output in cell["outputs"]} == {"stream"}
