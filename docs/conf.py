@@ -20,7 +20,6 @@ from sphinx.application import Sphinx
 from sphinx.util import logging
 
 import fastprune
-from fastprune.cli.__main__ import COMMANDS
 from fastprune.figures import EXTRA, FIGURES, PAPER
 
 log = logging.getLogger(__name__)
@@ -28,7 +27,10 @@ log = logging.getLogger(__name__)
 project, author, version = "fastprune", "The fastprune authors", fastprune.__version__
 project_copyright = author
 root_doc = "docs/index"
-include_patterns = ["*.md", "bench/NOTES.md", "docs/**", "examples/*.ipynb"]
+ROOT = Path(__file__).resolve().parents[1]
+include_patterns = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/NOTES.md", "docs/**", "examples/*.ipynb"]
+# All other folders, so that Sphinx does not walk through data sets and stores that lie here.
+exclude_patterns = [p.name for p in ROOT.iterdir() if p.is_dir() and p.name not in ("bench", "docs", "examples")]
 source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
@@ -40,6 +42,8 @@ python_display_short_literal_types = True
 python_maximum_signature_line_length = 100
 add_module_names = False
 toc_object_entries_show_parents = "hide"
+
+smartquotes = False  # quotes stand around values
 
 html_theme = "furo"
 html_title = "fastprune"
@@ -84,7 +88,7 @@ def cells(notebook: dict[str, Any]) -> Iterator[str]:
 def flags(command: str) -> str:
     """The flags of a command as tables, from its parser."""
     parser = import_module(f"fastprune.cli.{command}").parser()
-    parts = [(parser, f"To {COMMANDS[command]}.")]
+    parts = [(parser, cell(parser.description))]
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             parts += [(part, f"### {command} {name}\n\n{part.description}") for name, part in action.choices.items()]
@@ -99,12 +103,14 @@ def groups(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in group._group_actions:
             if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
                 continue
-            values = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper())
+            # With spaces, so that a long list of choices breaks within its column.
+            values = "" if action.nargs == 0 else formatter._format_args(action, action.dest.upper()).replace(",", ", ")
             name = f"{', '.join(action.option_strings)} {values}".strip().replace("|", "\\|")
             rows.append(f"| `{name}` | {cell(formatter._expand_help(action) if action.help else '')} |")
         if rows:
-            title = {"options": "flag", "positional arguments": "argument"}.get(group.title or "", group.title)
-            yield "\n".join([f"| {title} | |", "| --- | --- |", *rows])
+            if group.title not in ("options", "positional arguments"):
+                yield f"**{(group.title or '').capitalize()}**"
+            yield "\n".join(["| argument | |", "| --- | --- |", *rows])
 
 
 def claims() -> str:

@@ -121,8 +121,7 @@ def test_commands_take_their_arguments(page):
 )
 def test_a_wrong_command_is_found(line):
     with pytest.raises((AssertionError, fastprune.InputError)):
-        for command in commands(line):
-            parse(command)
+        any(map(parse, commands(line)))
 
 
 # ---- Python ---------------------------------------------------------------------------------------------------------
@@ -221,9 +220,7 @@ def agree(model: torch.nn.Module, *others: Callable[[torch.Tensor], torch.Tensor
 
 
 def onnx_network(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
 
 
