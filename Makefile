@@ -62,6 +62,7 @@ lint: setup
 docs: setup
 	rm -rf build/docs
 	$(python) -m sphinx --quiet --fail-on-warning --builder html --conf-dir docs --doctree-dir build/doctrees --fresh-env . build/docs
+	@echo "docs: open build/docs/index.html"
 
 # One version of each package for every Python that is supported, so that results do not differ by it.
 constraints: setup
