@@ -288,7 +288,7 @@ def in_browser(path: Path, folder: Path) -> str:
     return ran.stdout
 
 
-def paper_results() -> Results:
+def paper_results():
     """A2 at preset paper with made-up accuracies: five seeds, thirty rounds."""
     settings, noise = preset(A2.protocol, "paper"), random.Random(0)
     data = DataSpec("tiny-imagenet-200", "f" * 64, 200, None, None, 100_000, 10_000)
