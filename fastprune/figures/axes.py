@@ -35,7 +35,7 @@ X_AXES = {
     "parameters": Axis("Parameters", "parameters"),
     "flops": Axis("FLOPs an image", "FLOPs"),
     # Relative, because milliseconds of two machines cannot stand on one axis.
-    "latency": Axis("Latency (% of the whole network's)", "% of the whole network's latency", factor=100.0),
+    "latency": Axis("Latency (% of the dense network's)", "% of the dense network's latency", factor=100.0),
 }
 Y_AXES = {
     "accuracy": Axis("Top-1 accuracy (%)", "top-1 accuracy in %", factor=100.0, high=1.0),
@@ -63,6 +63,11 @@ class DrawnPanel:
             raise ValueError(f"unknown axes {self.x!r} and {self.y!r}: see X_AXES and Y_AXES")
         # summary.json gives a list back; equality and hash need a tuple.
         object.__setattr__(self, "marks", tuple(self.marks))
+
+    @property
+    def early(self) -> bool:
+        """Whether the first epochs get most of the x axis: layerwise ratios move most while training begins."""
+        return self.x == "epoch" and self.y == "ratio"
 
     @classmethod
     def of(cls, panel: Panel) -> "DrawnPanel":
@@ -114,6 +119,8 @@ def check_rows(rows: Iterable[Row], panels: Mapping[str, DrawnPanel]) -> None:
 def shown_x(panel: DrawnPanel, values: Sequence[float]) -> tuple[float, str]:
     """Factor and label of a panel's x axis, by the size of its values: parameters in millions, FLOPs in GFLOPs."""
     axis = X_AXES[panel.x]
+    if panel.early:
+        return axis.factor, "Epoch of pruning (log scale from 1 on)"
     if panel.x in ("parameters", "flops"):
         for size, prefix, word in _MAGNITUDES:
             if max(values, default=0.0) >= size:

@@ -25,8 +25,8 @@ def collect(figure: str, points: Iterable[AnyPoint], store: RunStore) -> list[Ro
 
 
 def remark(points: Iterable[AnyPoint], store: RunStore) -> str:
-    """The note of a structured figure: the latency of the dense network, and how many groups of filters kept one
-    although the ranking would have removed all; empty for other figures."""
+    """The note of a structured figure: the latency of the dense network, how steadily it was measured, and in how many
+    groups one filter was kept although the ranking would have removed all; empty for other figures."""
     nodes = {p.selection for p in points if isinstance(p, Point) and p.selection is not None}
     found = [(node.fraction, store.node(node)) for node in nodes if store.has(node)]
     if not found:
@@ -37,12 +37,20 @@ def remark(points: Iterable[AnyPoint], store: RunStore) -> str:
     # Every selection timed the dense network again; the median is robust to a busy machine.
     measured = [selection["provenance"] for _, selection in found]
     whole, batch = median(m["latency_whole_ms"] for m in measured), measured[0]["latency_batch"]
-    text = f"The whole network takes {whole:.3g} ms for a batch of {batch}."
-    parts = [f"{100 * fraction:g} %: {_span(spared)}" for fraction, spared in sorted(counts.items()) if any(spared)]
+    text = f"The dense network takes {whole:.3g} ms for a batch of {batch}"
+    # Nodes of earlier versions have no quartiles.
+    if all("latency_quartiles" in m for m in measured):
+        low_high = [(*m["latency_quartiles"], m["latency_relative"]) for m in measured]
+        spread = 100 * median((high - low) / 2 / middle for low, high, middle in low_high)
+        text += (
+            f"; a smaller one took turns with it, {measured[0]['latency_rounds']} times, and has the median of their "
+            f"ratios; half of these differ from it by less than {spread:.2g} %"
+        )
+    parts = [f"in {_span(n)} at {100 * fraction:g} %" for fraction, n in sorted(counts.items()) if any(n)]
     if parts:
         groups = found[0][1]["result"]["groups"]
-        text += f" Of {groups} groups of filters keep one where the ranking leaves none, at {', '.join(parts)}."
-    return text
+        text += f". Of {groups} groups of filters each keeps one at least; the ranking left none {', '.join(parts)}"
+    return f"{text}."
 
 
 def _span(counts: list[int]) -> str:
@@ -73,7 +81,9 @@ def _size(selection: dict[str, Any], axis: str) -> float:
     """The value of a filter selection on an axis. Latency is relative to the dense network."""
     # Both networks were timed in turn on one machine, so that its load and speed cancel.
     if axis == "latency":
-        return float(selection["provenance"]["latency_ms"] / selection["provenance"]["latency_whole_ms"])
+        made = selection["provenance"]
+        # Nodes of earlier versions have the medians only.
+        return float(made.get("latency_relative", made["latency_ms"] / made["latency_whole_ms"]))
     return float(selection["result"]["removed_fraction" if axis == "filters" else axis])
 
 

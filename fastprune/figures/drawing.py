@@ -16,6 +16,23 @@ from typing import TYPE_CHECKING, Any
 
 from fastprune.figures.axes import X_AXES, Y_AXES, Drawing, DrawnPanel, check_rows, shown_x
 from fastprune.figures.results import CurvePoint, Row, curve, depth_key, series_of, write_output
+from fastprune.figures.style import (
+    BAND,
+    BARS,
+    FIRST_LAYER,
+    GREY,
+    LETTER,
+    MARKED,
+    MARKER_EDGE,
+    MARKS,
+    OTHER_LAYERS,
+    RC,
+    REFERENCE,
+    SMALL,
+    STRIP,
+    layer_color,
+    style_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,6 +45,10 @@ _PANEL_HEIGHT = 2.45
 
 _LEFT, _RIGHT, _BOTTOM, _ROW_GAP, _COLUMN_GAP = 0.62, 0.14, 0.60, 0.66, 0.22
 
+_CHANCE = 0.30  # to the right of the panels, for the word
+
+_STRIP_GAP, _STRIP_LINE = 0.07, 0.076  # between a panel and its strip of marks, and for each of its lines
+
 _TITLE_LINE, _LEGEND_LINE, _NOTE_LINE = 0.18, 0.19, 0.115
 
 # Characters that fit into an inch, estimated on the safe side: matplotlib does not wrap text by itself.
@@ -36,13 +57,17 @@ _TITLE_CHARACTERS, _NOTE_CHARACTERS = 12, 19.5
 _BAR = 2.6  # inches for the colour bar of a network's layers, with its label
 
 
+Curves = Mapping[str, list[CurvePoint]]
+"""Of one panel, by series."""
+
+
 def draw(rows: Sequence[Row], drawing: Drawing, folder: Path) -> tuple[Path, Path]:
     """Draws mean and sample standard deviation over seeds; writes figure.png and figure.pdf and returns their paths.
 
     Every round is a point of its line; of many rounds only some have a marker. A diverged run counts as chance
-    accuracy (is left out where `drawing.chance` is None) and is marked by a cross below the axis. A circle marks a run
-    in which a layer is pruned whole. InputError for rows out of the bounds of their panel's axes, and where `folder`
-    cannot be written.
+    accuracy (is left out where `drawing.chance` is None). A strip below the panel has a cross for each round with a
+    diverged run, and a circle for each with a run in which a layer is pruned whole; a figure without such runs has
+    none. InputError for rows out of the bounds of their panel's axes, and where `folder` cannot be written.
     """
     from matplotlib import style
 
@@ -51,7 +76,7 @@ def draw(rows: Sequence[Row], drawing: Drawing, folder: Path) -> tuple[Path, Pat
     # "default" first: a user's matplotlibrc must not change the picture.
     with style.context(["default", RC]):
         figure = _figure(rows, drawing)
-        write_output(png, _render(figure, "png", dpi=220, metadata={"Software": None}))
+        write_output(png, _render(figure, "png", metadata={"Software": None}))
         # None omits the field: a date would make two drawings of the same rows differ.
         write_output(pdf, _render(figure, "pdf", metadata={"CreationDate": None, "Title": drawing.title}))
     return png, pdf
@@ -81,7 +106,7 @@ def _figure(rows: Sequence[Row], drawing: Drawing) -> "Figure":
         present.sort(key=depth_key)
     names = [*drawing.series, *(name for name in present if name not in drawing.series)]
     curves = {panel: _curves(rows, panel, present, drawing.chance) for panel in drawing.panels}
-    points = [point for by_name in curves.values() for series in by_name.values() for point in series]
+    points = _points(curves)
     diverged, dead = any(point.diverged for point in points), any(point.dead for point in points)
 
     count = len(drawing.panels)
@@ -93,15 +118,21 @@ def _figure(rows: Sequence[Row], drawing: Drawing) -> "Figure":
     room = width - (_BAR if drawing.layers else 0.0)
     entries = arranged(legend(present, curves.values(), drawing, diverged=diverged, dead=dead), room)
     legend_lines = len(entries) + bool(drawing.legend_title and entries)
-    note = textwrap.wrap(_note(rows, drawing, diverged), int(_NOTE_CHARACTERS * (width - _LEFT)))
+    ends = {panel.y: _limits(curves, panel.y, drawing) for panel in drawing.panels.values()}
+    note = textwrap.wrap(_note(rows, drawing, curves, ends, diverged), int(_NOTE_CHARACTERS * (width - _LEFT)))
     above_legend = 0.10 + _TITLE_LINE * len(title)
     headed = count > 1 or any(panel.title for panel in drawing.panels.values())
     top = above_legend + _LEGEND_LINE * legend_lines + (0.34 if headed else 0.14)
-    bottom = _BOTTOM + _NOTE_LINE * len(note)
-    height = top + lines * _PANEL_HEIGHT + (lines - 1) * _ROW_GAP + bottom
+    # Panels of one size, with strips of one height below them.
+    marks = _marked(curves, names, drawing)
+    strip = _STRIP_GAP + _strip_height(marks) if marks else 0.0
+    row_gap = _ROW_GAP + strip
+    bottom = _BOTTOM + strip + _NOTE_LINE * len(note)
+    height = top + lines * _PANEL_HEIGHT + (lines - 1) * row_gap + bottom
+    right = _RIGHT if drawing.chance is None else _CHANCE + 0.12
     # Panels that share the y axis label it once; others need room for labels of their own.
     gap = _COLUMN_GAP if len({panel.y for panel in drawing.panels.values()}) == 1 else _LEFT
-    panel_width = (width - _LEFT - _RIGHT - (columns - 1) * gap) / columns
+    panel_width = (width - _LEFT - right - (columns - 1) * gap) / columns
 
     figure = Figure(figsize=(width, height))
     axes = figure.subplots(
@@ -110,15 +141,15 @@ def _figure(rows: Sequence[Row], drawing: Drawing) -> "Figure":
         squeeze=False,
         gridspec_kw={
             "left": _LEFT / width,
-            "right": 1 - _RIGHT / width,
+            "right": 1 - right / width,
             "bottom": bottom / height,
             "top": 1 - top / height,
             "wspace": gap / panel_width,
-            "hspace": _ROW_GAP / _PANEL_HEIGHT,
+            "hspace": row_gap / _PANEL_HEIGHT,
         },
     )
-    _draw_panels(axes, curves, names, drawing, columns)
-    figure.suptitle(pretty("\n".join(title)), y=1 - 0.10 / height, va="top", fontsize=10)
+    _draw_panels(axes, curves, names, drawing, columns, ends, marks)
+    figure.suptitle(pretty("\n".join(title)), y=1 - 0.10 / height, va="top")
     if entries:
         figure.legend(
             # matplotlib fills a legend column by column; blanks keep each line of ours in one row.
@@ -127,14 +158,14 @@ def _figure(rows: Sequence[Row], drawing: Drawing) -> "Figure":
             bbox_to_anchor=(0.5 * room / width, 1 - above_legend / height),
             ncols=max(map(len, entries)),
             title=pretty(drawing.legend_title) or None,
-            frameon=False,
             handlelength=3.2,
             columnspacing=1.5,
             handletextpad=0.6,
         )
     if drawing.layers and present:
         _draw_bar(figure, 1 - (_BAR - 0.1) / width, 1 - (above_legend + 0.20) / height, 1.1 / width, 0.07 / height)
-    figure.text(_LEFT / width, 0.08 / height, "\n".join(note), fontsize=6.5, color="0.4", va="bottom", parse_math=False)
+    look: dict[str, Any] = {"fontsize": SMALL, "color": GREY, "parse_math": False}
+    figure.text(_LEFT / width, 0.08 / height, "\n".join(note), va="bottom", **look)
     return figure
 
 
@@ -143,26 +174,36 @@ def _curves(rows: Sequence[Row], panel: str, names: Sequence[str], chance: float
     return {name: curve(rows, panel, name, chance) for name in names if name in there}
 
 
+def _points(curves: Mapping[str, Curves]) -> list[CurvePoint]:
+    return [point for by_name in curves.values() for series in by_name.values() for point in series]
+
+
 def _draw_panels(
     axes: Any,
-    curves: Mapping[str, Mapping[str, list[CurvePoint]]],
+    curves: Mapping[str, Curves],
     names: Sequence[str],
     drawing: Drawing,
     columns: int,
+    ends: Mapping[str, tuple[float, float]],
+    marks: Sequence[str],
 ) -> None:
+    """ends: of the y axes, by quantity. marks: the lines of the strip below each panel."""
     from matplotlib.ticker import MaxNLocator
 
     count = len(drawing.panels)
     alike = len({panel.x for panel in drawing.panels.values()}) == 1
-    ends = {panel.y: _limits(curves, panel.y, drawing) for panel in drawing.panels.values()}
     beside = ""
     for index, (letter, panel) in enumerate(drawing.panels.items()):
         ax = axes.flat[index]
         floor, ceiling = ends[panel.y]
-        label = draw_panel(ax, panel, curves[letter], names, drawing, floor)
+        label = draw_panel(ax, panel, curves[letter], names, drawing)
+        if marks:
+            _draw_strip(ax, panel, curves[letter], names, drawing.layers, marks)
+        if drawing.chance is not None and panel.y == "accuracy":
+            _draw_chance(ax, drawing.chance, named=index % columns == columns - 1 or index == count - 1)
         if count > 1:
             short = letter if len(letter) == 1 else chr(ord("a") + index)
-            ax.set_title(short, loc="left", fontweight="bold", fontsize=10)
+            ax.set_title(short, **LETTER)
         ax.set_title(pretty(panel.title))
         if index + columns >= count or not alike:
             ax.set_xlabel(label)
@@ -179,12 +220,10 @@ def _draw_panels(
         ax.remove()
 
 
-def _limits(curves: Mapping[str, Mapping[str, list[CurvePoint]]], y: str, drawing: Drawing) -> tuple[float, float]:
+def _limits(curves: Mapping[str, Curves], y: str, drawing: Drawing) -> tuple[float, float]:
     """Ends of the y axis, the same for all panels of the figure that show `y`, so that they can be compared by eye."""
-    shown = [curves[letter] for letter, panel in drawing.panels.items() if panel.y == y]
-    points = [point for series in shown for curve in series.values() for point in curve]
-    lines = 2 if drawing.layers else max(map(len, shown))
-    return limits(points, y, lines, drawing.chance if y == "accuracy" else None)
+    points = _points({letter: curves[letter] for letter, panel in drawing.panels.items() if panel.y == y})
+    return limits(points, y, drawing.chance if y == "accuracy" else None)
 
 
 def _blank() -> Any:
@@ -206,80 +245,133 @@ def _draw_bar(figure: "Figure", left: float, bottom: float, width: float, height
         ax.text(place, 0.5, text, transform=ax.transAxes, ha=side, va="center", fontsize=8)
 
 
-def _note(rows: Sequence[Row], drawing: Drawing, diverged: bool) -> str:
+def _note(
+    rows: Sequence[Row],
+    drawing: Drawing,
+    curves: Mapping[str, Curves],
+    ends: Mapping[str, tuple[float, float]],
+    diverged: bool,
+) -> str:
     seeds = len({row.seed for row in rows if row.panel in drawing.panels})
     parts = ["One seed."] if seeds == 1 else []
     if seeds > 1:
-        of = " of the first layer" if drawing.layers else ""
-        how = "shaded, over latency barred" if any(p.x == "latency" for p in drawing.panels.values()) else "shaded"
-        parts.append(f"Mean of {seeds} seeds; {how}: one standard deviation{of}.")
+        parts.append(f"Mean of {seeds} seeds; {_spread(drawing, curves, ends)}.")
     if diverged:
         parts.append("A diverged run " + ("is left out." if drawing.chance is None else "counts as chance."))
     return " ".join([*parts, drawing.note]).strip()
 
 
-Curves = Mapping[str, list[CurvePoint]]
-
-_STRIP = 0.035  # height of one line of marks below the axis, as a fraction of the axis' upper end
-
-_MARKS = 40  # at most so many marks side by side: more would overlap
-
-
-def draw_panel(
-    ax: "Axes", panel: DrawnPanel, curves: Curves, names: Sequence[str], drawing: Drawing, floor: float
+def _spread(
+    drawing: Drawing,
+    curves: Mapping[str, Curves],
+    ends: Mapping[str, tuple[float, float]],
 ) -> str:
-    """Draws the series of one panel on `ax`; returns the label of its x axis. floor: the lower end of the y axis, below
-    0; between it and 0 are the marks of diverged and dead runs."""
+    """What shows the deviation over seeds, in words: nothing that cannot be seen is named."""
+    seen, bars = False, False
+    width = (FIRST_LAYER if drawing.layers else RC)["linewidth" if drawing.layers else "lines.linewidth"]
+    for letter, panel in drawing.panels.items():
+        bars |= panel.x == "latency"
+        floor, ceiling = ends[panel.y]
+        inch = _PANEL_HEIGHT / (ceiling - floor) * Y_AXES[panel.y].factor
+        shown = list(curves[letter].values())[: 1 if drawing.layers else None]
+        # A line covers the middle of its band.
+        seen |= any(2 * 72 * inch * (point.std or 0.0) > 1.5 * width for series in shown for point in series)
+    if not seen:
+        text = "one standard deviation is less than the width of a line"
+    else:
+        text = f"shaded: one standard deviation{' of the first layer' if drawing.layers else ''} to either side"
+    return text + ("; over latency, bars show those of accuracy and of latency" if bars else "")
+
+
+_MOST = 40  # marks side by side: more would overlap
+
+
+def draw_panel(ax: "Axes", panel: DrawnPanel, curves: Curves, names: Sequence[str], drawing: Drawing) -> str:
+    """Draws the series of one panel on `ax`; returns the label of its x axis."""
     shown = [point for series in curves.values() for point in series]
     factor, label = shown_x(panel, [point.x for point in shown])
     for order, name in enumerate(names):
         if name not in curves:
             continue
-        points = curves[name]
         if drawing.layers:
-            _draw_layer(ax, points, panel, order, len(names), factor)
-            # A run diverges in all of its layers at once, so one line of marks is enough; a second is for dead layers.
-            levels = {"diverged": floor / 3, "dead": 2 * floor / 3}
-            colors: dict[str, Any] = {"diverged": "0.2", "dead": layer_color(order, len(names))}
+            _draw_layer(ax, curves[name], panel, order, len(names), factor)
         else:
-            style = style_of(name, names)
-            _draw_series(ax, points, panel, style, order, factor)
-            # Several series often diverge at the same density, so each has its marks at a height of its own.
-            here = [other for other in names if other in curves]
-            levels = dict.fromkeys(("diverged", "dead"), floor * (here.index(name) + 1) / (len(here) + 1))
-            colors = dict.fromkeys(levels, style["color"])
-        for counted, look in (("diverged", DIVERGED), ("dead", DEAD)):
-            at = [factor * point.x for point in points if getattr(point, counted)]
-            if panel.x == "epoch":
-                at = _apart(at, factor * (points[-1].x - points[0].x) / _MARKS)
-            ax.plot(at, [levels[counted]] * len(at), color=colors[counted], zorder=4, **look)
+            _draw_series(ax, curves[name], panel, style_of(name, names), order, factor)
     if X_AXES[panel.x].log:
         _density_axis(ax, [point.x for point in shown])
+    elif panel.early:
+        _early_axis(ax, max([factor * point.x for point in shown], default=1.0))
     else:
         _linear_axis(ax, panel, [factor * point.x for point in shown])
     _draw_marks(ax, panel, factor)
-    if drawing.chance is not None and panel.y == "accuracy":
-        _draw_chance(ax, drawing.chance, panel, shown)
     if not shown:
         ax.text(0.5, 0.75, "no results", transform=ax.transAxes, ha="center", color="0.5")
     return label
 
 
-def limits(points: Sequence[CurvePoint], y: str, lines: int, chance: float | None) -> tuple[float, float]:
-    """Lower and upper end of a y axis in shown units. lines: lines of marks below 0, where there are any marks."""
+def _marked(curves: Mapping[str, Curves], names: Sequence[str], drawing: Drawing) -> list[str]:
+    """The lines of the strip below each panel: series with marks. Of layers the kinds of marks, since a run diverges in
+    all of its layers at once."""
+    if drawing.layers:
+        return [kind for kind in MARKS if any(getattr(point, kind) for point in _points(curves))]
+    there = {name: [point for shown in curves.values() for point in shown.get(name, [])] for name in names}
+    return [name for name, points in there.items() if any(point.diverged or point.dead for point in points)]
+
+
+def _strip_height(marks: Sequence[str]) -> float:
+    """In inches."""
+    return _STRIP_LINE * (len(marks) + 0.4)
+
+
+def _draw_strip(
+    ax: "Axes", panel: DrawnPanel, curves: Curves, names: Sequence[str], layers: bool, marks: Sequence[str]
+) -> None:
+    """The marks of diverged and dead runs, on a strip between the x axis and its numbers. marks: its lines."""
+    from matplotlib.patches import Rectangle
+    from matplotlib.transforms import blended_transform_factory
+
+    # Outside the axes: every place on the y axis means a value, those below 0 as well.
+    def below(inches: float) -> float:
+        return -inches / _PANEL_HEIGHT
+
+    height = _strip_height(marks)
+    corner = (0.0, below(_STRIP_GAP + height))
+    ax.add_artist(Rectangle(corner, 1, -below(height), transform=ax.transAxes, color=STRIP, linewidth=0, clip_on=False))
+    ax.tick_params(axis="x", which="both", pad=72 * (_STRIP_GAP + height))
+    across = blended_transform_factory(ax.transData, ax.transAxes)
+    factor, _ = shown_x(panel, [point.x for points in curves.values() for point in points])
+    for name, points in curves.items():
+        for kind, look in MARKS.items():
+            at = [factor * point.x for point in points if getattr(point, kind)]
+            if not at:
+                continue
+            if panel.x == "epoch":
+                at = _apart(at, factor * points[-1].x, panel.early)
+            color = style_of(name, names)["color"]
+            if layers:
+                color = GREY if kind == "diverged" else layer_color(names.index(name), len(names))
+            y = below(_STRIP_GAP + _STRIP_LINE * (marks.index(kind if layers else name) + 0.7))
+            ax.plot(at, [y] * len(at), color=color, transform=across, clip_on=False, zorder=4, **look)
+
+
+def limits(points: Sequence[CurvePoint], y: str, chance: float | None) -> tuple[float, float]:
+    """Lower and upper end of a y axis in shown units."""
     axis = Y_AXES[y]
     tops = [min(axis.high, point.mean + (point.std or 0.0)) for point in points if point.mean is not None]
     # At least 1, since an axis from 0 to 0 has no height.
     top = max([axis.factor * value for value in (*tops, chance or 0.0)] + [1.0])
-    marked = any(point.diverged or point.dead for point in points)
-    return -(_STRIP * (lines + 1) if marked else 0.03) * top, 1.05 * top
+    return -0.03 * top, 1.05 * top
 
 
-def _apart(places: Sequence[float], least: float) -> list[float]:
-    """Rising `places`, without those that are nearer than `least` to the last one kept."""
+def _apart(places: Sequence[float], end: float, early: bool) -> list[float]:
+    """Rising `places` of an axis from 0 to `end`, without those that would overlap the last one kept."""
+
+    def position(x: float) -> float:
+        return x if not early or x <= 1 else 1 + math.log10(x)
+
     kept: list[float] = []
     for place in places:
-        if not kept or place - kept[-1] >= least:
+        if not kept or position(place) - position(kept[-1]) >= position(end) / _MOST:
             kept.append(place)
     return kept
 
@@ -289,23 +381,27 @@ def _draw_series(
 ) -> None:
     """The line of means, with a band or bars of one standard deviation."""
     x, mean, lower, upper = _numbers(points, panel, factor)
+    look = {"color": style["color"], "zorder": 2 + 0.01 * order}
     if panel.x == "latency":  # measured, so not monotonic in the sparsity: a band would cross itself
-        ax.vlines(x, lower, upper, color=style["color"], alpha=0.5, linewidth=1.0, zorder=2 + 0.01 * order)
+        ax.vlines(x, lower, upper, **look, **BARS)
+        wide = [factor * (point.x_std or 0.0) for point in points]
+        left, right = ([place + sign * w for place, w in zip(x, wide, strict=True)] for sign in (-1, 1))
+        ax.hlines(mean, left, right, **look, **BARS)
     else:
-        ax.fill_between(x, lower, upper, color=style["color"], alpha=0.2, linewidth=0, zorder=2 + 0.01 * order)
+        ax.fill_between(x, lower, upper, **look, **BAND)
     every = max(1, round(len(x) / MARKED))
     # Markers of different series are at different rounds, so that two lines that coincide are both seen.
     marked = (order % every, every)
-    ax.plot(x, mean, zorder=3 + 0.01 * order, markevery=marked, markeredgecolor="white", markeredgewidth=0.4, **style)
+    ax.plot(x, mean, zorder=3 + 0.01 * order, markevery=marked, **MARKER_EDGE, **style)
 
 
 def _draw_layer(ax: "Axes", points: list[CurvePoint], panel: DrawnPanel, order: int, count: int, factor: float) -> None:
     """A thin line without a band. The first layer is thick, above the others, and has a band."""
     x, mean, lower, upper = _numbers(points, panel, factor)
     if order > 0:
-        ax.plot(x, mean, color=layer_color(order, count), linewidth=0.8, zorder=2 + order / count)
+        ax.plot(x, mean, color=layer_color(order, count), zorder=2 + order / count, **OTHER_LAYERS)
         return
-    ax.fill_between(x, lower, upper, color=FIRST_LAYER["color"], alpha=0.2, linewidth=0, zorder=3)
+    ax.fill_between(x, lower, upper, color=FIRST_LAYER["color"], zorder=3, **BAND)
     ax.plot(x, mean, zorder=3.5, **FIRST_LAYER)
 
 
@@ -314,7 +410,7 @@ def _numbers(points: list[CurvePoint], panel: DrawnPanel, factor: float) -> tupl
 
     NaN, a gap in the picture, stands for no mean (all runs diverged) and for no deviation (one run).
     """
-    # The band ends at the bounds of the value: an accuracy below 0 is impossible, and the marks are there.
+    # The band ends at the bounds of the value: an accuracy below 0 is impossible.
     axis, gap = Y_AXES[panel.y], math.nan
     mean = [gap if point.mean is None else axis.factor * point.mean for point in points]
     lower, upper = [], []
@@ -325,35 +421,26 @@ def _numbers(points: list[CurvePoint], panel: DrawnPanel, factor: float) -> tupl
     return [factor * point.x for point in points], mean, lower, upper
 
 
-def _draw_chance(ax: "Axes", chance: float, panel: DrawnPanel, points: list[CurvePoint]) -> None:
-    """A dotted line at chance accuracy, labelled at the end that is farther from the curves."""
-    ax.axhline(100 * chance, color="0.35", linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
-    places = sorted(point.x for point in points) or [1.0]
-    # On the log axis the middle is the geometric mean of the ends, and the larger densities are on the left.
-    middle = math.sqrt(places[0]) if X_AXES[panel.x].log else (places[0] + places[-1]) / 2
-    distance = {"left": math.inf, "right": math.inf}
-    for point in points:
-        if point.mean is not None:
-            side = "left" if (point.x >= middle) == X_AXES[panel.x].log else "right"
-            distance[side] = min(distance[side], abs(point.mean - chance))
-    side = "left" if distance["left"] >= distance["right"] else "right"
-    ax.annotate(
-        "chance",
-        (0.01 if side == "left" else 0.99, 100 * chance),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 1.5),
-        textcoords="offset points",
-        ha=side,
-        va="bottom",
-        fontsize=6.5,
-        color="0.35",
-    )
+def _draw_chance(ax: "Axes", chance: float, *, named: bool) -> None:
+    """A dotted line at chance accuracy. named: with its name to the right of the panel, where no curve is."""
+    ax.axhline(100 * chance, **REFERENCE)
+    if named:
+        ax.annotate(
+            "chance",
+            (1, 100 * chance),
+            xycoords=("axes fraction", "data"),
+            xytext=(2, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL,
+            color=GREY,
+        )
 
 
 def _draw_marks(ax: "Axes", panel: DrawnPanel, factor: float) -> None:
     """Thin vertical lines at the panel's marks. Only the first one is labelled."""
     for index, place in enumerate(panel.marks):
-        ax.axvline(factor * place, color="0.35", linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
+        ax.axvline(factor * place, **REFERENCE)
         if index == 0 and panel.marks_label:
             ax.annotate(
                 panel.marks_label,
@@ -363,8 +450,8 @@ def _draw_marks(ax: "Axes", panel: DrawnPanel, factor: float) -> None:
                 textcoords="offset points",
                 ha="right",
                 va="top",
-                fontsize=6.5,
-                color="0.35",
+                fontsize=SMALL,
+                color=GREY,
             )
 
 
@@ -374,6 +461,19 @@ def _linear_axis(ax: "Axes", panel: DrawnPanel, values: list[float]) -> None:
     end = max([*values, *panel.marks, 1e-9])
     ax.set_xlim(-0.03 * end, 1.03 * end)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=panel.x == "epoch"))
+
+
+def _early_axis(ax: "Axes", end: float) -> None:
+    """An axis of epochs that is linear up to 1 and logarithmic from there on."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    ax.set_xscale("symlog", linthresh=1.0, linscale=0.9)
+    ax.set_xlim(-0.08, end * max(end, 2.0) ** 0.03)
+    ticks = [0, *(digit * 10**power for power in range(6) for digit in (1, 2, 5))]
+    ticks = [tick for tick in ticks if tick <= end]
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks(ticks, labels=[str(tick) for tick in ticks])
 
 
 def _density_axis(ax: "Axes", densities: list[float]) -> None:
@@ -415,83 +515,15 @@ def _ticks(densities: list[float]) -> list[float]:
     return ticks
 
 
-RANDOM = "random"
-
-# Colour-blind readers can tell these colours apart, and their lightness differs, so that they can be read in grey, too.
-# Red is reserved for the random baseline, as in the paper's A2. The numbers of colours, markers and dashes differ, so
-# that two of many series never agree in all three.
-_COLORS = ("#0b4f8a", "#e69f00", "#009e8e", "#b35fa8", "#56b4e9", "#5a5a5a")
-
-_MARKERS = {"o": 4.0, "s": 3.7, "^": 4.8, "v": 4.8, "p": 4.6, "h": 4.4, "<": 4.8}  # sizes that look equal to the eye
-
-_DASHES = ("-", (0, (6, 1.5)), (0, (2.2, 1.1)), (0, (6, 1.3, 1.3, 1.3)), (0, (1, 1)))
-
-_RANDOM_STYLE = {"color": "#d4201f", "marker": "D", "markersize": 3.6, "linestyle": (0, (4, 1.2, 1, 1.2, 1, 1.2))}
-
-MARKED = 12  # about so many markers on a line: more would hide its dashes
-
-RC: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 8,
-    "axes.labelsize": 8.5,
-    "axes.titlesize": 8.5,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.unicode_minus": True,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "xtick.major.width": 0.7,
-    "ytick.major.width": 0.7,
-    "xtick.minor.width": 0.5,
-    "xtick.minor.size": 1.8,
-    "legend.fontsize": 8,
-    "legend.title_fontsize": 8,
-    "lines.linewidth": 1.3,
-    "pdf.fonttype": 42,  # TrueType: text in the PDF stays text; many publishers reject the default, Type 3
-}
-
 _HANDLE = 0.60  # inches that a legend's entry takes beside its text
 
 _LEGEND_CHARACTERS = 16  # that fit into an inch of a legend
-
-FIRST_LAYER: dict[str, Any] = {"color": "#d4201f", "linewidth": 2.2}
-
-# A run can be diverged and dead: its cross then stands inside the circle.
-DIVERGED: dict[str, Any] = {"linestyle": "none", "marker": "x", "markersize": 3.2, "markeredgewidth": 0.9}
-
-DEAD: dict[str, Any] = {
-    "linestyle": "none",
-    "marker": "o",
-    "markersize": 4.3,
-    "fillstyle": "none",
-    "markeredgewidth": 0.7,
-}
-
-
-def style_of(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Colour, marker and dashes of the series `name`, by its place in `names`."""
-    if name == RANDOM:
-        return _RANDOM_STYLE
-    index = [other for other in names if other != RANDOM].index(name)
-    marker, size = list(_MARKERS.items())[index % len(_MARKERS)]
-    color, dashes = _COLORS[index % len(_COLORS)], _DASHES[index % len(_DASHES)]
-    return {"color": color, "marker": marker, "markersize": size, "linestyle": dashes}
-
-
-def layer_color(index: int, count: int) -> Any:
-    """The colour of layer `index` of `count`, from dark for the first to light for the last."""
-    from matplotlib import colormaps
-
-    # The last 8 % of viridis is a yellow that is hard to see on white.
-    return colormaps["viridis"](0.92 * index / max(1, count - 1))
 
 
 def legend(
     names: Sequence[str], panels: Iterable[Collection[str]], drawing: Drawing, *, diverged: bool, dead: bool
 ) -> list[list[Any]]:
-    """Entries of the legend in blocks: series that share panels, then the marks below the axis.
+    """Entries of the legend in blocks: series that share panels, then the marks below the panels.
 
     names: series that have results. panels: the series in each panel. Layers have one entry, for the first; the colour
     bar explains the others.
@@ -504,10 +536,10 @@ def legend(
     else:
         order = [*drawing.series, *(name for name in names if name not in drawing.series)]
         for block in _sharing([name for name in order if name in names], panels):
-            looks = {name: {"markeredgecolor": "white", **style_of(name, order)} for name in block}
+            looks = {name: MARKER_EDGE | style_of(name, order) for name in block}
             blocks.append([Line2D([], [], label=pretty(drawing.series.get(n, n)), **looks[n]) for n in block])
-    marks = (("diverged", DIVERGED, diverged), ("a layer is pruned whole", DEAD, dead))
-    blocks.append([Line2D([], [], color="0.2", label=label, **look) for label, look, there in marks if there])
+    marks = (("diverged", "diverged", diverged), ("dead", "a layer is pruned whole", dead))
+    blocks.append([Line2D([], [], color=GREY, label=label, **MARKS[kind]) for kind, label, there in marks if there])
     return [block for block in blocks if block]
 
 

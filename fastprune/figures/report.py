@@ -137,7 +137,7 @@ def terminal_summary(summary: Mapping[str, Any], folder: Path | None = None) -> 
     if summary["dead"]:
         blocks.append(f"* marks runs in which a layer is pruned whole ({summary['dead']} in all)")
     if summary["claims"]:
-        blocks.append(_claims(summary["claims"]))
+        blocks.append(_claims(summary["claims"], summary["preset"]))
     blocks.append(_cost(summary["cost"], summary["environment"]))
     if folder is not None:
         blocks.append(f"Files   {folder}/: figure.png, figure.pdf, results.csv, summary.json")
@@ -157,6 +157,7 @@ def _panel(rows: Sequence[Row], panel: str, chance: float | None) -> list[dict[s
                 "x": point.x,
                 "mean": point.mean,
                 "std": point.std,
+                "x_std": point.x_std,
                 "runs": point.runs,
                 "diverged": point.diverged,
                 "dead": point.dead,
@@ -164,7 +165,9 @@ def _panel(rows: Sequence[Row], panel: str, chance: float | None) -> list[dict[s
     return [entry for _, entry in sorted(table.items())]
 
 
-def _claims(claims: Sequence[Mapping[str, Any]]) -> str:
+def _claims(claims: Sequence[Mapping[str, Any]], preset: str) -> str:
+    if preset == "smoke":
+        return f"Claims  {len(claims)}, undecided: preset smoke only shows the machinery; differences: summary.json"
     parts = [part for claim in claims for part in claim["parts"]]
     units = list(dict.fromkeys(part["unit"] for part in parts))
     lines = [f"Claims: left minus right in {' or '.join(units)}, 95 % interval over seeds"]

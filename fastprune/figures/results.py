@@ -182,8 +182,8 @@ def write_output(path: Path, content: bytes) -> None:
 class CurvePoint:
     """One series at one round, over seeds, in the units of the rows.
 
-    mean: None where no run counts. std: the sample standard deviation; None for fewer than two runs. diverged, dead:
-    the numbers of runs that diverged, and in which a layer is pruned whole.
+    mean: None where no run counts. std, x_std: the sample standard deviations of y and of x; None for fewer than two
+    runs. diverged, dead: the numbers of runs that diverged, and in which a layer is pruned whole.
     """
 
     round: int
@@ -193,6 +193,7 @@ class CurvePoint:
     runs: int
     diverged: int
     dead: int
+    x_std: float | None = None
 
 
 def curve(rows: Iterable[Row], panel: str, series: str, chance: float | None) -> list[CurvePoint]:
@@ -215,6 +216,7 @@ def curve(rows: Iterable[Row], panel: str, series: str, chance: float | None) ->
                 runs=len(group),
                 diverged=sum(row.diverged for row in group),
                 dead=sum(row.dead > 0 for row in group),
+                x_std=stdev(sorted(row.x for row in group)) if len(group) > 1 else None,
             )
         )
     return points

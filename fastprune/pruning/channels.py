@@ -1056,20 +1056,35 @@ def _is_valid(name: Any, channels: Any, kept: tuple[Any, ...]) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Latency:
+    """How long a model's forward pass takes.
+
+    ms: milliseconds, the median over rounds. relative: the median over rounds of its time over that of the first model
+    in the same round; quartiles: the first and the third of these ratios. rounds: their number.
+    """
+
+    ms: float
+    relative: float
+    quartiles: tuple[float, float]
+    rounds: int
+
+
 def latency(
     models: Mapping[str, nn.Module],
     image_size: int,
     batch_size: int,
     device: str | torch.device,
     *,
-    repeats: int = 20,
+    repeats: int = 60,
     warmup: int = 3,
-) -> dict[str, float]:
-    """Median milliseconds of the forward pass of a batch [batch_size, 3, image_size, image_size], by model name.
+) -> dict[str, Latency]:
+    """Times of the forward pass of a batch [batch_size, 3, image_size, image_size], by model name.
 
     Measures copies of the models on `device`: eval mode, channels-last, inference_mode, each model's own dtype (no
     autocast), eager (no compilation, no CUDA graph), torch's settings unchanged. All models get the same batch, which
     is on the device beforehand. Each model runs `warmup` times, then once in each of `repeats` rounds.
+    Small batches make `relative` steady: in a short round, what slows down one model slows down the others, too.
 
     On CUDA the time is that between two events around the pass on an idle device: it includes the gaps where the host
     launches more slowly than the device computes. On a CPU it is wall-clock time. torch's generators are not advanced.
@@ -1098,7 +1113,13 @@ def latency(
             first = repeat % len(names) if names else 0
             for name in names[first:] + names[:first]:
                 times[name].append(_milliseconds(*ready[name], device))
-    return {name: statistics.median(measured) for name, measured in times.items()}
+    found = {}
+    for name, measured in times.items():
+        # Within a round, not of the medians: a clock that changes over rounds then cancels.
+        ratios = [time / whole for time, whole in zip(measured, times[names[0]], strict=True)]
+        low, high = torch.tensor(ratios, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75]).double()).tolist()
+        found[name] = Latency(statistics.median(measured), statistics.median(ratios), (low, high), repeats)
+    return found
 
 
 def _milliseconds(model: nn.Module, batch: Tensor, device: torch.device) -> float:

@@ -388,7 +388,8 @@ def _writer(trainer: Trainer, what: str) -> Callable[[Path], Any]:
     return write
 
 
-_LATENCY_BATCH = 64
+_LATENCY_BATCH = {"cpu": 8, "cuda": 64}
+"""Images. Few on a CPU, so that rounds are short; more on a GPU, which a small batch leaves waiting for its host."""
 
 _HUGE = 1e30
 """A score in place of NaN or infinity: finite, and larger than any that a network reaches."""
@@ -491,7 +492,8 @@ def choose_channels(
     """(result, files, provenance) of a channel selection.
 
     The result gives the numbers of filters, and parameters and FLOPs per image of the smaller and the dense network.
-    The provenance gives the milliseconds of a batch for both networks, measured in turn on `device`.
+    The provenance gives the milliseconds of a batch for both networks, measured in turn on `device`, and their ratio
+    with its quartiles over rounds.
     """
     state = read_state(store, node.source)
     model = _with_weights(node, state)
@@ -506,7 +508,8 @@ def choose_channels(
     removed = channels - sum(map(len, selection.kept.values()))
     filters = {name: group.channels for group in groups for name in group.layers}
     before, after = (structured.cost(m, image_size) for m in (model, small))
-    times = latency({"whole": model, "small": small}, image_size, _LATENCY_BATCH, device)
+    batch = _LATENCY_BATCH[torch.device(device).type]
+    times = latency({"whole": model, "small": small}, image_size, batch, device)
     result = {
         "fraction": node.fraction,
         "channels": channels,
@@ -522,7 +525,15 @@ def choose_channels(
         "flops": after.flops,
         "flops_whole": before.flops,
     }
-    measured = {"latency_ms": times["small"], "latency_whole_ms": times["whole"], "latency_batch": _LATENCY_BATCH}
+    small_times, whole_times = times["small"], times["whole"]
+    measured = {
+        "latency_ms": small_times.ms,
+        "latency_whole_ms": whole_times.ms,
+        "latency_relative": small_times.relative,
+        "latency_quartiles": list(small_times.quartiles),
+        "latency_rounds": small_times.rounds,
+        "latency_batch": batch,
+    }
 
     def layers(path: Path) -> None:
         write_csv(path, [{"layer": name, "filters": n, "kept": kept[name]} for name, n in filters.items()])

@@ -1,11 +1,11 @@
 """Every kind of picture, from made-up rows: layers, epochs, filters, sizes; and what may stand on an axis."""
 
-import itertools
 import json
 import random
 import re
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
 from fastprune.errors import InputError
@@ -14,6 +14,7 @@ from fastprune.figures import drawing as draw
 from fastprune.figures.axes import Drawing, DrawnPanel, check_rows, shown_x
 from fastprune.figures.report import draw_again, panel_table, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
+from fastprune.figures.style import GREY
 
 ROW = Row("A2", "a", "0.05", 0, 1, 0.8, 0.47, 0.05, 0.5, False, 0, "abc")
 STAGES = ((1, 3), (2, 4), (3, 6), (4, 3))
@@ -68,16 +69,16 @@ def seen(monkeypatch):
     """The figure as matplotlib holds it, of the last drawing; nothing is rendered."""
     figures = []
     build = draw._figure
+    monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
     monkeypatch.setattr(draw, "_figure", lambda *arguments: figures.append(build(*arguments)) or figures[-1])
     return figures
 
 
 @pytest.mark.parametrize("rounds", [2, 30])
 @pytest.mark.parametrize("name", FIGURES)
-def test_nothing_is_clipped_or_overlaps_in_any_figure(name, rounds, tmp_path, seen, monkeypatch):
+def test_nothing_is_clipped_or_overlaps_in_any_figure(name, rounds, tmp_path, seen):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
     rows = fake_rows(name, 2, rounds)
     rows = [replace(r, dead=1) if r.round == rounds else r for r in rows]
     rows = [replace(r, y=None, diverged=True) if r.round == 1 and r.seed == 0 else r for r in rows]
@@ -125,7 +126,10 @@ def test_layers_are_coloured_from_dark_to_light_and_the_first_stands_out(tmp_pat
     grey = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b, _ in (line.get_color() for line in lines[1:])]
     assert grey == sorted(grey)
     assert [t.get_text() for t in seen[-1].legends[0].get_texts()] == ["first layer (conv1)"]
-    assert any("of the first layer" in text.get_text() for text in seen[-1].texts)
+    assert any("than the width of a line" in text.get_text() for text in seen[-1].texts)
+    rows = [replace(r, y=min(1.0, r.y + 0.1 * r.seed)) for r in fake_rows("A4", 2)]
+    draw.draw(rows, drawing_of("A4"), tmp_path)
+    assert any("shaded: one standard deviation of the first layer" in text.get_text() for text in seen[-1].texts)
 
 
 def test_a_ratio_of_one_is_within_the_axis(tmp_path, seen):
@@ -135,7 +139,6 @@ def test_a_ratio_of_one_is_within_the_axis(tmp_path, seen):
     assert panel.get_ylim()[1] > 100
     rings = [line for line in panel.lines if line.get_marker() == "o" and len(line.get_xdata())]
     assert [list(line.get_xdata()) for line in rings] == [[110.0]]
-    assert panel.get_ylim()[0] < rings[0].get_ydata()[0] < 0
 
 
 def test_marks_of_layers_and_over_epochs_stand_apart(tmp_path, seen):
@@ -146,12 +149,37 @@ def test_marks_of_layers_and_over_epochs_stand_apart(tmp_path, seen):
     lines = seen[-1].axes[0].lines
     crosses, rings = ([n for n in lines if n.get_marker() == m and len(n.get_xdata())] for m in "xo")
     assert len(rings) == 1
-    assert {cross.get_color() for cross in crosses} == {"0.2"}
+    assert {cross.get_color() for cross in crosses} == {GREY}
     assert rings[0].get_ydata()[0] < crosses[0].get_ydata()[0] < 0
-    for line, first in ((crosses[0], 51.0), (rings[0], 81.0)):
-        places = list(line.get_xdata())
-        assert places[0] == first
-        assert {later - place for place, later in itertools.pairwise(places)} == {3.0}
+    # A 40th of the axis of 1 + log10(110) apart.
+    for line, places in ((crosses[0], [51, 61, 73, 87, 104]), (rings[0], [81, 97])):
+        assert list(line.get_xdata()) == places
+
+
+def test_the_first_epochs_of_ratios_get_most_of_the_axis(tmp_path, seen):
+    draw.draw(fake_rows("A4", 2), drawing_of("A4"), tmp_path)
+    for panel in seen[-1].axes[:2]:
+        assert [text.get_text() for text in panel.get_xticklabels()] == ["0", "1", "2", "5", "10", "20", "50", "100"]
+        left, right = panel.transAxes.transform([(0, 0), (1, 0)])[:, 0]
+        tenth = panel.transData.transform((10, 50))[0]
+        assert tenth - left > 0.6 * (right - left)
+    draw.draw(fake_rows("A5", 2), drawing_of("A5"), tmp_path)
+    assert seen[-1].axes[0].get_xscale() == "linear"
+
+
+def test_latency_has_bars_to_all_four_sides(tmp_path, seen):
+    rows = [
+        Row("structured", panel, "0.1", seed, n, x + shift, 0.5 - 0.1 * n + shift, 0.1, 0.1, False, 0, "")
+        for panel, places in (("a", (0.0, 0.5)), ("d", (1.0, 0.5)))
+        for n, x in enumerate(places)
+        for seed, shift in enumerate((0.0, 0.02))
+    ]
+    draw.draw(rows, drawing_of("structured"), tmp_path)
+    up, across = (bars.get_segments() for bars in seen[-1].axes[3].collections)
+    half = 100 * 0.02 / 2**0.5
+    assert up[1].tolist() == pytest.approx(np.array([[51, 41 - half], [51, 41 + half]]))
+    assert across[1].tolist() == pytest.approx(np.array([[51 - half, 41], [51 + half, 41]]))
+    assert any("over latency, bars show those of accuracy and of latency" in t.get_text() for t in seen[-1].texts)
 
 
 def test_decays_are_marked(tmp_path, seen):
@@ -169,7 +197,7 @@ def test_each_panel_of_structured_names_its_axis(tmp_path, seen):
         "Filters removed (%)",
         "Parameters (millions)",
         "MFLOPs an image",
-        "Latency (% of the whole network's)",
+        "Latency (% of the dense network's)",
     ]
 
 

@@ -10,8 +10,8 @@ import pytest
 from fastprune.errors import InputError
 from fastprune.figures import drawing as draw
 from fastprune.figures.axes import Drawing, DrawnPanel
-from fastprune.figures.drawing import style_of
 from fastprune.figures.results import Row
+from fastprune.figures.style import style_of
 
 DRAWING = Drawing(
     title="A small network on made-up data",
@@ -37,9 +37,10 @@ def rows_of(seeds=2, rounds=3, step=0.8, panels="ab", series=("0.05", "0.2", "0.
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The figure as matplotlib holds it, of the last drawing."""
+    """The figure as matplotlib holds it, of the last drawing; nothing is rendered."""
     figures = []
     build = draw._figure
+    monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
     monkeypatch.setattr(draw, "_figure", lambda *arguments: figures.append(build(*arguments)) or figures[-1])
     return figures
 
@@ -94,8 +95,35 @@ def test_axes_and_words(tmp_path, seen):
     assert left.get_title() == r"$\mathrm{LR}_{\mathrm{eval}}$ = 0.5"
     (legend,) = seen[-1].legends
     assert [text.get_text() for text in legend.get_texts()] == ["0.05", "0.2", "0.8", "random masks"]
-    assert any("Mean of 2 seeds; shaded: one standard deviation. Made up." in t.get_text() for t in seen[-1].texts)
-    assert any(text.get_text() == "chance" for text in left.texts)
+    assert any(
+        "Mean of 2 seeds; shaded: one standard deviation to either side. Made" in t.get_text() for t in seen[-1].texts
+    )
+    assert [[text.get_text() for text in ax.texts] for ax in (left, right)] == [[], ["chance"]]
+
+
+def test_chance_is_named_where_no_curve_can_be(tmp_path, seen):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    panels = {letter: DrawnPanel("") for letter in "abcde"}
+    draw.draw(rows_of(2, 3, panels="abcde"), replace(DRAWING, panels=panels), tmp_path)
+    renderer = FigureCanvasAgg(seen[-1]).get_renderer()
+    named = {ax.get_title(loc="left"): text for ax in seen[-1].axes for text in ax.texts}
+    assert sorted(named) == ["c", "e"]
+    for ax in seen[-1].axes:
+        for text in named.values():
+            box = text.get_window_extent(renderer)
+            assert not box.overlaps(ax.get_window_extent(renderer))
+            assert box.x1 <= seen[-1].bbox.x1
+
+
+def test_a_deviation_is_named_as_shading_where_it_is_wider_than_a_line(tmp_path, seen):
+    for spread, said in (
+        (0.002, "is less than the width of a line"),
+        (0.02, "shaded: one standard deviation to either"),
+    ):
+        rows = [replace(row, y=0.5 + spread * row.seed) for row in rows_of(2, 3)]
+        draw.draw(rows, DRAWING, tmp_path)
+        assert said in seen[-1].texts[-1].get_text()
 
 
 def test_few_rounds_are_the_ticks(tmp_path, seen):
@@ -124,6 +152,24 @@ def test_one_seed_has_no_band(tmp_path, seen):
     assert all(len(band.get_paths()) == 0 for band in seen[-1].axes[0].collections)
 
 
+def _one_strip_below(ax, marks):
+    """No mark has a place on the y axis: all stand on one strip, between the axis and its numbers."""
+    (strip,) = (patch for patch in ax.patches if patch.get_width() == 1)
+    low, high = strip.get_y(), strip.get_y() + strip.get_height()
+    assert high < 0
+    for mark in marks:
+        assert mark.get_transform() != ax.transData
+        assert low < mark.get_ydata()[0] < high
+    numbers = [label.get_window_extent().y1 for label in ax.get_xticklabels() if label.get_text()]
+    assert max(numbers) <= ax.transAxes.transform((0, low))[1] + 1
+    assert ax.get_ylim()[0] == pytest.approx(-0.03 * ax.get_ylim()[1] / 1.05)
+
+
+def test_without_such_runs_there_is_no_strip(tmp_path, seen):
+    draw.draw(rows_of(2, 3), DRAWING, tmp_path)
+    assert all(not ax.patches for ax in seen[-1].axes)
+
+
 def test_diverged_runs_show_below_the_axis(tmp_path, seen):
     draw.draw(rows_of(2, 3, diverged={("0.8", 2), ("0.2", 2)}), DRAWING, tmp_path)
     ax = seen[-1].axes[0]
@@ -131,7 +177,7 @@ def test_diverged_runs_show_below_the_axis(tmp_path, seen):
     assert [list(line.get_xdata()) for line in crosses] == [[pytest.approx(0.64)], [pytest.approx(0.64)]]
     levels = [line.get_ydata()[0] for line in crosses]
     assert len(set(levels)) == 2
-    assert all(ax.get_ylim()[0] < level < 0 for level in levels)
+    _one_strip_below(ax, crosses)
     assert seen[-1].legends[0].get_texts()[-1].get_text() == "diverged"
     assert any("counts as chance" in text.get_text() for text in seen[-1].texts)
 
@@ -161,10 +207,9 @@ LABELS = {
 @pytest.mark.parametrize("labels", LABELS)
 @pytest.mark.parametrize("legend_title", ["", "LR_find (in d: LR_eval)"], ids=["bare", "titled"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_nothing_is_clipped_or_overlaps(tmp_path, seen, count, labels, legend_title, monkeypatch):
+def test_nothing_is_clipped_or_overlaps(tmp_path, seen, count, labels, legend_title):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
     panels = {letter: DrawnPanel(f"LR_eval = {letter}") for letter in "abcde"[:count]}
     title = "A title that is long enough to need two lines in a narrow figure with one panel"
     note = "And a note that says so much that it needs more than one line in a figure that has only one panel."
@@ -215,18 +260,17 @@ def test_a_drawing_that_makes_no_sense_is_refused(change, says):
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 7])
-def test_marks_of_different_series_do_not_touch(tmp_path, seen, count, monkeypatch):
-    monkeypatch.setattr(draw, "_render", lambda figure, kind, **options: b"")
+def test_marks_of_different_series_do_not_touch(tmp_path, seen, count):
     rows = rows_of(2, 30, series=[str(n) for n in range(count)])
     rows = [replace(row, dead=1) if row.round > 20 else row for row in rows]
     draw.draw(rows, DRAWING, tmp_path)
     ax = seen[-1].axes[0]
     rings = [line for line in ax.lines if line.get_fillstyle() == "none" and len(line.get_xdata())]
-    heights = sorted(72 * ax.transData.transform((1.0, ring.get_ydata()[0]))[1] / seen[-1].dpi for ring in rings)
-    low, zero = (72 * ax.transData.transform((1.0, y))[1] / seen[-1].dpi for y in (ax.get_ylim()[0], 0.0))
+    heights = sorted(72 * ax.transAxes.transform((0, ring.get_ydata()[0]))[1] / seen[-1].dpi for ring in rings)
     assert len(heights) == count
-    for below, above in itertools.pairwise([low, *heights, zero]):
+    for below, above in itertools.pairwise(heights):
         assert above - below > rings[0].get_markersize()
+    _one_strip_below(ax, rings)
 
 
 def test_bands_end_where_no_value_can_be(tmp_path, seen):

@@ -149,6 +149,8 @@ def test_smoke_says_plainly_what_it_is():
     assert "not the paper's result" in text
     assert text.endswith(command)
     assert "holds" not in text
+    [line] = [line for line in text.splitlines() if "laim" in line]
+    assert line == "Claims  3, undecided: preset smoke only shows the machinery; differences: summary.json"
 
 
 @pytest.mark.parametrize("rows", [[], fake_rows(1, 0), fake_rows(1, 3)], ids=["nothing", "dense-only", "one-seed"])

@@ -20,6 +20,7 @@ from fastprune.pruning import channels as latency_module
 from fastprune.pruning.channels import (
     Cost,
     Group,
+    Latency,
     Selection,
     channel_groups,
     cost,
@@ -1248,7 +1249,10 @@ def test_latency_is_the_median_of_rounds_in_turn(monkeypatch):
 
     monkeypatch.setattr(latency_module, "_milliseconds", pretend)
     random = torch.get_rng_state()
-    assert latency({"whole": whole, "small": small}, 8, 2, "cpu", repeats=3, warmup=1) == {"whole": 5.0, "small": 2.0}
+    times = latency({"whole": whole, "small": small}, 8, 2, "cpu", repeats=3, warmup=1)
+    # Rounds (5, 1), (100, 2) and (4, 3): ratios 0.2, 0.02 and 0.75.
+    assert times["whole"] == Latency(5.0, 1.0, (1.0, 1.0), 3)
+    assert times["small"] == Latency(2.0, 0.2, (pytest.approx(0.11), pytest.approx(0.475)), 3)
     assert calls == ["whole", "small", "small", "whole", "whole", "small"]
     assert torch.equal(torch.get_rng_state(), random)
     assert whole.training
@@ -1261,8 +1265,11 @@ def test_latency_is_the_median_of_rounds_in_turn(monkeypatch):
 )
 def test_latency_measures(device):
     times = latency({"wide": network(width=32), "narrow": network(width=4)}, SIDE, 8, device, repeats=5)
-    assert 0.0 < times["narrow"] < 10_000.0
-    assert device == "cuda" or times["narrow"] < times["wide"]  # launches decide on a GPU
+    assert 0.0 < times["narrow"].ms < 10_000.0
+    low, high = times["narrow"].quartiles
+    assert low <= times["narrow"].relative <= high
+    assert times["wide"].relative == 1.0
+    assert device == "cuda" or times["narrow"].relative < 1.0  # launches decide on a GPU
     assert latency({}, SIDE, 1, device) == {}
 
 

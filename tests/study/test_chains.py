@@ -48,6 +48,9 @@ def test_a_smaller_network_is_what_is_trained(config):
     assert result["flops"] < result["flops_whole"]
     measured = store.node(filters)["provenance"]
     assert measured["latency_ms"] > 0 < measured["latency_whole_ms"]
+    low, high = measured["latency_quartiles"]
+    assert 0 < low <= measured["latency_relative"] <= high
+    assert measured["latency_rounds"] * measured["latency_batch"] > 0
     worker = NodeComputer(config)
     rows = (store.path(filters) / "layers.csv").read_text().splitlines()[1:]
     kept = {name: int(count) for name, _, count in (row.split(",") for row in rows)}
