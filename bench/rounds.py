@@ -37,6 +37,7 @@ from torch import Tensor
 from bench import plain, step_cost
 from bench.rows import environment
 from fastprune.errors import InputError
+from fastprune.figures.style import COLORS, RC, RED
 from fastprune.files import write_tensors
 from fastprune.loaders import SyntheticData, find_or_prepare, open_data
 from fastprune.loaders.batches import select
@@ -55,12 +56,12 @@ if TYPE_CHECKING:
 OURS, THEIRS = "fastprune", "plain PyTorch"
 # Part: colour and hatch. Lightness alternates, so that neighbours differ in grey as well.
 _STYLES = {
-    "steps": ("#0b4f8a", ""),
-    "evaluation": ("#a6cbe3", "///"),
-    "loading": ("#e69f00", "..."),
-    "pruning": ("#d4201f", "xxx"),
-    "rewinding": ("#2f7d5b", "\\\\\\"),
-    "storing": ("#cbb8e6", "---"),
+    "steps": (COLORS[0], ""),
+    "evaluation": (COLORS[4], "///"),
+    "loading": (COLORS[1], "..."),
+    "pruning": (RED, "xxx"),
+    "rewinding": (COLORS[2], "\\\\\\"),
+    "storing": (COLORS[3], "---"),
     "compilation": ("#dddddd", "ooo"),
     "other": ("#ffffff", ""),
 }
@@ -68,7 +69,7 @@ PARTS = tuple(_STYLES)
 # The lower axes leave these out: beside them the parts that differ most between the loops could not be seen.
 _LARGE = ("steps", "evaluation", "compilation")
 _SMALL = tuple(part for part in PARTS if part not in _LARGE)
-_RC = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.5, "pdf.fonttype": 42}
+_RC = RC | {"hatch.linewidth": 0.5}
 # Parts in which torch, Triton, numba or FFCV compile at first use.
 COMPILED = ("steps", "evaluation", "loading", "pruning")
 
@@ -407,17 +408,15 @@ def draw(rows: Sequence[Mapping[str, Any]], names: tuple[str, str], title: str, 
         ):
             _bars(ax, rows, names, parts)
             ax.set_ylabel("Time (s)")
-            ax.set_title(what, loc="left", fontsize=8.5)
+            ax.set_title(what, loc="left")
             ax.margins(y=0.06)
             ax.set_ylim(bottom=0)
         axes[1].set_xlabel(f"Round (left bar {names[0]}, right bar {names[1]})")
         axes[1].set_xticks(rounds)
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(title)
         patches = [Patch(facecolor=c, hatch=h, edgecolor="black", linewidth=0.5) for c, h in _STYLES.values()]
-        figure.legend(
-            patches, PARTS, loc="outside lower center", ncols=4, frameon=False, handlelength=2.6, handleheight=1.4
-        )
-        figure.savefig(path.with_suffix(".png"), dpi=200)
+        figure.legend(patches, PARTS, loc="outside lower center", ncols=4, handlelength=2.6, handleheight=1.4)
+        figure.savefig(path.with_suffix(".png"))
         figure.savefig(path.with_suffix(".pdf"))
 
 

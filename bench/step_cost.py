@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.find_masks import masks
+from fastprune.figures.style import COLORS, GREY, RC, RED
 from fastprune.specs import Init, ModelSpec
 from fastprune.training.models import initial_model
 from fastprune.training.trainer import Trainer
@@ -95,16 +96,15 @@ def draw(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    rc = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
-    looks = {"plain": ("#7a7a7a", ":", "o"), "dense": ("#0b4f8a", "--", "s"), "sparse": ("#d4201f", "-", "D")}
-    with style.context(["default", rc]):
+    looks = {"plain": (GREY, ":", "o"), "dense": (COLORS[0], "--", "s"), "sparse": (RED, "-", "D")}
+    with style.context(["default", RC]):
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         ax = figure.subplots()
         x = [row["round"] for row in rows]
         for way, (color, dashes, marker) in looks.items():
             y = [row[way] * 1e3 for row in rows]
-            ax.plot(x, y, color=color, linestyle=dashes, marker=marker, markersize=3, linewidth=1.4, label=way)
-        ax.fill_between(x, [min(row["dense"], row["sparse"]) * 1e3 for row in rows], color="#d4201f", alpha=0.08, lw=0)
+            ax.plot(x, y, color=color, linestyle=dashes, marker=marker, markersize=3, label=way)
+        ax.fill_between(x, [min(row["dense"], row["sparse"]) * 1e3 for row in rows], color=RED, alpha=0.08, linewidth=0)
         ax.set_ylim(bottom=0)
         ax.set_xlim(x[0], x[-1])
         ax.set_xlabel("Pruning round")
@@ -114,9 +114,9 @@ def draw(rows: Sequence[Mapping[str, float]], title: str, path: Path) -> None:
         above.set_xticks([row["round"] for row in ticks], [f"{row['density']:.2g}" for row in ticks])
         above.set_xlabel("Density")
         above.spines["top"].set_visible(False)
-        ax.set_title(title, fontsize=8.5)
-        ax.legend(frameon=False)
-        figure.savefig(path.with_suffix(".png"), dpi=200)
+        ax.set_title(title)
+        ax.legend()
+        figure.savefig(path.with_suffix(".png"))
         figure.savefig(path.with_suffix(".pdf"))
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from fastprune.figures import load
-from fastprune.figures.collect import collect
-from fastprune.figures.figure import LprPoint, Panel, Series, find_points
-from fastprune.specs import DataSpec, LprHistory
+from fastprune.figures.collect import collect, remark
+from fastprune.figures.figure import LprPoint, Panel, Point, Series, find_points
+from fastprune.specs import ChannelSelection, DataSpec, LprHistory
 from fastprune.store import RunStore, lpr_name, write_csv
 from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.settings import preset
@@ -106,3 +106,36 @@ def test_accuracy_at_an_epoch_is_that_of_the_epoch(tmp_path):
     point = next(find_points(FOUND, Chains(SETTINGS, DATA, 0)))
     found = [collect("A6", [replace(point, epoch=epoch)], store)[0].y for epoch in (1, 2)]
     assert found == [0.25, None]
+
+
+def test_latency_is_what_rounds_agree_on_and_its_spread_is_told(tmp_path):
+    store = RunStore(tmp_path)
+    store.publish(DENSE, {"epochs": 2, "diverged": False, "accuracy": 0.5}, {}, {})
+    points = []
+    for fraction, relative, spared in ((0.5, 0.8, []), (0.9, 0.4, ["conv1", "conv2"])):
+        node = ChannelSelection(DENSE.final, fraction)
+        result = {"fraction": fraction, "removed_fraction": fraction, "spared": spared, "groups": 36}
+        result |= {"parameters": 9, "flops": 90}
+        timed = {"latency_ms": 3.0, "latency_whole_ms": 6.0, "latency_batch": 8}
+        paired = {"latency_relative": relative, "latency_rounds": 60}
+        # Half of the ratios within 0.02: 2.5 % of 0.8 and 5 % of 0.4, 3.75 % in the middle.
+        timed |= paired | {"latency_quartiles": [relative - 0.02, relative + 0.02]}
+        store.publish(node, result, timed, {})
+        points.append(Point("d", "0.5", 0, len(points), 0.5, 0.5, DENSE, x="latency", selection=node))
+    assert [row.x for row in collect("structured", points, store)] == [0.8, 0.4]
+    said = remark(points, store)
+    assert "The dense network takes 6 ms for a batch of 8; a smaller one took turns with it, 60 times" in said
+    assert "differ from it by less than 3.8 %" in said
+    assert said.endswith("Of 36 groups of filters each keeps one at least; the ranking left none in 2 at 90 %.")
+
+
+def test_latency_of_nodes_without_rounds_is_that_of_the_medians(tmp_path):
+    store, node = RunStore(tmp_path), ChannelSelection(DENSE.final, 0.5)
+    store.publish(DENSE, {"epochs": 2, "diverged": False, "accuracy": 0.5}, {}, {})
+    timed = {"latency_ms": 3.0, "latency_whole_ms": 6.0, "latency_batch": 64}
+    store.publish(
+        node, {"fraction": 0.5, "removed_fraction": 0.5, "spared": [], "parameters": 9, "flops": 90}, timed, {}
+    )
+    point = Point("d", "0.5", 0, 1, 0.5, 0.5, DENSE, x="latency", selection=node)
+    assert [row.x for row in collect("structured", [point], store)] == [0.5]
+    assert remark([point], store) == "The dense network takes 6 ms for a batch of 64."
