@@ -471,6 +471,8 @@ def _early_axis(ax: "Axes", end: float) -> None:
     ax.set_xlim(-0.08, end * max(end, 2.0) ** 0.03)
     ticks = [0, *(digit * 10**power for power in range(6) for digit in (1, 2, 5))]
     ticks = [tick for tick in ticks if tick <= end]
+    # Of a short run the end, too, where no tick is near.
+    ticks += [round(end)] if end > 1.6 * ticks[-1] else []
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(ticks, labels=[str(tick) for tick in ticks])
