@@ -1,10 +1,12 @@
-"""A published training's network as a file to use elsewhere: kept weights alone, a plain state dict, or ONNX."""
+"""A published training's network for use elsewhere: kept weights alone, a state dict, ONNX, or a folder to share."""
 
 import io
 import logging
+import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from fastprune import sparse
 from fastprune.errors import InputError
 from fastprune.files import read_tensors, write_atomically
 from fastprune.specs import ModelSpec
-from fastprune.store.listing import Corrupt, find_node
+from fastprune.store.listing import Corrupt, Found, find_node
+from fastprune.study.share import about_node, write_folder
 from fastprune.training.models import NETWORKS, build
 
 SUFFIXES = {".fastprune": "kept weights, for fastprune.sparse.load", ".pth": "state dict", ".onnx": "ONNX"}
@@ -35,7 +38,8 @@ def deploy(root: Path, prefix: str, out: Path, side: int, half: bool = False) ->
         raise InputError(f"--half is for .fastprune files, not for {out.suffix}")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
-    model, epoch = network(root, prefix)
+    stored = network(root, prefix)
+    model = stored.model
     writers: dict[str, Callable[[Path], Any]] = {
         ".fastprune": lambda path: sparse.compile(model, torch.zeros(1, 3, side, side)).save(
             path, dtype=torch.float16 if half else torch.float32
@@ -44,18 +48,43 @@ def deploy(root: Path, prefix: str, out: Path, side: int, half: bool = False) ->
         ".onnx": lambda path: _write_onnx(model, torch.zeros(2, 3, side, side), path),
     }
     write_atomically(out, writers[out.suffix], out.with_name(f".{out.name}.part"))
-    convs = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    kept, total = sum(int(w.count_nonzero()) for w in convs), sum(w.numel() for w in convs)
     dense = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     size = out.stat().st_size
-    return (
-        f"{out}: {SUFFIXES[out.suffix]}, weights after epoch {epoch}, {kept / total:.2%} of {total:,} conv weights kept"
-        f"; {size:,} bytes, {size / dense:.1%} of the dense state dict"
-    )
+    return f"{out}: {SUFFIXES[out.suffix]}, {stored}; {size:,} bytes, {size / dense:.1%} of the dense state dict"
 
 
-def network(root: Path, prefix: str) -> tuple[nn.Module, int]:
-    """(the network of a training in evaluation mode, the epoch of its weights: the last that are stored)."""
+def share(root: Path, prefix: str, out: Path, license: str) -> str:
+    """Writes the network of a node as a folder in the Hugging Face layout (share.py); returns a line about it.
+
+    prefix, InputError: as for `deploy`. license: an identifier of the Hub, for the model card.
+    """
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    stored = network(root, prefix)
+    words = ["compile.py", stored.node.key, "--format", "huggingface", "--license", license, "--out", out.name]
+    about = about_node(root, stored.node, stored.spec, stored.epoch, shlex.join(words), license)
+    write_folder(out, stored.model, about)
+    upload = f"huggingface-cli upload YOUR-NAME/{out.resolve().name} {shlex.quote(str(out))}"
+    return f"{out}/: {stored}; read {out}/README.md, then share it: {upload}"
+
+
+@dataclass(frozen=True)
+class StoredNetwork:
+    """The network of a published training, in evaluation mode. epoch: of its weights, the last that are stored."""
+
+    node: Found
+    spec: ModelSpec
+    model: nn.Module
+    epoch: int
+
+    def __str__(self) -> str:
+        convs = [m.weight for m in self.model.modules() if isinstance(m, nn.Conv2d)]
+        kept, total = sum(int(w.count_nonzero()) for w in convs), sum(w.numel() for w in convs)
+        return f"weights after epoch {self.epoch}, {kept / total:.2%} of {total:,} conv weights kept"
+
+
+def network(root: Path, prefix: str) -> StoredNetwork:
+    """The network of the training whose key begins with `prefix`. InputError if there is none, or it has no weights."""
     node = find_node(root, prefix)
     if isinstance(node, Corrupt):
         raise InputError(f"{node.folder}: {node.why}; delete this folder to recompute the node")
@@ -69,10 +98,11 @@ def network(root: Path, prefix: str) -> tuple[nn.Module, int]:
         )
     path = node.folder / f"state-{epochs[-1]}.safetensors"
     tensors = {n.removeprefix("model."): t for n, t in read_tensors(path)[0].items()}
-    return _fitting(tensors, path).eval(), epochs[-1]
+    spec, model = _fitting(tensors, path)
+    return StoredNetwork(node, spec, model.eval(), epochs[-1])
 
 
-def _fitting(tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+def _fitting(tensors: Mapping[str, Tensor], path: Path) -> tuple[ModelSpec, nn.Module]:
     """The network of models.build whose weights have these names and shapes."""
     shapes = {name: t.shape for name, t in tensors.items()}
     if "conv1.weight" in tensors and "fc.bias" in tensors:
@@ -83,7 +113,7 @@ def _fitting(tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
             if {n: t.shape for n, t in model.state_dict().items()} == shapes:
                 model = model.to_empty(device="cpu")
                 model.load_state_dict(dict(tensors))
-                return model
+                return spec, model
     raise InputError(
         f"{path} holds no ResNet as fastprune builds them: a network without some channels cannot be exported"
     )
