@@ -37,20 +37,20 @@ def remark(points: Iterable[AnyPoint], store: RunStore) -> str:
     # Every selection timed the dense network again; the median is robust to a busy machine.
     measured = [selection["provenance"] for _, selection in found]
     whole, batch = median(m["latency_whole_ms"] for m in measured), measured[0]["latency_batch"]
-    text = f"The dense network takes {whole:.3g} ms for a batch of {batch}"
+    text = f"The dense network takes {whole:.3g} ms for a batch of {batch}."
     # Nodes of earlier versions have no quartiles.
     if all("latency_quartiles" in m for m in measured):
         low_high = [(*m["latency_quartiles"], m["latency_relative"]) for m in measured]
         spread = 100 * median((high - low) / 2 / middle for low, high, middle in low_high)
         text += (
-            f"; a smaller one took turns with it, {measured[0]['latency_rounds']} times, and has the median of their "
-            f"ratios; half of these differ from it by less than {spread:.2g} %"
+            f" A latency is the median of {measured[0]['latency_rounds']} ratios to it, timed in turn; half of "
+            f"them lie within {spread:.2g} %."
         )
     parts = [f"in {_span(n)} at {100 * fraction:g} %" for fraction, n in sorted(counts.items()) if any(n)]
     if parts:
         groups = found[0][1]["result"]["groups"]
-        text += f". Of {groups} groups of filters each keeps one at least; the ranking left none {', '.join(parts)}"
-    return f"{text}."
+        text += f" Each of {groups} groups of filters keeps at least one; by rank none would stay {', '.join(parts)}."
+    return text
 
 
 def _span(counts: list[int]) -> str:

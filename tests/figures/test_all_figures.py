@@ -129,8 +129,8 @@ def test_structured_networks_are_smaller(finished):
             assert sizes[0] > sizes[1] > sizes[2] > 0
     removed = {r.round: r.x for r in rows if (r.panel, r.series) == ("a", "0.1")}
     note = json.loads((finished / "out/structured/summary.json").read_text())["drawing"]["note"]
-    assert "groups of filters each keeps one at least; the ranking left none in" in note
-    assert "times, and has the median of their ratios; half of these differ from it by less than" in note
+    assert "groups of filters keeps at least one; by rank none would stay in" in note
+    assert "A latency is the median of 60 ratios to it, timed in turn; half of them lie within" in note
     assert removed == {0: 0.0, 1: pytest.approx(0.5, abs=0.01), 2: pytest.approx(0.8, abs=0.01)}
 
 
