@@ -32,7 +32,7 @@ SLOW = {  # they compile, export or train
     "docs/tutorial.md",
 }
 # Programs of others, whose arguments are not ours to check.
-OTHERS = {"cd", "exec", "git", "pip", "ray", "source"}
+OTHERS = {"cd", "exec", "git", "huggingface-cli", "pip", "ray", "source"}
 
 
 class Fence(NamedTuple):
