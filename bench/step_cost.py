@@ -33,6 +33,7 @@ class Stepper:
         self.batch = images, labels
         trainer = self.trainer
         trainer._hyper = {"lr": trainer._lr, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": False}
+        trainer._hyper |= {"name": "sgd", "decays": None, "clip_grad_norm": None}
         trainer._lr.fill_(1e-3)
         trainer.save_rewind_point()
 

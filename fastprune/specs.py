@@ -24,6 +24,7 @@ COMPUTES = ("auto", "dense", "sparse", "plain")
 ALLOCATIONS = ("global", "local")
 DECAYS = ("multistep", "cosine", "exponential")
 WARMUPS = ("linear", "constant")
+OPTIMIZERS = ("sgd", "adamw", "rmsprop")
 
 
 class Record:
@@ -130,13 +131,50 @@ class ScheduleSpec(Record):
 
 @dataclass(frozen=True)
 class OptimizerSpec(Record):
-    """SGD as torch.optim.SGD defines it, with weight decay on all parameters. batch_size: images per step and rank."""
+    """An optimiser as torch.optim defines it. batch_size: images per step and rank.
+
+    name: one of OPTIMIZERS; adamw with torch's betas and eps, rmsprop with the alpha of 0.9 and eps of 0.0316 of
+    torchvision's reference script. momentum: of sgd and rmsprop. weight_decay: of all parameters that other_decays do
+    not name: pairs of "norm" (the parameters of normalisation layers) or a parameter's name ("bias", "layer.bias") and
+    the weight decay there; names go before "norm". clip_grad_norm: the largest norm of the whole gradient, or None.
+    """
 
     batch_size: int
     momentum: float = 0.9
     weight_decay: float = 1e-4
     nesterov: bool = False
     label_smoothing: float = 0.0
+    name: str = "sgd"
+    other_decays: tuple[tuple[str, float], ...] = ()
+    clip_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"unknown optimiser {self.name!r}: choose one of {', '.join(OPTIMIZERS)}")
+        if self.nesterov and self.name != "sgd":
+            raise ValueError(f"{self.name} has no Nesterov momentum")
+
+    def identity(self) -> dict[str, Any]:
+        # What the study never uses is hashed only where it is used, so that its keys are those of before there was it.
+        # Each is neutral by default, and will be: a default that does something would need SEMANTICS.
+        found = super().identity()
+        neutral = {"name": "sgd", "other_decays": [], "clip_grad_norm": None}
+        return {name: value for name, value in found.items() if name not in neutral or value != neutral[name]}
+
+
+@dataclass(frozen=True)
+class EmaSpec:
+    """An exponential moving average of weights and buffers. decay: of an update, one every `steps` steps of an epoch.
+
+    In the epochs of the schedule's warmup the average is a copy, as in torchvision's reference script.
+    """
+
+    decay: float
+    steps: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1 or self.steps < 1:
+            raise ValueError(f"decay is {self.decay} and steps {self.steps}, expected [0, 1] and 1 or more")
 
 
 def key_of(kind: str, semantics: int, identity: dict[str, Any]) -> str:

@@ -31,6 +31,12 @@ class Flat(Protocol):
     def sync(self) -> None:
         """Sets pruned weights to +0, after other code wrote weights."""
 
+    def other_sgd_step(self, decays: Any, **hyper: Any) -> None:
+        """One SGD step on the other parameters."""
+
+    def clip(self, gradients: list[Tensor], most: float) -> None:
+        """Scales the gradients in place, so that their norm is at most `most`."""
+
     def mask_changed(self) -> None:
         """Sets pruned weights and momentum to +0, after other code wrote the mask."""
 
@@ -130,11 +136,14 @@ class Sparse:
 
     @torch.no_grad()
     def step(self, hyper: Mapping[str, Any]) -> None:
-        """One SGD step. hyper: lr, momentum, weight_decay, nesterov, as kernels.masked_sgd_ takes them."""
-        tape, flat = self.tape, self._flat
+        """One SGD step. hyper: of training.flat.FlatOptimizer."""
+        tape = self.tape
         self._ahead = True
-        masked_sgd_(tape.values, tape.kept_gradients, self._momentum, None, **hyper)
-        masked_sgd_(flat.other_params, flat.other_grad, flat.other_momentum, None, **hyper)
+        if hyper["clip_grad_norm"] is not None:
+            self._flat.clip(self.gradients(), hyper["clip_grad_norm"])
+        sgd = {name: hyper[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
+        masked_sgd_(tape.values, tape.kept_gradients, self._momentum, None, **sgd)
+        self._flat.other_sgd_step(hyper["decays"], **sgd)
 
     def close(self) -> None:
         """Ends the threads."""

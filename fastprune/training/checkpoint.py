@@ -3,22 +3,23 @@
     model.load_state_dict(torch.load("checkpoint.pth", weights_only=True)["model"])
 
     model      state dict of the plain torchvision model, +0 where pruned
-    optimizer  state dict of torch.optim.SGD over model.parameters(), with momentum
+    optimizer  state dict of torch.optim's SGD, AdamW or RMSprop over the model's parameters, in the reference's groups
+    model_ema  with a moving average, state dict of its torch.optim.swa_utils.AveragedModel
     epoch      last finished epoch, from 0
     mask       None for dense, or bool tensors by parameter name: True keeps
     scaler     state of the gradient scaler with fp16, else empty
     compute    how it was computed: plain, dense or sparse; a resumed run goes on so
     args       flags of train.py
 
-From a checkpoint of the reference script, model, optimizer and epoch are read; from a plain state dict, the weights.
+From a checkpoint of the reference script, model, optimizer, model_ema and epoch are read; from a plain state dict, the weights.
 Names may begin with "module." (DDP), weights may be under torch.nn.utils.prune ("_orig" and "_mask"). Zeros in the
 weights of a file without an entry "mask" count as pruned.
 """
 
 import argparse
 import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ from fastprune.errors import InputError
 from fastprune.files import write_atomically
 from fastprune.pruning.masks import Mask, masks_of_zeros
 from fastprune.specs import COMPUTES, OptimizerSpec
+from fastprune.training.flat import decay_groups
+from fastprune.training.request import other_decays
 from fastprune.training.trainer import Trainer
+
+# The state of torch.optim's optimisers by parameter -> the entries of Trainer.state; "step" is one for all.
+_STATES = {
+    "sgd": {"momentum_buffer": "momentum"},
+    "adamw": {"exp_avg": "momentum", "exp_avg_sq": "square"},
+    "rmsprop": {"momentum_buffer": "momentum", "square_avg": "square"},
+}
 
 
 @dataclass(frozen=True)
@@ -60,18 +70,23 @@ def save_checkpoint(
     mask = trainer_mask(trainer)
     content = {
         "model": trainer.state_dict(),
-        "optimizer": _sgd_state(trainer, state, optimizer, lr),
+        "optimizer": _optimizer_state(trainer, state, optimizer, lr),
         "epoch": epochs - 1,
         "mask": None if mask.kept == mask.total else mask.tensors(),
         "scaler": {k.removeprefix("scaler."): v.item() for k, v in state.items() if k.startswith("scaler.")},
         "compute": trainer.computed,
         "args": dict(flags),
     }
+    if trainer.ema is not None:
+        averaged = {f"module.{name}": t for name, t in trainer.state_dict(averaged=True).items()}
+        content["model_ema"] = {"n_averaged": state["ema"], **averaged}
     replace_file(path, lambda p: torch.save(content, p))
 
 
-def load_checkpoint(path: Path, trainer: Trainer, name: str) -> Checkpoint:
-    """Reads a checkpoint for the trainer's model, torchvision's `name`; the trainer is not changed.
+def load_checkpoint(path: Path, trainer: Trainer, name: str, optimizer: OptimizerSpec) -> Checkpoint:
+    """Reads a checkpoint for the trainer's model `name`; the trainer is not changed.
+
+    The optimiser's state is read if it is of the same optimiser.
 
     InputError if the file is missing, damaged, no checkpoint, or of another model.
     """
@@ -85,12 +100,14 @@ def load_checkpoint(path: Path, trainer: Trainer, name: str) -> Checkpoint:
     state = trainer.state() | {f"model.{k}": v for k, v in plain.items()}
     state = {k: v for k, v in state.items() if k.startswith("model.")}
     try:
-        state |= _momentum(content, trainer)
-        state |= {f"scaler.{k}": torch.tensor(v, dtype=torch.float64) for k, v in content.get("scaler", {}).items()}
-        epochs = int(content["epoch"]) + 1 if "epoch" in content and model is not content else None
         flags = content.get("args", {})
         # The reference script stores an argparse.Namespace, we a dict.
         flags = dict(flags if isinstance(flags, Mapping) else vars(flags))
+        state |= _optimizer_entries(content, trainer, replace(optimizer, other_decays=other_decays(flags)))
+        if "model_ema" in content and model is not content:
+            state |= _average(content["model_ema"], trainer)
+        state |= {f"scaler.{k}": torch.tensor(v, dtype=torch.float64) for k, v in content.get("scaler", {}).items()}
+        epochs = int(content["epoch"]) + 1 if "epoch" in content and model is not content else None
         kept = content.get("mask") if model is not content else None
         mask = None if kept is None else fitting_mask(kept, trainer, path)
         if shown := "mask" not in content or model is content:
@@ -184,30 +201,79 @@ def _difference(there: Mapping[str, tuple[int, ...]], here: Mapping[str, tuple[i
     return what + (f", and {len(odd) - 1} more" if len(odd) > 1 else "")
 
 
-def _sgd_state(trainer: Trainer, state: Mapping[str, Tensor], optimizer: OptimizerSpec, lr: float) -> dict[str, Any]:
-    """The state dict of torch.optim.SGD over model.parameters() with the trainer's momentum."""
-    names = [name for name, _ in trainer.model.named_parameters()]
-    # From an SGD over empty parameters, so that the parameter group has every field of the installed torch.
-    stand_ins = [torch.nn.Parameter(torch.empty(0)) for _ in names]
-    described = torch.optim.SGD(
-        stand_ins, lr, optimizer.momentum, weight_decay=optimizer.weight_decay, nesterov=optimizer.nesterov
-    ).state_dict()
-    buffers = {i: {"momentum_buffer": state[f"momentum.{name}"]} for i, name in enumerate(names)}
-    return {"state": buffers, "param_groups": described["param_groups"]}
+def _optimizer_state(
+    trainer: Trainer, state: Mapping[str, Tensor], optimizer: OptimizerSpec, lr: float
+) -> dict[str, Any]:
+    """The state dict of torch.optim's optimiser over the reference's groups of parameters, with the trainer's state."""
+    groups = list(decay_groups(trainer.model, optimizer))
+    # From an optimiser over empty parameters, so that the groups have every field of the installed torch.
+    stand_ins = [
+        {"params": [torch.nn.Parameter(torch.empty(0)) for _ in names], "weight_decay": decay}
+        for decay, names in groups
+    ]
+    made: torch.optim.Optimizer
+    if optimizer.name == "sgd":
+        made = torch.optim.SGD(
+            stand_ins, lr, optimizer.momentum, weight_decay=optimizer.weight_decay, nesterov=optimizer.nesterov
+        )
+    elif optimizer.name == "adamw":
+        made = torch.optim.AdamW(stand_ins, lr, weight_decay=optimizer.weight_decay)
+    else:
+        made = torch.optim.RMSprop(
+            stand_ins, lr, 0.9, 0.0316, weight_decay=optimizer.weight_decay, momentum=optimizer.momentum
+        )
+    held = dict(_STATES[optimizer.name])
+    if optimizer.name == "rmsprop" and optimizer.momentum == 0:
+        del held["momentum_buffer"]
+    # Of each parameter its own: torch counts in place.
+    steps = {"step": lambda: state["steps"].clone()} if optimizer.name != "sgd" else {}
+    buffers = {
+        i: {key: make() for key, make in steps.items()} | {key: state[f"{kind}.{name}"] for key, kind in held.items()}
+        for i, name in enumerate(_names(trainer, optimizer))
+    }
+    return {"state": buffers, "param_groups": made.state_dict()["param_groups"]}
 
 
-def _momentum(content: Mapping[str, Any], trainer: Trainer) -> dict[str, Tensor]:
-    """The momentum in an SGD state dict, as entries of Trainer.state; empty without an optimizer in `content`.
+def _names(trainer: Trainer, optimizer: OptimizerSpec) -> Iterator[str]:
+    """The trained parameters' names in the order in which the reference's optimiser numbers them."""
+    return (name for _, names in decay_groups(trainer.model, optimizer) for name in names)
 
-    ValueError for momentum of another shape than its parameter.
+
+def _optimizer_entries(content: Mapping[str, Any], trainer: Trainer, optimizer: OptimizerSpec) -> dict[str, Tensor]:
+    """The state in a state dict of `optimizer`, as entries of Trainer.state; empty without one, or for another's.
+
+    ValueError for tensors of another shape than their parameter.
     """
-    # SGD numbers parameters in the order of model.parameters(); the Trainer has names.
+    # torch numbers parameters; the Trainer has names.
     kept = content.get("optimizer", {}).get("state", {})
-    buffers = {}
-    for i, (name, p) in enumerate(trainer.model.named_parameters()):
-        buffer = kept.get(i, {}).get("momentum_buffer")
-        if buffer is not None:
-            if buffer.shape != p.shape:
-                raise ValueError(f"momentum of {name} has shape {list(buffer.shape)}, expected {list(p.shape)}")
-            buffers[f"momentum.{name}"] = buffer
-    return buffers
+    there = {key for one in kept.values() for key in one}
+    if {"adamw": "exp_avg", "rmsprop": "square_avg"}.get(optimizer.name, "momentum_buffer") not in there:
+        return {}
+    if optimizer.name == "sgd" and "square_avg" in there:
+        return {}
+    entries: dict[str, Tensor] = {}
+    shapes = dict(trainer.model.named_parameters())
+    for i, name in enumerate(_names(trainer, optimizer)):
+        for key, kind in _STATES[optimizer.name].items():
+            buffer = kept.get(i, {}).get(key)
+            if buffer is not None:
+                if buffer.shape != shapes[name].shape:
+                    raise ValueError(
+                        f"{kind} of {name} has shape {list(buffer.shape)}, expected {list(shapes[name].shape)}"
+                    )
+                entries[f"{kind}.{name}"] = buffer
+        if "step" in kept.get(i, {}):
+            entries["steps"] = torch.as_tensor(kept[i]["step"], dtype=torch.float32)
+    return entries
+
+
+def _average(kept: Mapping[str, Any], trainer: Trainer) -> dict[str, Tensor]:
+    """The entries of Trainer.state for the moving average in the state dict of an AveragedModel. ValueError for another
+    network's."""
+    named = {name.removeprefix("module."): t for name, t in kept.items() if name != "n_averaged"}
+    wanted = {name: t.shape for name, t in trainer.model.state_dict().items()}
+    if {name: t.shape for name, t in named.items()} != wanted:
+        raise ValueError("model_ema is of another network")
+    # Buffers that a state dict leaves out have no history: they are the model's.
+    left = {name: b.detach().clone() for name, b in trainer.model.named_buffers() if name not in named}
+    return {"ema": torch.as_tensor(kept["n_averaged"]), **{f"ema.{name}": t for name, t in (named | left).items()}}

@@ -420,7 +420,7 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[in
     """
     lines, start, before, held = [], request.start_epoch, None, None
     if request.resume is not None:
-        found = load_checkpoint(request.resume, trainer, request.model)
+        found = load_checkpoint(request.resume, trainer, request.model, request.optimizer)
         held = found.mask
         same = _is_held(request, trainer, held)
         trainer.load_state(found.state, momentum=same)

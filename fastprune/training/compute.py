@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastprune.training.flat import FlatParams, FlatSGD
+from fastprune.training.flat import FlatParams, FlatOptimizer
 from fastprune.training.lower import lowered
 
 
@@ -33,7 +33,7 @@ class Compute(Protocol):
         """The gradients, as the vectors that data parallel training averages in place."""
 
     def step(self, hyper: Mapping[str, Any]) -> None:
-        """The masked optimiser's step. hyper: lr, momentum, weight_decay, nesterov."""
+        """The masked optimiser's step. hyper: the arguments of FlatOptimizer."""
 
     def pull(self) -> None:
         """Takes weights, momentum and mask from the flat parameters, when other code may have written them."""
@@ -54,7 +54,7 @@ class Dense:
         self,
         network: Callable[[Tensor], Tensor],
         flat: FlatParams,
-        optimizer: FlatSGD,
+        optimizer: FlatOptimizer,
         scaler: torch.amp.GradScaler,
         half: torch.dtype | None,
         lower: bool,
@@ -85,6 +85,8 @@ class Dense:
 
     def step(self, hyper: Mapping[str, Any]) -> None:
         self._optimizer.param_groups[0].update(hyper)
+        if self._optimizer.needs_unscaled:
+            self._scaler.unscale_(self._optimizer)
         self._scaler.step(self._optimizer)
         self._scaler.update()
 

@@ -7,6 +7,8 @@ ranks prune to the same mask.
 # No DistributedDataParallel: it buckets gradients into buffers of its own, which FlatParams has already, and broadcasts
 # the model's buffers, masks included, at every forward.
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,7 +44,12 @@ def of_rank_0(*numbers: float) -> list[float]:
 def broadcast_statistics(model: nn.Module) -> None:
     """Copies the buffers of `model` (batch-norm statistics) from rank 0 to all ranks, in place."""
     # Each rank's statistics come from its own batches; to add up their validation sums, all must evaluate one network.
+    broadcast_tensors(model.buffers())
+
+
+def broadcast_tensors(tensors: Iterable[Tensor]) -> None:
+    """Copies the tensors, masks (bool) left out, from rank 0 to all ranks, in place."""
     if world_size() > 1:
-        for buffer in model.buffers():
-            if buffer.dtype != torch.bool:  # masks are equal on all ranks already
-                dist.broadcast(buffer, 0)
+        for tensor in tensors:
+            if tensor.dtype != torch.bool:  # masks are equal on all ranks already
+                dist.broadcast(tensor, 0)

@@ -3,15 +3,21 @@
 The optimiser step, masking, pruning and rewinding are then a few operations on long vectors, for any model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.optim.rmsprop import rmsprop
 
 from fastprune.kernels import Segment, masked_cast, masked_sgd_
 from fastprune.pruning.coverage import conv_weights
 from fastprune.pruning.masks import buffer_size, layout
+from fastprune.specs import OptimizerSpec
+
+Decays = tuple[tuple[int, int, float], ...]
+"""Runs of the other parameters, [start, stop) in their buffer, and the weight decay of each."""
 
 
 class FlatParams:
@@ -19,8 +25,10 @@ class FlatParams:
 
     weight, grad, momentum: float32 [n], all prunable weights in storage order: segment after segment, convs as OHWI.
     mask: bool [n], True keeps; at first all True but the padding. other_params, other_grad, other_momentum: float32
-    [m], all other parameters. half: bf16 or fp16 [n], the weight in `half_precision`, or None; `sgd_step`, `set_mask`,
-    `sync` and `rewind` keep it up to date.
+    [m], all other parameters. half: bf16 or fp16 [n], the weight in `half_precision`, or None; steps, `set_mask`, `sync`
+    and `rewind` keep it up to date. square, other_square: the second moments of AdamW and RMSprop, None until `begin`
+    asks for one of them; their first moment, or momentum, is where SGD's is. steps: of AdamW and RMSprop, float32 [].
+    averages: buffers [n] of other code that a change of the mask sets to +0, too.
 
     Rebinding a parameter breaks the views: `.to(dtype)`, `load_state_dict(assign=True)` and
     `zero_grad(set_to_none=True)` do so, and `check_aliased()` detects it. `copy.deepcopy` of the model gives an
@@ -55,6 +63,11 @@ class FlatParams:
         for segment, (_, p) in zip(self.other_segments, other, strict=True):
             _rebind(p, segment.view(self.other_params).view(p.shape), segment.view(self.other_grad).view(p.shape))
         self.half = None if half_precision is None else torch.zeros_like(self.weight, dtype=half_precision)
+        self.square: Tensor | None = None
+        self.other_square: Tensor | None = None
+        self.steps = torch.zeros((), device=device)
+        self.averages: list[Tensor] = []
+        self._holds: str | None = None  # the optimiser whose state the buffers hold; None: the next one's
         self._rewind: tuple[Tensor, Tensor] | None = None
         self._leaves: list[Tensor] = [p for _, p in [*named, *other]]
         self._grads = [p.grad for p in self._leaves if p.grad is not None]
@@ -119,8 +132,29 @@ class FlatParams:
     def mask_changed(self) -> None:
         """Writes +0 into pruned weights and momentum, and renews `half`, after other code has written the mask."""
         # Momentum, too: a weight that a later mask keeps again must not move by a momentum from before it was pruned.
-        masked_cast(self.momentum, self.mask, self.momentum)
+        for buffer in (self.momentum, self.square, *self.averages):
+            if buffer is not None:
+                masked_cast(buffer, self.mask, buffer)
         self.sync()
+
+    def begin(self, name: str) -> None:
+        """Makes room for the state of optimiser `name`, one of OPTIMIZERS; another one's state becomes zero."""
+        if self._holds not in (None, name):
+            self.reset_state()
+        self._holds = name
+        if name != "sgd" and self.square is None:
+            self.square, self.other_square = torch.zeros_like(self.weight), torch.zeros_like(self.other_params)
+
+    def let_next_begin(self) -> None:
+        """Says that the state was written by other code, for whichever optimiser begins next."""
+        self._holds = None
+
+    def reset_state(self) -> None:
+        """Sets the optimiser's state to zero, in place."""
+        self._holds = None
+        for buffer in (self.momentum, self.other_momentum, self.square, self.other_square, self.steps):
+            if buffer is not None:
+                buffer.zero_()
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -152,8 +186,7 @@ class FlatParams:
         weight, other = self._rewind
         self._set_weight(weight)
         self.other_params.copy_(other)
-        self.momentum.zero_()
-        self.other_momentum.zero_()
+        self.reset_state()
 
     def sgd_step(
         self,
@@ -162,12 +195,14 @@ class FlatParams:
         momentum: float,
         weight_decay: float,
         nesterov: bool,
+        decays: Decays | None = None,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
         """One masked SGD step on all parameters, in place, as kernels.masked_sgd_ defines it.
 
-        Mutates weights, momentum and `half`; pruned weights and their momentum are exactly +0 afterwards.
+        decays: weight decays of the other parameters, None for that of the weights. Mutates weights, momentum and
+        `half`; pruned weights and their momentum are exactly +0 afterwards.
         """
         hyper: dict[str, Any] = {
             "lr": lr,
@@ -178,7 +213,99 @@ class FlatParams:
             "found_inf": found_inf,
         }
         masked_sgd_(self.weight, self.grad, self.momentum, self.mask, self.half, **hyper)
-        masked_sgd_(self.other_params, self.other_grad, self.other_momentum, None, **hyper)
+        self.other_sgd_step(decays, **hyper)
+
+    def other_sgd_step(self, decays: Decays | None, **hyper: Any) -> None:
+        """The part of `sgd_step` for the other parameters."""
+        for start, stop, decay in decays or ((0, len(self.other_params), hyper["weight_decay"]),):
+            run = slice(start, stop)
+            buffers = self.other_params[run], self.other_grad[run], self.other_momentum[run]
+            masked_sgd_(*buffers, None, **(hyper | {"weight_decay": decay}))
+
+    def mask_grad(self) -> None:
+        """Sets the gradients of pruned weights to +0, so that no optimiser moves what is +0 and no norm counts them."""
+        masked_cast(self.grad, self.mask, self.grad)
+
+    def clip(self, gradients: Sequence[Tensor], most: float) -> None:
+        """Scales the gradients, in place, so that the norm of all together is at most `most`; waits for no device."""
+        # By parts: on a CPU torch adds up in float32, which for 25 million elements errs by 0.1 %. The rest as
+        # nn.utils.clip_grad_norm_, which takes no gradients without their parameters.
+        norm = nn.utils.get_total_norm([part for gradient in gradients for part in gradient.split(1 << 16)])
+        torch._foreach_mul_(list(gradients), (most / (norm + 1e-6)).clamp(max=1.0))
+
+    def elementwise_step(
+        self,
+        name: str,
+        *,
+        lr: float | Tensor,
+        momentum: float,
+        weight_decay: float,
+        decays: Decays,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """One step of torch.optim's AdamW or RMSprop on all parameters, in place, after `begin(name)`.
+
+        Gradients must be unscaled and, where pruned, +0: then pruned weights and their state stay exactly +0. Nothing
+        changes if found_inf, float32 [], is not 0. Mutates weights, momentum, square, steps and `half`.
+        """
+        assert self.square is not None, "begin() comes first"
+        assert self.other_square is not None
+        runs = [slice(start, stop) for start, stop, _ in decays]
+        # Lists of one tensor each: the weights, and the runs of other parameters, by their weight decay.
+        columns = [
+            [whole, *(rest[run] for run in runs)]
+            for whole, rest in (
+                (self.weight, self.other_params),
+                (self.grad, self.other_grad),
+                (self.momentum, self.other_momentum),
+                (self.square, self.other_square),
+            )
+        ]
+        on_gpu = self.weight.is_cuda
+        if found_inf is not None and not on_gpu:
+            if found_inf.item():
+                return
+            found_inf = None
+        before = None
+        if found_inf is not None and name == "rmsprop":  # torch's has no found_inf: it is undone
+            before = [t.clone() for column in (columns[0], *columns[2:]) for t in column]
+        steps = self.steps
+        for row, decay in zip(zip(*columns, strict=True), (weight_decay, *(d for _, _, d in decays)), strict=True):
+            steps = self.steps.clone()  # each call counts
+            p, grad, first, second = ([t] for t in row)
+            if name == "adamw":
+                adamw(
+                    p, grad, first, second, [], [steps], foreach=False, capturable=on_gpu, fused=on_gpu,
+                    found_inf=found_inf, amsgrad=False, beta1=0.9, beta2=0.999,
+                    lr=lr.float() if on_gpu and isinstance(lr, Tensor) else float(lr),
+                    weight_decay=decay, eps=1e-8, maximize=False,
+                )  # fmt: skip
+            else:
+                rmsprop(
+                    p, grad, second, [], first, [steps], foreach=on_gpu, capturable=on_gpu, lr=lr if on_gpu else float(lr),
+                    alpha=0.9, eps=0.0316, weight_decay=decay, momentum=momentum, centered=False,
+                )  # fmt: skip
+        if before is not None and found_inf is not None:
+            after = [t for column in (columns[0], *columns[2:]) for t in column]
+            for now, old in zip([*after, steps], [*before, self.steps], strict=True):
+                torch.where(found_inf.bool(), old, now, out=now)
+        self.steps.copy_(steps)
+        if self.half is not None:
+            self.half.copy_(self.weight)
+
+    def decays(self, model: nn.Module, optimizer: OptimizerSpec) -> Decays:
+        """The weight decays of the other parameters, as runs that cover their buffer."""
+        named = {name: decay for decay, names in decay_groups(model, optimizer) for name in names}
+        assert all(named[s.name] == optimizer.weight_decay for s in self.segments), "no bias or norm is covered"
+        runs: list[tuple[int, int, float]] = []
+        for s in self.other_segments:
+            start = s.offset
+            if runs and runs[-1][2] == named[s.name]:
+                start = runs.pop()[0]
+            elif runs:
+                runs[-1] = (runs[-1][0], start, runs[-1][2])
+            runs.append((start, len(self.other_params), named[s.name]))
+        return tuple(runs)
 
     def packed(self, buffer: Tensor) -> dict[str, Tensor]:
         """The segments of a flat buffer [n] by parameter name: fresh contiguous CPU tensors of logical shape."""
@@ -189,10 +316,12 @@ class FlatParams:
         raise TypeError("views of flat buffers cannot be copied or pickled: copy the model, or save its state")
 
 
-class FlatSGD(torch.optim.Optimizer):
-    """torch.optim.SGD's update on a FlatParams, masked, in one pass over each of its two weight buffers.
+class FlatOptimizer(torch.optim.Optimizer):
+    """torch.optim's SGD, AdamW or RMSprop on a FlatParams, masked: each one pass over each of its two weight buffers.
 
-    step() mutates weights and momentum; pruned weights and their momentum are exactly +0 afterwards. zero_grad() writes
+    name: one of OPTIMIZERS; see OptimizerSpec. decays: of the other parameters, None for weight_decay. clip_grad_norm:
+    the largest norm of the gradient of all that is kept, or None. step() mutates weights and state, with AdamW,
+    RMSprop or clipping the gradients, too; pruned weights and their state are exactly +0 afterwards. zero_grad() writes
     zeros in place and ignores `set_to_none`, because gradients are views of one buffer.
     """
 
@@ -203,6 +332,9 @@ class FlatSGD(torch.optim.Optimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        name: str = "sgd",
+        decays: Decays | None = None,
+        clip_grad_norm: float | None = None,
     ) -> None:
         self.flat = flat
         # One parameter a buffer, so that a GradScaler looks for inf in two tensors and not in one a layer.
@@ -210,7 +342,15 @@ class FlatSGD(torch.optim.Optimizer):
         for view, grad in zip(views, (flat.grad, flat.other_grad), strict=True):
             view.grad = grad
         self._step_supports_amp_scaling = True  # as in MaskedSGD
-        super().__init__(views, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+        flat.begin(name)
+        hyper = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "name": name}
+        super().__init__(views, hyper | {"decays": decays, "clip_grad_norm": clip_grad_norm})
+
+    @property
+    def needs_unscaled(self) -> bool:
+        """Whether a GradScaler must unscale the gradients before step(): SGD does so in its own pass."""
+        group = self.param_groups[0]
+        return group["name"] != "sgd" or group["clip_grad_norm"] is not None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.flat.zero_grad()
@@ -218,15 +358,46 @@ class FlatSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if closure is not None:
-            raise ValueError("FlatSGD takes no closure")
-        group = self.param_groups[0]
-        self.flat.sgd_step(
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            **scaling(self),
-        )
+            raise ValueError("FlatOptimizer takes no closure")
+        flat, group = self.flat, self.param_groups[0]
+        hyper = {name: group[name] for name in ("lr", "momentum", "weight_decay", "decays")}
+        if self.needs_unscaled:
+            flat.mask_grad()
+            if (most := group["clip_grad_norm"]) is not None:
+                flat.clip([flat.grad, flat.other_grad], most)
+        if group["name"] == "sgd":
+            flat.sgd_step(**hyper, nesterov=group["nesterov"], **scaling(self))
+            return
+        hyper["decays"] = hyper["decays"] or ((0, len(flat.other_params), group["weight_decay"]),)
+        flat.elementwise_step(group["name"], **hyper, found_inf=scaling(self)["found_inf"])
+
+
+def decay_groups(model: nn.Module, optimizer: OptimizerSpec) -> Iterator[tuple[float, list[str]]]:
+    """The trained parameters' names by weight decay, in the groups and the order of torchvision's reference script."""
+    own = dict(optimizer.other_decays)
+    norm, groups = own.pop("norm", None), {"": (optimizer.weight_decay, list[str]())}
+    if norm is not None:
+        groups["norm"] = norm, []
+    groups |= {key: (decay, []) for key, decay in own.items()}
+    seen: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if p in seen or not p.requires_grad:
+                continue
+            seen.add(p)
+            rest = "norm" if norm is not None and isinstance(module, _NORMS) else ""
+            groups[next((key for key in own if key == (full if "." in key else name)), rest)][1].append(full)
+    return ((decay, names) for decay, names in groups.values() if names)
+
+
+_NORMS = (
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.LocalResponseNorm,
+)
 
 
 def scaling(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

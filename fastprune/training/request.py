@@ -1,7 +1,9 @@
 """What one call of train.py asks for. Standard library only."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fastprune.specs import OptimizerSpec, ScheduleSpec
 
@@ -49,3 +51,18 @@ class TrainRequest:
     def checkpoint(self) -> Path | None:
         """Where the run keeps its last good state, if anywhere."""
         return None if self.output is None else self.output / "checkpoint.pth"
+
+
+EMBEDDINGS = ("class_token", "position_embedding", "relative_position_bias_table")
+"""Parameters to which --transformer-embedding-decay applies, as in the reference script."""
+
+
+def other_decays(flags: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """OptimizerSpec.other_decays of the flags of train.py or of the reference script."""
+    named = {
+        "norm": "norm_weight_decay",
+        "bias": "bias_weight_decay",
+        **dict.fromkeys(EMBEDDINGS, "transformer_embedding_decay"),
+    }
+    given = {name: flags.get(flag) for name, flag in named.items()}
+    return tuple((name, float(decay)) for name, decay in given.items() if decay is not None)

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,21 @@ _EAGER = 3
 """Batches that a GraphedStep runs eagerly before it captures."""
 
 
+class Evaluation(NamedTuple):
+    """loss: mean, in nats. accuracy: top-1, in [0, 1]. accuracy5: top-5 (of fewer classes, top-all), None per pixel."""
+
+    loss: float
+    accuracy: float
+    accuracy5: float | None
+
+
 @dataclass(frozen=True)
 class EpochMetrics:
     """Metrics of one epoch.
 
     epoch: from 1. lr: learning rate at the start of the epoch. Losses: means in nats. Accuracies: top-1, in [0, 1].
-    images_per_second: of training, without validation. seconds: of both.
+    images_per_second: of training, without validation. seconds: of both. train_accuracy5, val_accuracy5: top-5, None
+    for labels per pixel. ema_loss, ema_accuracy, ema_accuracy5: validation of the moving average, if there is one.
     """
 
     epoch: int
@@ -36,6 +45,11 @@ class EpochMetrics:
     val_accuracy: float
     images_per_second: float
     seconds: float
+    train_accuracy5: float | None = None
+    val_accuracy5: float | None = None
+    ema_loss: float | None = None
+    ema_accuracy: float | None = None
+    ema_accuracy5: float | None = None
 
     @property
     def diverged(self) -> bool:
@@ -46,8 +60,9 @@ class EpochMetrics:
 
     def parts(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """(results, speed): the metrics that do not depend on where they were computed, and the others; the epoch is in
-        both."""
-        all = asdict(self)
+        both. Without those that have a default: the store's columns are the same in all versions."""
+        names = [f.name for f in fields(self) if f.default is MISSING]
+        all = {name: getattr(self, name) for name in names}
         times = {name: all.pop(name) for name in ("images_per_second", "seconds")}
         return all, {"epoch": self.epoch, **times}
 
@@ -106,8 +121,9 @@ class EpochSums:
 
     def __init__(self, device: torch.device) -> None:
         # float64, because float32 counts no further than 2^24 images. One tensor, so that one all_reduce is enough.
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-        """float64 [3]: loss x images, correct predictions, images."""
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        """float64 [4]: loss x images, images whose class is predicted, images, those whose class is among the first 5
+        (NaN for labels per pixel)."""
 
     def clear(self) -> None:
         """Sets the sums to zero, in place."""
@@ -125,14 +141,54 @@ class EpochSums:
         self.sums[0] += loss.detach() * count
         if labels.dim() == 1:
             self.sums[1] += hits.sum()
+            self.sums[3] += (ranks(logits.detach(), labels) < 5).sum()
         else:
             known = (labels != IGNORED).flatten(1).sum(1)
             self.sums[1] += (hits.flatten(1).sum(1) / known.clamp(min=1)).sum()
+            self.sums[3] = math.nan
         self.sums[2] += count
 
-    def result(self) -> tuple[float, float, int]:
-        """(mean loss, accuracy in [0, 1], images). Waits for the device. ValueError if no batch was added."""
-        loss, hits, images = self.sums.tolist()
+    def snapshot(self) -> "Snapshot":
+        """The sums of now, on their way to the host, which does not wait for them."""
+        return Snapshot(self.sums)
+
+    def result(self) -> tuple[Evaluation, int]:
+        """(means, images). Waits for the device. ValueError if no batch was added."""
+        return self.snapshot().result()
+
+
+class Snapshot:
+    """A copy of an EpochSums' sums. On a GPU it is made when the device comes to it."""
+
+    def __init__(self, sums: Tensor) -> None:
+        # Pinned, as a copy to pageable memory is not asynchronous.
+        self._sums = torch.empty_like(sums, device="cpu", pin_memory=sums.is_cuda)
+        self._sums.copy_(sums, non_blocking=True)
+        self._copied: torch.cuda.Event | None = None
+        if sums.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def is_ready(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._copied is None or self._copied.query()
+
+    def result(self) -> tuple[Evaluation, int]:
+        """(means, images). Waits for the device. ValueError if no batch was added."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, hits, images, hits5 = self._sums.tolist()
         if not images:
             raise ValueError("the loader gave no batch: is the data set smaller than one batch?")
-        return loss / images, hits / images, int(images)
+        top5 = None if math.isnan(hits5) else hits5 / images
+        return Evaluation(loss / images, hits / images, top5), int(images)
+
+
+def ranks(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes are predicted before the label's, int64 [B]: of equal logits the first class goes first.
+
+    logits: [B, classes]. A NaN goes before all numbers.
+    """
+    # Not topk, whose sort takes longer than these passes, and whose ties are any.
+    own, position = logits.gather(1, labels[:, None]), torch.arange(logits.shape[1], device=logits.device)
+    return (~(logits <= own) | ((logits == own) & (position < labels[:, None]))).sum(1)

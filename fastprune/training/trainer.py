@@ -16,11 +16,12 @@ from fastprune.pruning.allocation import prune
 from fastprune.pruning.coverage import Kinds, Selectors
 from fastprune.pruning.masks import Mask
 from fastprune.pruning.pruner import Pruner
-from fastprune.specs import COMPUTES, PRECISIONS, OptimizerSpec, ScheduleSpec
+from fastprune.specs import COMPUTES, PRECISIONS, EmaSpec, OptimizerSpec, ScheduleSpec
 from fastprune.training.compute import Compute, Dense, autocast
 from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics, of_rank_0
-from fastprune.training.flat import FlatParams, FlatSGD
-from fastprune.training.step import EpochMetrics, EpochSums, GraphedStep, Step, check_labels
+from fastprune.training.ema import Ema
+from fastprune.training.flat import FlatOptimizer, FlatParams
+from fastprune.training.step import EpochMetrics, EpochSums, Evaluation, GraphedStep, Snapshot, Step, check_labels
 
 if TYPE_CHECKING:
     from fastprune.sparse.choice import Chooser
@@ -35,7 +36,7 @@ epoch, with the epoch from 0."""
 
 
 class Trainer:
-    """Trains a model with masks: SGD on flat parameters, channels-last.
+    """Trains a model with masks: SGD, AdamW or RMSprop on flat parameters, channels-last.
 
     The model is moved to `device` and its parameters become views of flat buffers (`FlatParams`). `pruner` is a Pruner
     on them: convs by default, other layers by kinds, include and exclude. Weights of the model that are zero already
@@ -53,6 +54,7 @@ class Trainer:
     is faster. "sparse": kept weights alone, in float32 on a CPU. "auto": for each training the cheaper of the last two,
     by a rule on mask and shapes. Outside `fit` a Trainer evaluates densely. They differ by rounding; resume a training
     with `fit(compute=trainer.computed)`. `computed` says how the last training computed, `reason` why not sparsely.
+    `ema` is the moving average of weights and buffers that `fit(ema=)` asks for, None without one.
 
     Under torch.distributed, gradients are averaged over all ranks, each of which reads its own batches. Batch-norm
     statistics are local during an epoch; after it, all ranks get those of rank 0.
@@ -92,7 +94,8 @@ class Trainer:
         # On the device, because a captured graph would keep a Python number forever. float64, so that it is exactly the
         # schedule's number.
         self._lr = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.optimizer = FlatSGD(self.flat, lr=self._lr)
+        self.optimizer = FlatOptimizer(self.flat, lr=self._lr)
+        self.ema: Ema | None = None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self._fresh_scaler = self.scaler.state_dict()
         compile = on_gpu if compile is None else compile
@@ -136,25 +139,50 @@ class Trainer:
         """The state that a run resumes from, but for the mask, as fresh CPU tensors.
 
         "model.NAME": weights and batch-norm statistics, "momentum.NAME": momentum, each of logical shape.
-        "scaler.NAME": float64 [], the gradient scaler's state, with fp16 only.
+        "scaler.NAME": float64 [], the gradient scaler's state, with fp16 only. With AdamW and RMSprop "square.NAME":
+        second moments, and "steps": float32 []. "ema.NAME" as "model.NAME", and "ema": int64 [], the number of updates,
+        with a moving average.
         """
         state = {f"model.{k}": v.detach().to("cpu", copy=True).contiguous() for k, v in self._tensors().items()}
         momentum = self.flat.packed(self.flat.momentum) | self._rest(self.flat.other_momentum)
         state |= {f"momentum.{k}": v for k, v in momentum.items()}
         for name, value in self.scaler.state_dict().items():
             state[f"scaler.{name}"] = torch.tensor(value, dtype=torch.float64)
+        if self.flat.square is not None and self.flat.other_square is not None:
+            square = self.flat.packed(self.flat.square) | self._rest(self.flat.other_square)
+            state |= {f"square.{k}": v for k, v in square.items()}
+            state["steps"] = self.flat.steps.to("cpu", copy=True)
+        if self.ema is not None:
+            state["ema"] = torch.tensor(self.ema.count)
+            with self.ema.in_place():
+                state |= {f"ema.{k}": v.detach().to("cpu", copy=True).contiguous() for k, v in self._tensors().items()}
         return state
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's state dict, for a model without a Trainer: fresh contiguous tensors on the CPU."""
+    def state_dict(self, *, averaged: bool = False) -> dict[str, Tensor]:
+        """The model's state dict, for a model without a Trainer: fresh contiguous tensors on the CPU. averaged: that of
+        the moving average."""
         # Copies, because torch.save of a view writes the whole buffer under it.
-        return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in self.model.state_dict().items()}
+        with self._averaged(averaged):
+            return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in self.model.state_dict().items()}
+
+    def _averaged(self, wanted: bool) -> AbstractContextManager[None]:
+        """Within it the model is the moving average, if that is wanted. ValueError if there is none."""
+        if wanted and self.ema is None:
+            raise ValueError("there is no moving average: fit(ema=) makes one")
+        return self.ema.in_place() if wanted and self.ema is not None else nullcontext()
+
+    def _set_ema(self, wanted: bool) -> None:
+        """Makes a moving average, to begin as a copy, or forgets the present one."""
+        if self.ema is not None:
+            self.ema.close()
+        self.ema = Ema(self.flat, self.model) if wanted else None
 
     def load_state(self, state: dict[str, Tensor], *, momentum: bool = True) -> None:
-        """Restores a `state()` in place: weights, batch-norm statistics, and with `momentum` momentum and scaler.
+        """Restores a `state()` in place: weights, statistics, and with `momentum` the optimiser's state, scaler and
+        moving average.
 
-        Missing or unwanted momentum becomes zero, the scaler its initial state, and the mask dense. ValueError if
-        weights or statistics are missing or have other shapes; nothing is changed then.
+        Missing or unwanted momentum becomes zero, the scaler its initial state, and the mask dense; there is no moving
+        average then. ValueError if weights or statistics are missing or have other shapes; nothing is changed then.
         """
         tensors = self._tensors()
         # All checks before the first write: a state that does not fit must not leave a mixture of two networks.
@@ -163,15 +191,22 @@ class Trainer:
                 raise ValueError(f"the state has no {name} of shape {tuple(tensor.shape)}: is it of another model?")
         for name, tensor in tensors.items():
             tensor.detach().copy_(state[f"model.{name}"])
-        self.flat.momentum.zero_()
-        self.flat.other_momentum.zero_()
+        self.flat.reset_state()
+        self._set_ema(momentum and "ema" in state)
         if momentum:
-            for s in self.flat.segments:
-                if f"momentum.{s.name}" in state:
-                    s.view(self.flat.momentum).copy_(state[f"momentum.{s.name}"])
-            for s in self.flat.other_segments:
-                if f"momentum.{s.name}" in state:
-                    s.view(self.flat.other_momentum).copy_(state[f"momentum.{s.name}"].flatten())
+            self._load_vectors("momentum", self.flat.momentum, self.flat.other_momentum, state)
+            if "steps" in state:
+                self.flat.begin("adamw")  # or rmsprop: the buffers are the same
+                self.flat.let_next_begin()
+                assert self.flat.square is not None
+                assert self.flat.other_square is not None
+                self._load_vectors("square", self.flat.square, self.flat.other_square, state)
+                self.flat.steps.copy_(state["steps"])
+        if self.ema is not None:
+            self.ema.count = int(state["ema"])
+            with self.ema.in_place():
+                for name, tensor in tensors.items():
+                    tensor.detach().copy_(state[f"ema.{name}"])
         scaler = dict(self._fresh_scaler)
         if momentum and all(f"scaler.{name}" in state for name in scaler):
             scaler = {k: type(v)(state[f"scaler.{k}"].item()) for k, v in scaler.items()}
@@ -180,6 +215,14 @@ class Trainer:
         for segment in self.flat.segments:
             self.flat.mask[segment.span] = True
         self.pruner.apply()
+
+    def _load_vectors(self, kind: str, flat: Tensor, other: Tensor, state: dict[str, Tensor]) -> None:
+        for s in self.flat.segments:
+            if f"{kind}.{s.name}" in state:
+                s.view(flat).copy_(state[f"{kind}.{s.name}"])
+        for s in self.flat.other_segments:
+            if f"{kind}.{s.name}" in state:
+                s.view(other).copy_(state[f"{kind}.{s.name}"].flatten())
 
     def set_mask(self, mask: Mask | None) -> None:
         """Writes the mask (None: dense) in place, and +0 into pruned weights and their momentum.
@@ -223,9 +266,11 @@ class Trainer:
     def rewind(self) -> None:
         """Restores the weights and statistics of the last `save_rewind_point`, in place, under the present mask.
 
-        Momentum becomes zero, the gradient scaler its initial one. RuntimeError without a rewind point.
+        Momentum becomes zero, the gradient scaler its initial one, and there is no moving average. RuntimeError without
+        a rewind point.
         """
         self.flat.rewind()
+        self._set_ema(False)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(self._marked[name])
         if self._fresh_scaler:
@@ -245,6 +290,7 @@ class Trainer:
         report: Callable[[int], None] | None = None,
         compute: str | None = None,
         strict: bool = True,
+        ema: EmaSpec | None = None,
     ) -> list[EpochMetrics]:
         """Trains epochs `start` + 1 to `stop` (counted from 1; default: the schedule's last), from the present state.
 
@@ -252,7 +298,8 @@ class Trainer:
         training batch, on_epoch the metrics of each epoch; both may read and write model, weights and masks. report:
         as on_batch, but it touches none of them, which costs a sparse training less. compute: for this training, in
         place of the Trainer's; strict=False: the Trainer's where that is not possible, as for a run that was begun
-        elsewhere. Training ends after an epoch that diverged. Returns the metrics of the epochs trained. ValueError for
+        elsewhere. ema: keeps a moving average and evaluates it, too; one that is there goes on, and without ema it ends.
+        Training ends after an epoch that diverged. Returns the metrics of the epochs trained. ValueError for
         labels outside the network's classes (of batches on a GPU only the first is checked), for a loader without a
         batch, and for compute="sparse" where that is not possible. RuntimeError if a parameter was rebound.
         """
@@ -261,24 +308,39 @@ class Trainer:
         # Both ends are checked: a parameter that was rebound would train apart from its mask, without any error.
         self.flat.check_aliased()
         self._smoothing = optimizer.label_smoothing
+        self.flat.begin(optimizer.name)
         self._hyper = {
+            "name": optimizer.name,
             "lr": self._lr,
             "momentum": optimizer.momentum,
             "weight_decay": optimizer.weight_decay,
             "nesterov": optimizer.nesterov,
+            "decays": self.flat.decays(self.model, optimizer),
+            "clip_grad_norm": optimizer.clip_grad_norm,
         }
+        if (ema is None) != (self.ema is None):
+            self._set_ema(ema is not None)
         history = []
         with self._deciding(compute or self._asked, strict):
             for epoch in range(start, schedule.epochs if stop is None else stop):
                 began = time.perf_counter()
                 if hasattr(train, "set_epoch"):
                     train.set_epoch(epoch)
-                loss, accuracy, count = self._epoch(train, schedule, epoch, on_batch, report)
+                trained, count = self._epoch(train, schedule, epoch, on_batch, report, ema)
                 rate = count / (time.perf_counter() - began)
-                val_loss, val_accuracy = self._evaluate(val)
+                found = self._evaluate(val)
+                averaged = self.evaluate(val, averaged=True) if ema is not None else (None, None, None)
                 seconds = time.perf_counter() - began
                 metrics = EpochMetrics(
-                    epoch + 1, schedule.lr_at(epoch), loss, accuracy, val_loss, val_accuracy, rate, seconds
+                    epoch + 1,
+                    schedule.lr_at(epoch),
+                    *trained[:2],
+                    *found[:2],
+                    rate,
+                    seconds,
+                    trained.accuracy5,
+                    found.accuracy5,
+                    *averaged,
                 )
                 history.append(metrics)
                 if on_epoch is not None:
@@ -314,7 +376,7 @@ class Trainer:
 
     def _decide(self, images: Tensor, steps: float) -> tuple[Compute, str]:
         """(how to compute, why not otherwise). ValueError if it must be sparse and can not."""
-        asked, why = self._asked_now, self.not_sparse
+        asked, why = self._asked_now, self.why_not_sparse(self._hyper["name"])
         if asked in self._dense:
             return self._dense[asked], ""
         if not why:
@@ -332,6 +394,10 @@ class Trainer:
             raise ValueError(f"compute='sparse' is not possible here: {why}")
         return self._densely, why
 
+    def why_not_sparse(self, optimizer: str) -> str:
+        """Why this Trainer never computes sparsely under `optimizer`, one of OPTIMIZERS; "" if it may."""
+        return self.not_sparse or ("" if optimizer == "sgd" else f"the sparse engine has no {optimizer}")
+
     def _epoch(
         self,
         train: Batches,
@@ -339,7 +405,8 @@ class Trainer:
         epoch: int,
         on_batch: Callable[[int], None] | None,
         report: Callable[[int], None] | None,
-    ) -> tuple[float, float, int]:
+        ema: EmaSpec | None,
+    ) -> tuple[Evaluation, int]:
         self.model.train()
         self._sums.clear()
         # A loader needs no length unless the rate changes from batch to batch.
@@ -358,6 +425,11 @@ class Trainer:
             if rate != (rate := schedule.lr_at(epoch, step / steps)):
                 self._lr.fill_(rate)
             self._run(self._train_step, images, labels)
+            if ema is not None and self.ema is not None and step % ema.steps == 0:
+                compute.push()
+                self.ema.update(ema.decay)
+                if epoch < schedule.warmup_epochs:
+                    self.ema.count = 0
             if report is not None:
                 report(len(labels))
             if on_batch is not None:
@@ -370,23 +442,29 @@ class Trainer:
         return self._result()
 
     @torch.no_grad()
-    def evaluate(self, val: Batches) -> tuple[float, float]:
-        """(mean loss in nats, top-1 accuracy in [0, 1]) over `val` in eval mode, of all ranks together."""
+    def evaluate(self, val: Batches, *, averaged: bool = False) -> Evaluation:
+        """(mean loss in nats, top-1 accuracy, top-5 accuracy in [0, 1]) over `val` in eval mode, of all ranks together.
+
+        averaged: of the moving average; ValueError if there is none.
+        """
         self.flat.sync()  # a caller may have written weights or masks since
         # Within a training the flat parameters are newer than what a sparse one computes with.
         during, self._compute = self._compute, None
         try:
-            return self._evaluate(val)
+            with self._averaged(averaged):
+                if averaged and self.ema is not None:
+                    self.ema.agree()
+                return self._evaluate(val)
         finally:
             self._compute = during
 
     @torch.no_grad()
-    def _evaluate(self, val: Batches) -> tuple[float, float]:
+    def _evaluate(self, val: Batches) -> Evaluation:
         self.model.eval()
         self._sums.clear()
         for images, labels in val:
             self._run(self._eval_step, images, labels)
-        return self._result()[:2]
+        return self._result()[0]
 
     def described(self) -> str:
         """In words how the training that has begun computes, and why; "" on a GPU and for a dense mask, where there is
@@ -406,11 +484,11 @@ class Trainer:
         asked = self._dense[self._asked].name if self._asked in self._dense else self._asked
         return "" if asked in ("auto", before) else f"goes on {before}, as until its checkpoint, not {asked}"
 
-    def so_far(self) -> tuple[float, float, int]:
-        """(mean loss, accuracy, images) of the present epoch up to now, on this rank. Waits for the device."""
-        return self._sums.result()
+    def so_far(self) -> Snapshot:
+        """The sums of the present epoch up to now, on this rank. Does not wait for the device; reading them does."""
+        return self._sums.snapshot()
 
-    def _result(self) -> tuple[float, float, int]:
+    def _result(self) -> tuple[Evaluation, int]:
         all_reduce_sum(self._sums.sums)
         return self._sums.result()
 
@@ -478,7 +556,7 @@ class Trainer:
         # A graph keeps the Python numbers that it was captured with: another momentum needs another graph. The learning
         # rate is in memory and needs none; an evaluation uses none of them.
         hyper = (self._smoothing, *(value for name, value in self._hyper.items() if name != "lr"))
-        key = (step, images.shape, images.dtype, hyper if step == self._train_step else None)
+        key = (step, images.shape, images.dtype, labels.shape, hyper if step == self._train_step else None)
         if key not in self._graphed:
             self._graphed[key] = GraphedStep(step, *self._pool)
         self._graphed[key](images, labels)

@@ -283,9 +283,9 @@ def test_a_model_of_odd_sizes_trains_prunes_and_takes_masks(tmp_path):
 def test_evaluation_sees_weights_and_masks_that_other_code_wrote(precision):
     model = odd_model()
     trainer = Trainer(model, precision=precision)
-    before, _ = trainer.evaluate(BATCH)
+    before, *_ = trainer.evaluate(BATCH)
     model.load_state_dict({k: v * 3 if v.is_floating_point() else v for k, v in model.state_dict().items()})
-    changed, _ = trainer.evaluate(BATCH)
+    changed, *_ = trainer.evaluate(BATCH)
     assert changed != before
     trainer.pruner.masks["3.weight"].zero_()
     assert trainer.evaluate(BATCH)[0] != changed

@@ -405,8 +405,9 @@ def test_labels_per_pixel():
             ],
         ]
     )
-    loss, accuracy = made.evaluate([(images, labels)])
+    loss, accuracy, top5 = made.evaluate([(images, labels)])
     assert accuracy == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert top5 is None
     assert loss == pytest.approx(F.cross_entropy(model(images), labels).item())
     with pytest.raises(ValueError, match="labels reach from 0 to 7"):
         Trainer(Segmenter()).evaluate([(images, torch.tensor([[[0, 1], [7, 0]], [[1, 1], [1, 1]]]))])
@@ -418,8 +419,8 @@ def test_labels_that_are_probabilities():
     images = torch.randn(8, 3, 32, 32)
     classes, mixed = torch.arange(8) % 4, torch.full((8, 4), 0.1)
     mixed[torch.arange(8), classes] = 0.7
-    exact, accuracy = made.evaluate([(images, classes)])
-    loss, same_accuracy = made.evaluate([(images, mixed)])
+    exact, accuracy, _ = made.evaluate([(images, classes)])
+    loss, same_accuracy, _ = made.evaluate([(images, mixed)])
     assert accuracy == same_accuracy
     made.model.eval()
     logits = made.model(images.to(memory_format=torch.channels_last))
