@@ -136,7 +136,7 @@ def trainer_ways(trainer: Trainer, batches: Any, size: Size) -> dict[str, Way]:
             batches.set_epoch(number)
         # Not fit: that would evaluate after each epoch.
         with trainer._deciding("auto"):
-            return trainer._epoch(batches, SCHEDULE, number, None, None)[2]
+            return trainer._epoch(batches, SCHEDULE, number, None, None, None)[1]
 
     dense, pruned = masks(trainer)
     return {

@@ -158,7 +158,7 @@ class OptimizerSpec(Record):
         # What the study never uses is hashed only where it is used, so that its keys are those of before there was it.
         # Each is neutral by default, and will be: a default that does something would need SEMANTICS.
         found = super().identity()
-        neutral = {"name": "sgd", "other_decays": [], "clip_grad_norm": None}
+        neutral: dict[str, Any] = {"name": "sgd", "other_decays": [], "clip_grad_norm": None}
         return {name: value for name, value in found.items() if name not in neutral or value != neutral[name]}
 
 

@@ -18,6 +18,7 @@ from fastprune.loaders.choice import LoaderChoice, choose_loader
 from fastprune.loaders.manifest import Manifest, Subset
 from fastprune.loaders.readers import Crop, Reader, Table
 from fastprune.loaders.readers.memory import on_device, open_generated, open_resident
+from fastprune.loaders.transforms import Augment
 
 ALL = Subset()
 
@@ -36,6 +37,10 @@ class Batches:
     from rank * batch_size on; of the validation samples every world_size-th, from `rank` on.
 
     If images differ in size, the reader crops them according to `crop`, and only order and flips are drawn here.
+
+    repeats: above 1, repeated augmentation as by the RASampler of torchvision's reference script: each image that is
+    read comes so often in turn, each time with a crop of its own, so that ranks see it at once; an epoch is one share
+    of the images, rounded down to whole 256.
     """
 
     def __init__(
@@ -51,10 +56,14 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
+        repeats: int = 1,
+        seeds: bool = False,
     ) -> None:
-        """samples: stored positions for all ranks, int64 [n].  seed: of order and augmentation; None disables both."""
+        """samples: stored positions for all ranks, int64 [n].  seed: of order and augmentation; None disables both.
+        seeds: whether the reader draws, too."""
         self._reader, self._split, self._seed, self._dtype, self._crop = reader, split, seed, dtype, crop
         self._rank, self._world_size = rank, world_size
+        self._repeats, self._seeds = repeats, seeds or crop is not None
         self._samples = samples if seed is not None else samples[rank::world_size]
         self._size = (manifest.height, manifest.width) if crop is None else (crop.size(split),) * 2
         self._drawn: tuple[int, Table] | None = None
@@ -69,7 +78,8 @@ class Batches:
         """Number of batches in an epoch, on this rank."""
         if self._seed is None:
             return -(-len(self._samples) // self.batch_size)
-        return len(self._samples) // (self.batch_size * self._world_size)
+        samples = len(self._samples) if self._repeats == 1 else len(self._samples) // 256 * 256
+        return samples // self._world_size // self.batch_size
 
     @property
     def images(self) -> int:
@@ -98,14 +108,22 @@ class Batches:
     def _draw(self, epoch: int) -> Table:
         if self._seed is None:
             return Table(self._samples, self._uncropped(), np.zeros(self.images, bool))
-        order = epoch_order(self._seed, epoch, len(self._samples))[: self.images * self._world_size]
-        # Rows of the global batch, so that all ranks together train on what one process with the global batch would.
-        mine = order.reshape(-1, self._world_size, self.batch_size)[:, self._rank].reshape(-1)
-        samples = self._samples[mine]
+        order = epoch_order(self._seed, epoch, len(self._samples))
+        if self._repeats > 1:
+            # Every world_size-th of the repeated order: neighbours there are one image, and go to different ranks.
+            turn = np.arange(self.images) * self._world_size + self._rank
+            samples = self._samples[order[turn // self._repeats]]
+            # Positions beyond those of images, so that each turn has draws of its own.
+            drawn_for = samples + turn % self._repeats * len(self._reader.labels[self._split])
+        else:
+            order = order[: self.images * self._world_size]
+            # Rows of the global batch: all ranks together train on what one process with the global batch would.
+            mine = order.reshape(-1, self._world_size, self.batch_size)[:, self._rank].reshape(-1)
+            samples = drawn_for = self._samples[mine]
+        seeds = sample_seeds(self._seed, epoch, drawn_for) if self._seeds else None
         if self._crop is None:
-            return Table(samples, *crop_boxes(self._seed, epoch, samples, *self._size))
-        drawn = flips(self._seed, epoch, samples), sample_seeds(self._seed, epoch, samples)
-        return Table(samples, self._uncropped(), *drawn)
+            return Table(samples, *crop_boxes(self._seed, epoch, drawn_for, *self._size), seeds)
+        return Table(samples, self._uncropped(), flips(self._seed, epoch, drawn_for), seeds)
 
     def _uncropped(self) -> np.ndarray:
         return np.repeat(np.array([[0, 0, *self._size]], np.int32), self.images, axis=0)
@@ -119,8 +137,15 @@ class DataSource:
 
     # Kept for the life of a worker: opening again would compile FFCV's pipeline or fill the memory again.
 
-    def __init__(self, manifest: Manifest, choice: LoaderChoice, reader: Reader, crop: Crop | None = None) -> None:
-        self.manifest, (self.loader, self.why) = manifest, choice
+    def __init__(
+        self,
+        manifest: Manifest,
+        choice: LoaderChoice,
+        reader: Reader,
+        crop: Crop | None = None,
+        augment: Augment | None = None,
+    ) -> None:
+        self.manifest, (self.loader, self.why), self._augment = manifest, choice, augment
         self.device = reader.device
         self._reader, self._crop = reader, crop
 
@@ -138,12 +163,14 @@ class DataSource:
         rank: int = 0,
         world_size: int = 1,
         dtype: torch.dtype = torch.float32,
+        repeats: int = 1,
     ) -> Batches:
         """Training batches: random order, crops and flips, all functions of (seed, epoch, stored position).
 
-        batch_size: per rank.  rank, world_size: see Batches.  dtype: of the images, float32, bfloat16 or float16.
+        batch_size: per rank.  rank, world_size, repeats: see Batches.  dtype: of the images, float32, bfloat16 or
+        float16.
         """
-        return self._batches("train", batch_size, subset, seed, rank, world_size, dtype)
+        return self._batches("train", batch_size, subset, seed, rank, world_size, dtype, repeats)
 
     def val(
         self,
@@ -169,6 +196,7 @@ class DataSource:
         rank: int,
         world_size: int,
         dtype: torch.dtype,
+        repeats: int = 1,
     ) -> Batches:
         count = subset.count(self.manifest, split)
         if not 0 <= rank < world_size:
@@ -183,6 +211,11 @@ class DataSource:
                 f"batch size {batch_size}{each} is larger than the {count} training images: no full batch; lower it "
                 "(--batch-size)"
             )
+        if repeats > 1 and count // 256 * 256 < batch_size * world_size:
+            raise InputError(
+                f"--ra-sampler reads whole 256 of the {count} training images, less than a batch of {batch_size} on "
+                f"each of {world_size} ranks: leave it out"
+            )
         samples = select(self._reader.labels[split], subset.classes, subset.per_class(split))
         return Batches(
             self._reader,
@@ -195,6 +228,8 @@ class DataSource:
             rank=rank,
             world_size=world_size,
             dtype=dtype,
+            repeats=repeats,
+            seeds=self._augment is not None,
         )
 
 
@@ -204,23 +239,26 @@ def open_data(
     *,
     loader: str = "auto",
     crop: Crop | None = None,
+    augment: Augment | None = None,
     device: str | torch.device = "cpu",
     workers: int = 0,
     show: bool = False,
 ) -> DataSource:
     """Open the data set that `find_or_prepare` returned.
 
-    crop: required if images differ in size, else None.  device: that of the training; the resident loader holds the
-    images there, and "auto" depends on it.  workers: processes of the torchvision loader (0: decode in this process),
-    of the resident loader while it fills its memory (0: automatic), or threads of FFCV's decoders; no batch depends on
-    it.  show: progress on stderr.  InputError if the loader cannot read the data, or a file is truncated or not that of
-    the manifest.
+    crop: required if images differ in size, else None.  augment: requires the torchvision loader.  device: that of the
+    training; the resident loader holds the images there, and "auto" depends on it.  workers: processes of the
+    torchvision loader (0: decode in this process), of the resident loader while it fills its memory (0: automatic), or
+    threads of FFCV's decoders; no batch depends on it.  show: progress on stderr.  InputError if the loader cannot read
+    the data, or a file is truncated or not that of the manifest.
     """
     choice = choose_loader(manifest, folder, loader, device=str(device))
     if manifest.one_size != (crop is None):
         raise ValueError("crop is required if images differ in size, and must be None otherwise")
-    reader = _open_reader(choice, manifest, folder, crop, torch.device(device), workers, show)
-    return DataSource(manifest, choice, reader, crop)
+    if augment is not None and choice.name != "torchvision":
+        raise ValueError(f"loader {choice.name} knows no {', '.join(augment.asked)}")
+    reader = _open_reader(choice, manifest, folder, crop, augment, torch.device(device), workers, show)
+    return DataSource(manifest, choice, reader, crop, augment)
 
 
 def _open_reader(
@@ -228,6 +266,7 @@ def _open_reader(
     manifest: Manifest,
     folder: Path | None,
     crop: Crop | None,
+    augment: Augment | None,
     device: torch.device,
     workers: int,
     show: bool,
@@ -240,7 +279,7 @@ def _open_reader(
     if choice.name == "torchvision":
         from fastprune.loaders.readers.torchvision import open_torchvision
 
-        return open_torchvision(manifest, folder, crop, workers)
+        return open_torchvision(manifest, folder, crop, workers, augment)
     if choice.name == "resident":
         return open_resident(manifest, folder, device, workers, show)
     return open_generated(manifest, torch.device("cpu"))

@@ -13,36 +13,22 @@ from typing import Any
 from fastprune.cli.command import COMPUTE_HELP, DONE, FAILED, Parser, checked, expanded, run_command, to_path
 from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS
-from fastprune.specs import COMPUTES, OptimizerSpec, ScheduleSpec
-from fastprune.training.request import TrainRequest
+from fastprune.loaders.transforms import INTERPOLATIONS, POLICIES, Augment
+from fastprune.specs import COMPUTES, EmaSpec, OptimizerSpec, ScheduleSpec
+from fastprune.training.request import PRUNE_SCHEDULES, PruneSchedule, TrainRequest, other_decays
+from fastprune.training.scalars import LOGS
 
 # The reference's names in lower case, as it compares them, -> those of ScheduleSpec.
 SCHEDULERS = {"steplr": "multistep", "cosineannealinglr": "cosine", "exponentiallr": "exponential"}
 
-OPTIMIZERS = ("sgd", "sgd_nesterov")
+OPTIMIZERS = ("sgd", "sgd_nesterov", "adamw", "rmsprop")
 
 # Accepted at the default, so that a command line of the reference that spells out defaults works unchanged.
 UNSUPPORTED: dict[str, tuple[Any, Callable[[str], Any], str]] = {
-    "--norm-weight-decay": (None, float, "one weight decay applies to all parameters"),
-    "--bias-weight-decay": (None, float, "one weight decay applies to all parameters"),
-    "--transformer-embedding-decay": (None, float, "one weight decay applies to all parameters"),
-    "--mixup-alpha": (0.0, float, "each image has one class"),
-    "--cutmix-alpha": (0.0, float, "each image has one class"),
     "--cache-dataset": (False, bool, "--loader ffcv keeps the images as .beton files"),
     "--sync-bn": (False, bool, "each rank normalises its own batch"),
-    "--auto-augment": (None, str, "training images are cropped and mirrored only"),
-    "--ra-magnitude": (9, int, "training images are cropped and mirrored only"),
-    "--augmix-severity": (3, int, "training images are cropped and mirrored only"),
-    "--random-erase": (0.0, float, "training images are cropped and mirrored only"),
     "--world-size": (1, int, "torchrun sets the number of ranks"),
     "--dist-url": ("env://", str, "torchrun sets the address"),
-    "--model-ema": (False, bool, "weights are not averaged"),
-    "--model-ema-steps": (32, int, "weights are not averaged"),
-    "--model-ema-decay": (0.99998, float, "weights are not averaged"),
-    "--interpolation": ("bilinear", str, "images are resized bilinearly"),
-    "--clip-grad-norm": (None, float, "gradients are not clipped"),
-    "--ra-sampler": (False, bool, "an epoch sees each image once"),
-    "--ra-reps": (3, int, "an epoch sees each image once"),
     "--backend": ("PIL", str, "the loader is chosen with --loader"),
     "--use-v2": (False, bool, "the loader is chosen with --loader"),
 }
@@ -67,8 +53,17 @@ def parser() -> argparse.ArgumentParser:
         ".beton files; Tiny ImageNet, MiniPlaces or a prepared folder, used at its own image size; or 'synthetic': "
         "generated images",
     )
-    p.add_argument("--model", default="resnet18", metavar="NAME", help="name in torchvision.models (default resnet18)")
-    p.add_argument("--weights", metavar="NAME", help="pretrained weights to start from, by torchvision's name")
+    p.add_argument(
+        "--model",
+        default="resnet18",
+        metavar="NAME",
+        help="name in torchvision.models, or timm/NAME, if timm is installed (default resnet18)",
+    )
+    p.add_argument(
+        "--weights",
+        metavar="NAME",
+        help="pretrained weights to start from, by torchvision's name; with timm/NAME its tag, or DEFAULT",
+    )
     p.add_argument("--device", help="cuda, cuda:N or cpu (default: cuda if available)")
     p.add_argument(
         "-b", "--batch-size", type=_count, default=32, metavar="N", help="images per step and rank (default 32)"
@@ -77,9 +72,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-j", "--workers", type=_whole, metavar="N", help="processes that load images (default: one per core)"
     )
-    p.add_argument("--opt", default="sgd", help=f"optimiser: {' or '.join(OPTIMIZERS)} (default sgd)")
+    p.add_argument("--opt", default="sgd", metavar="NAME", help=f"optimiser: {', '.join(OPTIMIZERS)} (default sgd)")
     p.add_argument("--lr", type=_positive, default=0.1, metavar="LR", help="peak learning rate (default 0.1)")
-    p.add_argument("--momentum", type=_fraction, default=0.9, metavar="M", help="momentum of SGD (default 0.9)")
+    p.add_argument(
+        "--momentum", type=_fraction, default=0.9, metavar="M", help="momentum of sgd and rmsprop (default 0.9)"
+    )
     p.add_argument(
         "--wd",
         "--weight-decay",
@@ -89,8 +86,57 @@ def parser() -> argparse.ArgumentParser:
         dest="weight_decay",
         help="weight decay (default 0.0001)",
     )
+    for name, what in (
+        ("norm", "of normalisation layers"),
+        ("bias", "of biases"),
+        ("transformer-embedding", "of the embeddings of vision transformers"),
+    ):
+        flag = f"--{name}-decay" if "embedding" in name else f"--{name}-weight-decay"
+        p.add_argument(flag, type=_number, metavar="W", help=f"weight decay {what} (default: --weight-decay)")
+    p.add_argument("--clip-grad-norm", type=_positive, metavar="N", help="largest norm of a gradient (default: none)")
     p.add_argument(
         "--label-smoothing", type=_fraction, default=0.0, metavar="S", help="label smoothing of the loss (default 0)"
+    )
+    for name in ("mixup", "cutmix"):
+        p.add_argument(
+            f"--{name}-alpha",
+            type=_number,
+            default=0.0,
+            metavar="A",
+            help=f"{name} of each batch, with a Beta(A, A); with both, one of the two is drawn (default 0: none)",
+        )
+    p.add_argument("--auto-augment", metavar="NAME", help=f"augmentation: {', '.join(POLICIES)} (default: none)")
+    p.add_argument("--ra-magnitude", type=_whole, default=9, metavar="N", help="magnitude of ra (default 9)")
+    p.add_argument("--augmix-severity", type=_count, default=3, metavar="N", help="severity of augmix (default 3)")
+    p.add_argument(
+        "--random-erase",
+        type=_fraction,
+        default=0.0,
+        metavar="P",
+        help="probability that a part of a training image is erased (default 0)",
+    )
+    p.add_argument(
+        "--interpolation",
+        default="bilinear",
+        metavar="NAME",
+        help=f"resizing: {', '.join(INTERPOLATIONS)} (default bilinear)",
+    )
+    p.add_argument(
+        "--ra-sampler", action="store_true", help="repeated augmentation: ranks see an image at once, augmented anew"
+    )
+    p.add_argument("--ra-reps", type=_count, default=3, metavar="N", help="repetitions of --ra-sampler (default 3)")
+    p.add_argument(
+        "--model-ema", action="store_true", help="keep, test and save a moving average of weights and statistics"
+    )
+    p.add_argument(
+        "--model-ema-steps", type=_count, default=32, metavar="N", help="steps between its updates (default 32)"
+    )
+    p.add_argument(
+        "--model-ema-decay",
+        type=_fraction,
+        default=0.99998,
+        metavar="D",
+        help="its decay, which the reference adjusts to batch size and epochs (default 0.99998)",
     )
     p.add_argument(
         "--lr-scheduler", default="steplr", metavar="NAME", help=f"decay: {', '.join(SCHEDULERS)} (default steplr)"
@@ -117,7 +163,7 @@ def parser() -> argparse.ArgumentParser:
         type=_count,
         default=10,
         metavar="N",
-        help="batches between lines of output, on a CPU (default 10)",
+        help="batches between lines of output (default 10); on a GPU fewer where it falls behind",
     )
     p.add_argument(
         "--output-dir",
@@ -168,6 +214,25 @@ def parser() -> argparse.ArgumentParser:
     )
     pruned.add_argument("--mask", type=to_path, metavar="FILE", help="train under the mask in this mask.safetensors")
     own.add_argument(
+        "--prune-schedule",
+        choices=PRUNE_SCHEDULES,
+        default="once",
+        help="when --sparsity is reached: once before training (default), or in steps at the start of epochs, by equal "
+        "fractions of what is left (geometric) or fast first (cubic, Zhu and Gupta)",
+    )
+    own.add_argument(
+        "--prune-start-epoch",
+        type=_whole,
+        metavar="N",
+        help="epoch that begins with the schedule's first pruning (default 0)",
+    )
+    own.add_argument(
+        "--prune-end-epoch",
+        type=_whole,
+        metavar="N",
+        help="epoch that begins with its last one (default: three quarters of --epochs)",
+    )
+    own.add_argument(
         "--prune",
         metavar="WHAT",
         help="layers whose weights masks cover: conv (default), all (convs, linear, attention, recurrent layers), or a "
@@ -180,6 +245,15 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--compute", choices=COMPUTES, default="auto", help=COMPUTE_HELP)
     own.add_argument(
         "--store", type=to_path, metavar="DIR", help="folder for prepared images, in its data/ (default runs)"
+    )
+
+    own.add_argument(
+        "--log",
+        nargs="+",
+        choices=LOGS,
+        default=[],
+        help="where metrics of each epoch go, in --output-dir: metrics.csv, tensorboard/, wandb/ (online if you are "
+        "logged in; WANDB_MODE=offline)",
     )
 
     rest = p.add_argument_group("flags of the reference that are accepted only with their default value")
@@ -214,18 +288,36 @@ def request_of(args: argparse.Namespace) -> TrainRequest:
         raise InputError(f"unknown --lr-warmup-method {args.lr_warmup_method}: choose linear or constant")
     if args.amp_dtype and not args.amp:
         raise InputError("--amp-dtype requires --amp")
-    nesterov = args.opt.lower() == "sgd_nesterov"
+    name = args.opt.lower()
+    nesterov = name == "sgd_nesterov"
     if nesterov and args.momentum == 0:
         raise InputError("--opt sgd_nesterov requires --momentum above 0")
+    if args.log and not args.output_dir:
+        raise InputError("--log requires --output-dir")
+    augment = Augment(
+        args.auto_augment, args.ra_magnitude, args.augmix_severity, args.random_erase, args.interpolation.lower()
+    )
+    if augment.asked and args.loader not in ("auto", "torchvision"):
+        raise InputError(
+            f"--loader {args.loader} cannot do {', '.join(augment.asked)}, which torchvision's transforms do: leave "
+            "--loader out, or choose torchvision"
+        )
     # The reference chains warmup and decay (SequentialLR), so its decay counts epochs from the end of the warmup.
     steps = range(args.lr_warmup_epochs + args.lr_step_size, args.epochs, args.lr_step_size)
     # For the checkpoint, which must load with weights_only=True and so holds plain values only.
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    plain = {n: str(value) if isinstance(value, Path) else value for n, value in vars(args).items()}
     return TrainRequest(
         data=args.data_path,
         model=args.model,
         optimizer=OptimizerSpec(
-            args.batch_size, args.momentum, args.weight_decay, nesterov, label_smoothing=args.label_smoothing
+            args.batch_size,
+            args.momentum,
+            args.weight_decay,
+            nesterov,
+            args.label_smoothing,
+            name.removesuffix("_nesterov"),
+            other_decays(plain),
+            args.clip_grad_norm,
         ),
         schedule=ScheduleSpec(
             args.lr,
@@ -258,8 +350,34 @@ def request_of(args: argparse.Namespace) -> TrainRequest:
         print_freq=args.print_freq,
         deterministic=args.use_deterministic_algorithms,
         compute=args.compute,
+        ema=EmaSpec(args.model_ema_decay, args.model_ema_steps) if args.model_ema else None,
+        mixup=args.mixup_alpha,
+        cutmix=args.cutmix_alpha,
+        augment=augment if augment.asked else None,
+        repeats=args.ra_reps if args.ra_sampler else 1,
+        prune_schedule=_prune_schedule(args),
+        log=tuple(dict.fromkeys(args.log)),
         flags=plain,
     )
+
+
+def _prune_schedule(args: argparse.Namespace) -> PruneSchedule | None:
+    first, last = args.prune_start_epoch, args.prune_end_epoch
+    if args.prune_schedule == "once":
+        for flag, value in (("--prune-start-epoch", first), ("--prune-end-epoch", last)):
+            if value is not None:
+                raise InputError(f"{flag} requires --prune-schedule geometric or cubic")
+        return None
+    if args.sparsity is None:
+        raise InputError(f"--prune-schedule {args.prune_schedule} requires --sparsity, at which it ends")
+    first = first or 0
+    last = max(first, args.epochs * 3 // 4) if last is None else last
+    if not first <= last < args.epochs:
+        raise InputError(
+            f"--prune-schedule runs from epoch {first} to {last}: expected two epochs from 0 to {args.epochs - 1}, in "
+            "order"
+        )
+    return PruneSchedule(args.prune_schedule, args.sparsity, first, last)
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
@@ -271,7 +389,7 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
         if value != default and str(value).lower() != str(default).lower():
             refused.append(f"{flag} is not supported: {why}")
     if args.opt.lower() not in OPTIMIZERS:
-        refused.append(f"--opt {args.opt} is not supported: choose {' or '.join(OPTIMIZERS)}")
+        refused.append(f"--opt {args.opt} is not supported: choose one of {', '.join(OPTIMIZERS)}")
     if refused:
         raise InputError("; ".join(refused))
 

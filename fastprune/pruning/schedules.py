@@ -1,6 +1,6 @@
 """Schedules: when weights go. One shot is a single `Pruner.prune`; the others are here.
 
-geometric and Gradual say how much; SET and RigL move weights at constant sparsity.
+geometric, cubic and Gradual say how much; SET and RigL move weights at constant sparsity.
 """
 
 import math
@@ -31,6 +31,11 @@ def geometric_to(sparsity: float, rounds: int) -> Iterator[float]:
         raise ValueError(f"sparsity is {sparsity} and rounds {rounds}, expected [0, 1) and 1 or more")
     # The last one as it was given: 1 - (1 - 0.9) is another float, and may round to another number of weights.
     return (1 - (1 - sparsity) ** (round / rounds) if round < rounds else sparsity for round in range(1, rounds + 1))
+
+
+def cubic(sparsity: float, progress: float, initial: float = 0.0) -> float:
+    """The sparsity of gradual pruning (Zhu and Gupta, 2017) after the fraction `progress` of it: fast at first."""
+    return sparsity + (initial - sparsity) * (1 - min(max(progress, 0.0), 1.0)) ** 3
 
 
 class Gradual:
@@ -65,8 +70,7 @@ class Gradual:
 
     def sparsity(self, step: int) -> float:
         """The sparsity that holds from `step` on, if it is one at which weights are pruned."""
-        progress = min(max((step - self.begin) / (self.end - self.begin), 0.0), 1.0)
-        return self.final + (self.initial - self.final) * (1 - progress) ** 3
+        return cubic(self.final, (step - self.begin) / (self.end - self.begin), self.initial)
 
     def step(self) -> bool:
         """Counts a step, and prunes if it is due. Whether masks have changed."""

@@ -11,9 +11,9 @@
     compute    how it was computed: plain, dense or sparse; a resumed run goes on so
     args       flags of train.py
 
-From a checkpoint of the reference script, model, optimizer, model_ema and epoch are read; from a plain state dict, the weights.
-Names may begin with "module." (DDP), weights may be under torch.nn.utils.prune ("_orig" and "_mask"). Zeros in the
-weights of a file without an entry "mask" count as pruned.
+From a checkpoint of the reference script, model, optimizer, model_ema and epoch are read; from a plain state dict, the
+weights. Names may begin with "module." (DDP), weights may be under torch.nn.utils.prune ("_orig" and "_mask"). Zeros
+in the weights of a file without an entry "mask" count as pruned.
 """
 
 import argparse

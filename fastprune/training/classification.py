@@ -1,12 +1,15 @@
 """One call of train.py: data, model, mask, training, checkpoints. Under torchrun, one of several ranks."""
 
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +17,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchvision.transforms import v2
 
 from fastprune.console import bf16_advice
 from fastprune.errors import InputError
 from fastprune.loaders import Crop, DataSource, Manifest, find_or_prepare, open_data
 from fastprune.pruning.masks import Mask
+from fastprune.pruning.schedules import cubic, geometric_to
 from fastprune.specs import ScheduleSpec
 from fastprune.training.checkpoint import fitting_mask, load_checkpoint, replace_file, save_checkpoint, trainer_mask
 from fastprune.training.models import build_model
-from fastprune.training.request import TrainRequest
-from fastprune.training.step import EpochMetrics
+from fastprune.training.request import PruneSchedule, TrainRequest
+from fastprune.training.scalars import ScalarLog, open_log
+from fastprune.training.step import EpochMetrics, Evaluation, Snapshot
 from fastprune.training.trainer import Batches, Trainer
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for images whose own are not known
@@ -31,12 +37,28 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for imag
 _STORE = Path("runs")
 
 
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def mixing(request: TrainRequest, classes: int) -> Mix | None:
+    """The request's mixup and CutMix, one of which is drawn for each batch; None for neither."""
+    ways: list[nn.Module] = []
+    if request.mixup > 0:
+        ways.append(v2.MixUp(alpha=request.mixup, num_classes=classes))
+    if request.cutmix > 0:
+        ways.append(v2.CutMix(alpha=request.cutmix, num_classes=classes))
+    return v2.RandomChoice(ways) if ways else None
+
+
 class Epochs:
     """Training batches whose epoch also seeds torch's generators, from (seed, epoch, rank): what a model draws itself
-    (dropout, stochastic depth) does not depend on where a run was resumed."""
+    (dropout, stochastic depth) does not depend on where a run was resumed, nor does what `mix` draws.
 
-    def __init__(self, batches: Any, seed: int, rank: int) -> None:
-        self._batches, self._seed, self._rank = batches, seed, rank
+    mix: from images and labels of a batch to images and probabilities of classes (mixup), or None.
+    """
+
+    def __init__(self, batches: Any, seed: int, rank: int, mix: Mix | None = None) -> None:
+        self._batches, self._seed, self._rank, self._mix = batches, seed, rank, mix
 
     def set_epoch(self, epoch: int) -> None:
         self._batches.set_epoch(epoch)
@@ -47,7 +69,9 @@ class Epochs:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._batches)
+        if self._mix is None:
+            return iter(self._batches)
+        return (self._mix(images, labels) for images, labels in self._batches)
 
 
 @dataclass(frozen=True)
@@ -60,10 +84,18 @@ class Images:
     about: str
     resized: bool
 
-    def train(self, seed: int, batch_size: int, rank: int, world_size: int, dtype: torch.dtype) -> Epochs:
+    def train(self, request: TrainRequest, rank: int, world_size: int, dtype: torch.dtype) -> Epochs:
         """Training batches of one rank."""
-        batches = self.source.train(seed=seed, batch_size=batch_size, rank=rank, world_size=world_size, dtype=dtype)
-        return Epochs(batches, seed, rank)
+        batches = self.source.train(
+            seed=request.seed,
+            batch_size=request.optimizer.batch_size,
+            rank=rank,
+            world_size=world_size,
+            dtype=dtype,
+            # The reference repeats images only where ranks share them.
+            repeats=request.repeats if world_size > 1 else 1,
+        )
+        return Epochs(batches, request.seed, rank, mixing(request, self.classes))
 
     def val(self, batch_size: int, rank: int, world_size: int, dtype: torch.dtype) -> Any:
         """Validation batches of one rank."""
@@ -80,9 +112,10 @@ def open_images(request: TrainRequest, device: torch.device, *, show: bool, loca
     workers = request.workers
     if workers is None:
         workers = min(16, max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    manifest, folder = find_or_prepare(
-        request.data, request.store or _STORE, loader=request.loader, any_size=True, show=show
-    )
+    augment, loader = request.augment, request.loader
+    if augment is not None and loader == "auto":
+        loader = "torchvision"
+    manifest, folder = find_or_prepare(request.data, request.store or _STORE, loader=loader, any_size=True, show=show)
     size = (manifest.height, manifest.width)
     crop = None
     if manifest.one_size:
@@ -95,12 +128,18 @@ def open_images(request: TrainRequest, device: torch.device, *, show: bool, loca
             f"cropped to {size[0]} x {size[1]} (validation: resized to {crop.val_resize}, cropped to {crop.val_crop}), "
             "normalised by ImageNet's"
         )
-    source = open_data(manifest, folder, loader=request.loader, crop=crop, device=device, workers=workers, show=show)
+    source = open_data(
+        manifest, folder, loader=loader, crop=crop, augment=augment, device=device, workers=workers, show=show
+    )
     about = (
         f"{manifest.name}: {manifest.train_count} training and {manifest.val_count} validation images in "
         f"{len(manifest.classes)} classes, {shown} mean {_three(mean)} and std {_three(std)}, loader {source.loader} "
         f"({source.why})"
     )
+    if augment is not None:
+        about += f"\nNote: torchvision's transforms read the images, for {', '.join(augment.asked)}"
+    if request.repeats > 1 and local_world_size == 1 and Ranks.from_environment().world_size == 1:
+        about += "\nNote: --ra-sampler has no effect in one process, as in the reference"
     if not source.resumes:
         about += "\nNote: FFCV's crops are not seeded, a resumed run differs; --loader torchvision resumes to the bit"
     return Images(source, len(manifest.classes), size, about, resized=crop is not None)
@@ -126,10 +165,9 @@ def _three(values: tuple[float, float, float]) -> str:
 class TrainLog:
     """Prints an epoch: a line now and then while it lasts, and what it gave.
 
-    sums: reads the running (mean loss, accuracy, images) of this process, or None where that would wait for a device:
-    then there are no lines within an epoch. Losses in nats, accuracies in percent; in `loss: a (b)`, a is the mean
-    since the last line and b that of the epoch. batches, batch_size: of each of `world_size` ranks; images/s are those
-    of all together.
+    so_far: the running sums of this process, a Snapshot: a line is printed once it can be read without waiting, and
+    left out if a later one can. Losses in nats, accuracies in percent; in `loss: a (b)`, a is the mean since the last
+    line and b that of the epoch. batches, batch_size: of each of `world_size` ranks; images/s are those of all.
     """
 
     def __init__(
@@ -139,15 +177,15 @@ class TrainLog:
         schedule: ScheduleSpec,
         *,
         every: int,
-        sums: Callable[[], tuple[float, float, int]] | None,
+        so_far: Callable[[], Snapshot],
         epoch: int,
         world_size: int = 1,
     ) -> None:
-        self._batches, self._schedule, self._every, self._sums, self._world_size = (
+        self._batches, self._schedule, self._every, self._so_far, self._world_size = (
             batches,
             schedule,
             every,
-            sums,
+            so_far,
             world_size,
         )
         self._images = batches * batch_size * world_size
@@ -156,46 +194,63 @@ class TrainLog:
     def _begin(self, epoch: int) -> None:
         self._epoch, self._done = epoch, 0
         self._began = self._last = time.perf_counter()
-        self._before = (0.0, 0.0, 0)
+        self._before = (Evaluation(0.0, 0.0, 0.0), 0)
+        self._waiting: deque[tuple[int, Snapshot]] = deque()
 
     def batch(self, images: int) -> None:
         """To be called after each training batch."""
         number, self._done = self._done, self._done + 1
-        if self._sums is None or number % self._every:
-            return
-        now, (loss, accuracy, seen) = time.perf_counter(), self._sums()
-        old_loss, old_accuracy, old = self._before
+        if number % self._every == 0:
+            self._waiting.append((number, self._so_far()))
+        latest = None
+        while self._waiting and self._waiting[0][1].is_ready():
+            latest = self._waiting.popleft()
+        if latest is not None:
+            self._within(*latest)
+
+    def _within(self, number: int, snapshot: Snapshot) -> None:
+        now, (mean, seen) = time.perf_counter(), snapshot.result()
+        before, old = self._before
         fresh = seen - old
-        recent = (loss * seen - old_loss * old) / fresh, (accuracy * seen - old_accuracy * old) / fresh
-        left = (now - self._began) / self._done * (self._batches - self._done)
+        loss, accuracy, accuracy5 = (
+            (m, (m * seen - b * old) / fresh) for m, b in zip(map(_number, mean), map(_number, before), strict=True)
+        )
+        left = (now - self._began) / (number + 1) * (self._batches - number - 1)
         rate = fresh * self._world_size / (now - self._last)
         lr = self._schedule.lr_at(self._epoch, number / self._batches)
-        self._line(number, left, lr, rate, f"{recent[0]:.4f} ({loss:.4f})", _both(recent[1], accuracy))
-        self._last, self._before = now, (loss, accuracy, seen)
+        shown = f"{loss[1]:.4f} ({loss[0]:.4f})", _both(*accuracy), _both(*accuracy5)
+        self._line(number, left, lr, rate, *shown)
+        self._last, self._before = now, (mean, seen)
 
     def epoch(self, m: EpochMetrics) -> None:
         """To be called after each epoch."""
-        accuracy = f"{100 * m.train_accuracy:.3f}"
-        self._line(self._batches, 0.0, m.lr, m.images_per_second, f"{m.train_loss:.4f}", accuracy)
+        accuracies = (f"{100 * _number(a):.3f}" for a in (m.train_accuracy, m.train_accuracy5))
+        self._line(self._batches, 0.0, m.lr, m.images_per_second, f"{m.train_loss:.4f}", *accuracies)
         say(f"Epoch: [{self._epoch}] Total time: {clock(self._images / m.images_per_second)}")
-        say_test(m.val_loss, m.val_accuracy)
+        say_test(Evaluation(m.val_loss, m.val_accuracy, m.val_accuracy5))
+        if m.ema_loss is not None and m.ema_accuracy is not None:
+            say_test(Evaluation(m.ema_loss, m.ema_accuracy, m.ema_accuracy5), "EMA")
         self._begin(m.epoch)
 
-    def _line(self, number: int, left: float, lr: float, rate: float, loss: str, accuracy: str) -> None:
+    def _line(self, number: int, left: float, lr: float, rate: float, loss: str, acc1: str, acc5: str) -> None:
         width = len(str(self._batches))
         say(
             f"Epoch: [{self._epoch}]  [{number:{width}d}/{self._batches}]  eta: {clock(left)}  lr: {lr:.6g}  "
-            f"img/s: {rate:.1f}  loss: {loss}  acc1: {accuracy}"
+            f"img/s: {rate:.1f}  loss: {loss}  acc1: {acc1}  acc5: {acc5}"
         )
 
 
-def _both(recent: float, mean: float) -> str:
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _both(mean: float, recent: float) -> str:
     return f"{100 * recent:.3f} ({100 * mean:.3f})"
 
 
-def say_test(loss: float, accuracy: float) -> None:
+def say_test(found: Evaluation, of: str = "") -> None:
     """The line of an evaluation."""
-    say(f"Test:  Acc@1 {100 * accuracy:.3f} loss {loss:.4f}")
+    say(f"Test: {of} Acc@1 {100 * found.accuracy:.3f} Acc@5 {100 * _number(found.accuracy5):.3f} loss {found.loss:.4f}")
 
 
 def say(text: str) -> None:
@@ -211,6 +266,10 @@ _RESULT = (
     *("data_path", "train_crop_size", "batch_size", "epochs", "opt", "lr", "momentum", "weight_decay"),
     *("label_smoothing", "lr_scheduler", "lr_step_size", "lr_gamma", "lr_min", "lr_warmup_epochs"),
     *("lr_warmup_method", "lr_warmup_decay", "amp", "amp_dtype", "seed"),
+    *("norm_weight_decay", "bias_weight_decay", "transformer_embedding_decay", "clip_grad_norm"),
+    *("mixup_alpha", "cutmix_alpha", "auto_augment", "ra_magnitude", "augmix_severity", "random_erase"),
+    *("interpolation", "ra_sampler", "ra_reps", "model_ema", "model_ema_steps", "model_ema_decay"),
+    *("prune_schedule", "prune_start_epoch", "prune_end_epoch"),
 )
 """Flags that a run which is to continue to the bit must not change."""
 
@@ -274,8 +333,12 @@ def _trainer(model: nn.Module, device: torch.device, request: TrainRequest) -> T
     except ValueError as error:
         more = "" if request.prune else "; --prune all covers other layers, too"
         raise InputError(f"--prune {what}: {error}{more}") from None
-    if request.compute == "sparse" and not request.test_only and trainer.not_sparse:
-        raise InputError(f"--compute sparse is not possible here: {trainer.not_sparse}")
+    if (
+        request.compute == "sparse"
+        and not request.test_only
+        and (why := trainer.why_not_sparse(request.optimizer.name))
+    ):
+        raise InputError(f"--compute sparse is not possible here: {why}")
     covered, total = trainer.pruner.total, trainer.pruner.coverage.total
     if request.prune is None and request.sparsity and 2 * covered < total:
         raise InputError(
@@ -300,12 +363,15 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
             say(line)
         say(_sparsity(trainer, request.prune))
     if request.test_only:
+        averaged = request.ema is not None
+        if averaged and trainer.ema is None:
+            raise InputError("--test-only --model-ema tests an average that --resume must bring: the file has none")
         with _input_errors():
-            loss, accuracy = trainer.evaluate(val)
+            found = trainer.evaluate(val, averaged=averaged)
         if first:
-            say_test(loss, accuracy)
+            say_test(found, "EMA" if averaged else "")
         return True
-    train = images.train(request.seed, batch_size, ranks.rank, ranks.world_size, trainer.images)
+    train = images.train(request, ranks.rank, ranks.world_size, trainer.images)
     return _fit(trainer, train, val, request, start, before, ranks)
 
 
@@ -321,41 +387,42 @@ def _fit(
     """before: how the checkpoint that is resumed was computed; None for a new run."""
     kept = request.checkpoint if ranks.rank == 0 else None
     last = request.resume
-    log = None
+    log: TrainLog | None = None
+    scalars: list[ScalarLog] = []
     if ranks.rank == 0:
-        sums = trainer.so_far if trainer.device.type == "cpu" else None
         log = TrainLog(
             len(train),
             request.optimizer.batch_size,
             request.schedule,
             every=request.print_freq,
-            sums=sums,
+            so_far=trainer.so_far,
             epoch=start,
             world_size=ranks.world_size,
         )
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        mask = trainer_mask(trainer)
-        if mask.kept < mask.total:
-            replace_file(kept.with_name("mask.safetensors"), mask.save)
-
-    begun = False
+        if request.output is not None:
+            name = f"{request.model} {request.output.name}"
+            scalars = [
+                open_log(kind, request.output, name=name, config=request.flags, done=start) for kind in request.log
+            ]
+    said, goes_on = "", None
 
     def on_batch(images: int) -> None:
-        nonlocal begun
+        nonlocal said, goes_on
         assert log is not None
-        if not begun:  # the first batch has decided how the run computes
-            begun = True
-            if how := trainer.described():
-                say(how)
-            if before is not None and (line := trainer.resumed(before)):
-                print(f"train.py: {line}", file=sys.stderr)
+        if (how := trainer.described()) and how != said:  # the first batch under a mask has decided how it computes
+            said = how
+            say(how)
+        if goes_on is not None and (line := trainer.resumed(goes_on)):
+            print(f"train.py: {line}", file=sys.stderr)
+        goes_on = None
         log.batch(images)
 
     def on_epoch(m: EpochMetrics) -> None:
         nonlocal last
         if log is not None:
             log.epoch(m)
+        for each in scalars:
+            each.add(m.epoch, _scalars(m, trainer))
         if kept is not None and not m.diverged:
             flags = {**request.flags, "ranks": ranks.world_size}
             save_checkpoint(kept, trainer, m.epoch, request.optimizer, m.lr, flags)
@@ -365,26 +432,84 @@ def _fit(
         say("Start training")
     began = time.monotonic()
     try:
-        with _input_errors():
-            history = trainer.fit(
-                train,
-                val,
-                request.optimizer,
-                request.schedule,
-                start=start,
-                report=on_batch if log else None,
-                on_epoch=on_epoch,
-                compute=before,
-                strict=before is None,
-            )
+        for first, stop, sparsity in _phases(request, start):
+            pruned = 0 if sparsity is None else _prune_to(trainer, sparsity)
+            if kept is not None:
+                _save_mask(kept, trainer)
+            if pruned and log is not None:
+                say(_sparsity(trainer, request.prune))
+            # A changed mask decides anew, as it did in a run that was not interrupted; "plain" was asked for.
+            decided = before if before == "plain" or (first == start and not pruned) else None
+            goes_on = decided if first == start else None
+            with _input_errors():
+                history = trainer.fit(
+                    train,
+                    val,
+                    request.optimizer,
+                    request.schedule,
+                    start=first,
+                    stop=stop,
+                    report=on_batch if log else None,
+                    on_epoch=on_epoch,
+                    compute=decided,
+                    strict=decided is None,
+                    ema=request.adjusted_ema(ranks.world_size),
+                )
+            if history and history[-1].diverged:
+                break
     except KeyboardInterrupt:
         raise KeyboardInterrupt(*([f"--resume {last} continues"] if last else [])) from None
+    finally:
+        for each in scalars:
+            each.close()
     if history and history[-1].diverged:
         good = f"the last good state is in {last}" if last else "no epoch before it was kept"
         return _failed(f"diverged in epoch {history[-1].epoch - 1} (loss {history[-1].train_loss:.4g}): {good}", ranks)
     if log is not None:
         say(f"Training time {clock(time.monotonic() - began)}")
     return True
+
+
+def _phases(request: TrainRequest, start: int) -> Iterator[tuple[int, int, float | None]]:
+    """(first epoch, end, sparsity at its beginning or None) of each part of the run that trains under one mask."""
+    schedule, epochs = request.prune_schedule, request.schedule.epochs
+    if schedule is None or start >= epochs:
+        yield start, epochs, None
+        return
+    begins = sorted({start, *range(max(start, schedule.first), schedule.last + 1)})
+    for begin, end in pairwise([*begins, epochs]):
+        yield begin, end, sparsity_at(schedule, begin)
+
+
+def sparsity_at(schedule: PruneSchedule, epoch: int) -> float | None:
+    """The sparsity with which `epoch` begins, None before the first pruning."""
+    rounds, number = schedule.last - schedule.first + 1, min(epoch, schedule.last) - schedule.first + 1
+    if number < 1:
+        return None
+    if schedule.name == "geometric":
+        return list(geometric_to(schedule.sparsity, rounds))[number - 1]
+    return cubic(schedule.sparsity, number / rounds)
+
+
+def _save_mask(checkpoint: Path, trainer: Trainer) -> None:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    mask = trainer_mask(trainer)
+    if mask.kept < mask.total:
+        replace_file(checkpoint.with_name("mask.safetensors"), mask.save)
+
+
+def _prune_to(trainer: Trainer, sparsity: float) -> int:
+    """Prunes to this sparsity, or not if it is reached; how many weights."""
+    now = trainer_mask(trainer)
+    count = max(0, round(sparsity * now.total) - (now.total - now.kept))
+    return trainer.pruner.prune(n=count) if count else 0
+
+
+def _scalars(m: EpochMetrics, trainer: Trainer) -> dict[str, float | None]:
+    return {
+        **{name: value for name, value in m.as_dict().items() if name != "epoch"},
+        "density": trainer.pruner.density,
+    }
 
 
 def choose_device(request: TrainRequest, ranks: Ranks) -> torch.device:
@@ -422,7 +547,7 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[in
     if request.resume is not None:
         found = load_checkpoint(request.resume, trainer, request.model, request.optimizer)
         held = found.mask
-        same = _is_held(request, trainer, held)
+        same = _is_held(request, trainer, held, found.flags)
         trainer.load_state(found.state, momentum=same)
         if held is not None:
             trainer.set_mask(held)
@@ -430,6 +555,8 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[in
             start, before = found.epochs, found.compute
             lines.append(f"Resumed {request.resume}, {start} epochs done")
             changed = [n for n in _RESULT if n in found.flags and found.flags[n] != request.flags.get(n)]
+            if request.ema is not None and trainer.ema is None and not request.test_only:
+                lines.append(f"note: {request.resume} has no moving average: it begins here")
             if not request.test_only:
                 lines += [f"note: --{n.replace('_', '-')} was {found.flags[n]} before" for n in changed]
         else:
@@ -444,16 +571,20 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[in
             )
     if request.mask is not None:
         trainer.set_mask(fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask))
-    elif request.sparsity is not None:
+    elif request.sparsity is not None and request.prune_schedule is None:
         _prune(trainer, request.sparsity)
     return start, before, lines
 
 
-def _is_held(request: TrainRequest, trainer: Trainer, held: Mask | None) -> bool:
-    """Whether the checkpoint's mask is the one asked for."""
+def _is_held(request: TrainRequest, trainer: Trainer, held: Mask | None, flags: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint's mask is the one asked for. flags: of the run that wrote it."""
     if request.mask is not None:
         wanted = fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask)
         return held is not None and torch.equal(wanted.keep, held.keep)
+    if request.prune_schedule is not None:
+        # The run that it was, at whatever sparsity it has come to.
+        names = ("prune_schedule", "sparsity", "prune_start_epoch", "prune_end_epoch", "epochs")
+        return all(flags.get(name) == request.flags.get(name) for name in names)
     if request.sparsity is not None:
         pruned = 0 if held is None else held.total - held.kept
         return pruned == round(request.sparsity * trainer.flat.total)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastprune.training.flat import FlatParams, FlatOptimizer
+from fastprune.training.flat import FlatOptimizer, FlatParams
 from fastprune.training.lower import lowered
 
 

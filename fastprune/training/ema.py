@@ -1,4 +1,4 @@
-"""The exponential moving average of a network that trains on flat parameters: torch's AveragedModel with its buffers."""
+"""The exponential moving average of a network on flat parameters: torch's AveragedModel, buffers included."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

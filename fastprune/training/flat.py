@@ -25,10 +25,10 @@ class FlatParams:
 
     weight, grad, momentum: float32 [n], all prunable weights in storage order: segment after segment, convs as OHWI.
     mask: bool [n], True keeps; at first all True but the padding. other_params, other_grad, other_momentum: float32
-    [m], all other parameters. half: bf16 or fp16 [n], the weight in `half_precision`, or None; steps, `set_mask`, `sync`
-    and `rewind` keep it up to date. square, other_square: the second moments of AdamW and RMSprop, None until `begin`
-    asks for one of them; their first moment, or momentum, is where SGD's is. steps: of AdamW and RMSprop, float32 [].
-    averages: buffers [n] of other code that a change of the mask sets to +0, too.
+    [m], all other parameters. half: bf16 or fp16 [n], the weight in `half_precision`, or None; steps, `set_mask`,
+    `sync` and `rewind` keep it up to date. square, other_square: the second moments of AdamW and RMSprop, None until
+    `begin` asks for one of them; their first moment, or momentum, is where SGD's is. steps: of AdamW and RMSprop,
+    float32 []. averages: buffers [n] of other code that a change of the mask sets to +0, too.
 
     Rebinding a parameter breaks the views: `.to(dtype)`, `load_state_dict(assign=True)` and
     `zero_grad(set_to_none=True)` do so, and `check_aliased()` detects it. `copy.deepcopy` of the model gives an
@@ -282,8 +282,9 @@ class FlatParams:
                 )  # fmt: skip
             else:
                 rmsprop(
-                    p, grad, second, [], first, [steps], foreach=on_gpu, capturable=on_gpu, lr=lr if on_gpu else float(lr),
-                    alpha=0.9, eps=0.0316, weight_decay=decay, momentum=momentum, centered=False,
+                    p, grad, second, [], first, [steps], foreach=on_gpu, capturable=on_gpu,
+                    lr=lr if on_gpu else float(lr), alpha=0.9, eps=0.0316, weight_decay=decay, momentum=momentum,
+                    centered=False,
                 )  # fmt: skip
         if before is not None and found_inf is not None:
             after = [t for column in (columns[0], *columns[2:]) for t in column]

@@ -1,4 +1,4 @@
-"""Networks: torchvision's ResNets with a choice of stem and width, and any torchvision classification model by name."""
+"""Networks: torchvision's ResNets with a choice of stem and width, and any model of torchvision or timm by name."""
 
 import copy
 import difflib
@@ -63,16 +63,21 @@ _AUXILIARY = ("googlenet", "inception_v3")
 
 
 def build_model(name: str, asked: str | None, classes: int, size: tuple[int, int], seed: int) -> nn.Module:
-    """torchvision's classification model `name` for `classes` classes, on the CPU; torch's generator is not advanced.
+    """torchvision's or timm's classification model `name` (timm/NAME) for `classes` classes, on the CPU; torch's
+    generator is not advanced.
 
     asked: name of pretrained weights, or None to initialise from `seed`. size: (height, width) in pixels. InputError if
-    torchvision has no such model or weights, if the weights cannot be downloaded, or if the model is not supported or
-    takes no images of this size.
+    there is no such model or weights, if the weights cannot be downloaded, or if the model is not supported or takes no
+    images of this size.
     """
+    if name.startswith("timm/"):
+        model = _timm_model(name.removeprefix("timm/"), asked, classes, seed)
+        _try_size(model, name, size)
+        return model
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         close = difflib.get_close_matches(name, known, 3) or ["resnet18", "resnet50"]
-        raise InputError(f"torchvision has no model {name}: did you mean {' or '.join(close)}?")
+        raise InputError(f"torchvision has no model {name}: did you mean {' or '.join(close)}? (timm's: timm/NAME)")
     if name in _AUXILIARY:
         raise InputError(f"{name} is not supported: it trains auxiliary classifiers too")
     weights = None if asked is None else _weights(name, asked, classes)
@@ -89,6 +94,36 @@ def build_model(name: str, asked: str | None, classes: int, size: tuple[int, int
         ) from None
     _try_size(model, name, size)
     return model
+
+
+def _timm_model(name: str, asked: str | None, classes: int, seed: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise InputError(f"--model timm/{name} needs timm, which is not installed: run pip install timm") from None
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 3) or ["resnet18", "vit_tiny_patch16_224"]
+        raise InputError(f"timm has no model {name}: did you mean {' or '.join(f'timm/{n}' for n in close)}?")
+    full = name
+    if asked is not None:
+        tags = [tagged.partition(".")[2] for tagged in timm.list_pretrained(f"{name}.*")]
+        if asked != "DEFAULT" and asked not in tags:
+            raise InputError(f"timm/{name} has no weights {asked}: choose one of {', '.join(['DEFAULT', *tags])}")
+        full = name if asked == "DEFAULT" else f"{name}.{asked}"
+        trained = timm.get_pretrained_cfg_value(full, "num_classes")
+        if trained != classes:
+            raise InputError(f"--weights {asked} are for {trained} classes, but the data has {classes}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return timm.create_model(full, pretrained=asked is not None, num_classes=classes)
+    except (OSError, RuntimeError) as error:
+        if asked is None:  # nothing was downloaded: a bug, not bad input
+            raise
+        raise InputError(
+            f"cannot fetch the weights of timm/{full} ({' '.join(str(error).split())}): fetch them elsewhere and give "
+            "the file with --resume"
+        ) from None
 
 
 def _weights(name: str, asked: str, classes: int) -> torchvision.models.WeightsEnum:

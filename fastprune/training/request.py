@@ -5,9 +5,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastprune.specs import OptimizerSpec, ScheduleSpec
+from fastprune.loaders.transforms import Augment
+from fastprune.specs import EmaSpec, OptimizerSpec, ScheduleSpec
 
-Plain = str | int | float | bool | None
+Plain = str | int | float | bool | list[str] | None
+
+PRUNE_SCHEDULES = ("once", "geometric", "cubic")
+
+
+@dataclass(frozen=True)
+class PruneSchedule:
+    """Pruning at the start of each epoch from `first` to `last`, counted from 0, until `sparsity`.
+
+    name: "geometric" or "cubic", as in fastprune.pruning.schedules, from a dense network.
+    """
+
+    name: str
+    sparsity: float
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -18,6 +34,8 @@ class TrainRequest:
     train_crop, val_resize, val_crop: pixels, None where not asked for.  workers: None for what is useful.
     resume, mask, output, store: None where not given.  prune: conv, all or a pattern of names, None where not asked
     for.  sparsity: of the weights that `prune` covers together, in [0, 1), or None.  compute: one of COMPUTES.
+    ema: its decay as given, see `adjusted_ema`.  mixup, cutmix: alphas, 0 for none.  augment: None for crops and flips.
+    repeats: of --ra-sampler, 1 without.  prune_schedule: None to prune before training.  log: some of LOGS.
     flags: all flags as plain values, for the checkpoint.
     """
 
@@ -45,12 +63,26 @@ class TrainRequest:
     print_freq: int = 10
     deterministic: bool = False
     compute: str = "auto"
+    ema: EmaSpec | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    augment: Augment | None = None
+    repeats: int = 1
+    prune_schedule: PruneSchedule | None = None
+    log: tuple[str, ...] = ()
     flags: dict[str, Plain] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path | None:
         """Where the run keeps its last good state, if anywhere."""
         return None if self.output is None else self.output / "checkpoint.pth"
+
+    def adjusted_ema(self, world_size: int) -> EmaSpec | None:
+        """The moving average with the reference's adjustment: a decay of its half-life in images, not in updates."""
+        if self.ema is None:
+            return None
+        adjust = world_size * self.optimizer.batch_size * self.ema.steps / self.schedule.epochs
+        return EmaSpec(1.0 - min(1.0, (1.0 - self.ema.decay) * adjust), self.ema.steps)
 
 
 EMBEDDINGS = ("class_token", "position_embedding", "relative_position_bias_table")

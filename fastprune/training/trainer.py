@@ -298,7 +298,7 @@ class Trainer:
         training batch, on_epoch the metrics of each epoch; both may read and write model, weights and masks. report:
         as on_batch, but it touches none of them, which costs a sparse training less. compute: for this training, in
         place of the Trainer's; strict=False: the Trainer's where that is not possible, as for a run that was begun
-        elsewhere. ema: keeps a moving average and evaluates it, too; one that is there goes on, and without ema it ends.
+        elsewhere. ema: keeps a moving average and evaluates it, too; one that is there goes on, without `ema` it ends.
         Training ends after an epoch that diverged. Returns the metrics of the epochs trained. ValueError for
         labels outside the network's classes (of batches on a GPU only the first is checked), for a loader without a
         batch, and for compute="sparse" where that is not possible. RuntimeError if a parameter was rebound.

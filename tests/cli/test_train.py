@@ -29,7 +29,7 @@ from fastprune.training import classification as classify
 from fastprune.training import models as train_model
 from fastprune.training.checkpoint import replace_file
 from fastprune.training.classification import MEAN, STD, TrainLog
-from fastprune.training.step import EpochMetrics
+from fastprune.training.step import EpochMetrics, Evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "shufflenet_v2_x0_5"
@@ -111,8 +111,8 @@ def test_every_unsupported_flag_is_accepted_at_its_default_and_named_otherwise(c
     request_of(parser().parse_args(["--data-path", "x", *at_default]))
     for given in other:
         assert refused(capsys, ["--data-path", "x", *given]).startswith(f"{given[0]} is not supported: ")
-    line = refused(capsys, ["--data-path", "x", "--opt", "adamw", *(word for given in other for word in given)])
-    for flag in [*UNSUPPORTED, "--opt adamw"]:
+    line = refused(capsys, ["--data-path", "x", "--opt", "lion", *(word for given in other for word in given)])
+    for flag in [*UNSUPPORTED, "--opt lion"]:
         assert f"{flag} is not supported: " in line
 
 
@@ -198,13 +198,15 @@ def test_lines_and_a_checkpoint_that_plain_torchvision_reads(folder, tmp_path, c
     given = flags(folder, tmp_path, "--print-freq", "2", "--label-smoothing", "0.1", "--opt", "sgd_nesterov")
     assert main(given) == 0
     lines = capsys.readouterr().out.splitlines()
-    epoch = r"Epoch: \[{}\]  \[{}/3\]  eta: 0:00:\d\d  lr: 0.05  img/s: [\d.]+  loss: {}  acc1: {}"
+    epoch = (
+        r"Epoch: \[{}\]  \[{}/3\]  eta: 0:00:\d\d  lr: 0.05  img/s: [\d.]+  loss: {what}  acc1: {what}  acc5: {what}$"
+    )
     running = r"[\d.]+ \([\d.]+\)"
     expected = ["Data ", f"Model {MODEL}, fp32 on cpu ", f"Dense: {WEIGHTS} conv weights", "Start training"]
     for e in range(2):
-        expected += [epoch.format(e, i, running, running) for i in (0, 2)]
-        expected += [epoch.format(e, 3, r"[\d.]+$", r"[\d.]+$").replace("$  acc1", "  acc1")]
-        expected += [rf"Epoch: \[{e}\] Total time: 0:00:", r"Test:  Acc@1 [\d.]+ loss [\d.]+$"]
+        expected += [epoch.format(e, i, what=running) for i in (0, 2)]
+        expected += [epoch.format(e, 3, what=r"[\d.]+")]
+        expected += [rf"Epoch: \[{e}\] Total time: 0:00:", r"Test:  Acc@1 [\d.]+ Acc@5 100.000 loss [\d.]+$"]
     expected += ["Training time 0:00:"]
     assert len(lines) == len(expected)
     for line, pattern in zip(lines, expected, strict=True):
@@ -232,15 +234,41 @@ def test_lines_and_a_checkpoint_that_plain_torchvision_reads(folder, tmp_path, c
     assert capsys.readouterr().out.splitlines()[-1] == lines[-2]
 
 
-def test_on_a_gpu_an_epoch_is_one_line(capsys):
-    log = TrainLog(4, 8, ScheduleSpec(0.1, 2), every=1, sums=None, epoch=1, world_size=2)
-    for _ in range(4):
+class Later:
+    """A Snapshot that a device makes some steps after it was asked for. done: its steps."""
+
+    def __init__(self, step: int, device: list[int]) -> None:
+        self.step, self.device = step, device
+
+    def is_ready(self) -> bool:
+        return self.device[0] >= self.step
+
+    def result(self) -> tuple[Evaluation, int]:
+        assert self.is_ready(), "the host waits"
+        return Evaluation(2.0 / self.step, 0.25 * self.step, 1.0), 8 * self.step
+
+
+def test_lines_within_an_epoch_do_not_wait_for_a_gpu(capsys):
+    """A device that falls behind: a line is printed when its sums have come, only the latest of several."""
+    device, host = [0], 0
+    log = TrainLog(4, 8, ScheduleSpec(0.1, 2), every=1, so_far=lambda: Later(host, device), epoch=1, world_size=2)
+    shown = []
+    for host, device[0] in ((1, 0), (2, 0), (3, 2), (4, 2)):  # noqa: B007, read in so_far
         log.batch(8)
-    log.epoch(EpochMetrics(2, 0.1, 1.25, 0.5, 1.5, 0.25, images_per_second=32.0, seconds=9.0))
+        shown.append(capsys.readouterr().out)
+    assert [bool(text) for text in shown] == [False, False, True, False]
+    assert re.fullmatch(
+        r"Epoch: \[1\]  \[1/4\]  eta: 0:00:00  lr: 0.1  img/s: [\d.]+  loss: 1.0000 \(1.0000\)  acc1: 50.000 "
+        r"\(50.000\)  acc5: 100.000 \(100.000\)\n",
+        shown[2],
+    )
+    metrics = EpochMetrics(2, 0.1, 1.25, 0.5, 1.5, 0.25, 32.0, 9.0, 1.0, 0.75, 1.25, 0.375, 0.875)
+    log.epoch(metrics)
     assert capsys.readouterr().out.splitlines() == [
-        "Epoch: [1]  [4/4]  eta: 0:00:00  lr: 0.1  img/s: 32.0  loss: 1.2500  acc1: 50.000",
+        "Epoch: [1]  [4/4]  eta: 0:00:00  lr: 0.1  img/s: 32.0  loss: 1.2500  acc1: 50.000  acc5: 100.000",
         "Epoch: [1] Total time: 0:00:02",
-        "Test:  Acc@1 25.000 loss 1.5000",
+        "Test:  Acc@1 25.000 Acc@5 75.000 loss 1.5000",
+        "Test: EMA Acc@1 37.500 Acc@5 87.500 loss 1.2500",
     ]
 
 

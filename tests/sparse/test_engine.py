@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastprune.pruning.allocation import prune
 from fastprune.pruning.masks import Mask
 from fastprune.sparse import choice, cost
-from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.specs import EmaSpec, Init, ModelSpec, OptimizerSpec, ScheduleSpec
 from fastprune.training.models import initial_model
 from fastprune.training.trainer import Trainer
 
@@ -115,6 +115,19 @@ def test_a_training_is_the_plain_one(nesterov):
         assert ours.val_loss == pytest.approx(theirs.val_loss, rel=1e-3)
         assert ours.lr == theirs.lr
     check_alike(*both)
+    check_pruned(both[0])
+
+
+def test_clipping_other_decays_and_a_moving_average_are_the_plain_ones():
+    optimizer = OptimizerSpec(16, 0.9, 1e-3, other_decays=(("norm", 0.5), ("bias", 0.1)), clip_grad_norm=0.1)
+    both = [trainer(compute) for compute in ("sparse", "plain")]
+    histories = [t.fit(TRAIN, VAL, optimizer, SCHEDULE, ema=EmaSpec(0.5, 2)) for t in both]
+    assert [t.computed for t in both] == ["sparse", "plain"]
+    for ours, theirs in zip(*histories, strict=True):
+        assert ours.val_loss == pytest.approx(theirs.val_loss, rel=1e-3)
+        assert ours.ema_loss == pytest.approx(theirs.ema_loss, rel=1e-3)
+        assert ours.ema_loss != ours.val_loss
+    check_alike(*both)  # the average, too
     check_pruned(both[0])
 
 
