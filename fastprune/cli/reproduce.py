@@ -17,6 +17,7 @@ from fastprune.loaders.choice import LOADERS
 from fastprune.specs import COMPUTES
 from fastprune.study.plugins import load_modules
 from fastprune.study.settings import PRESETS, Settings, flag_of, flags, preset
+from fastprune.training.scalars import LOGS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,6 +121,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds between checkpoints of a run (default 60)",
     )
+    run.add_argument(
+        "--log",
+        nargs="+",
+        choices=LOGS,
+        default=[],
+        help="where the metrics of each training's epochs go when it has ended, in --store: tensorboard/ or wandb/, a "
+        "run each (online if you are logged in; WANDB_MODE=offline); csv is always written, with its node",
+    )
     run.add_argument("--checkpoint-epochs", type=_positive, metavar="N", help="write a checkpoint also every N epochs")
 
     h = p.add_argument_group("hyperparameters (default: the paper's protocol, changed by --preset)")
@@ -179,6 +188,7 @@ def _main(args: argparse.Namespace, command: str) -> int:
         ray_address=args.ray_address,
         gpus_per_run=args.gpus_per_run,
         modules=_modules(args),
+        log=tuple(name for name in dict.fromkeys(args.log) if name != "csv"),
         command=command,
         open=args.open,
     )

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,10 @@ from fastprune.store.needs import Needs, named, read_needs, record_figure
 from fastprune.study.chains import check_rounds
 from fastprune.study.data import TITLES, DataRequest, data_flag, data_spec
 from fastprune.study.graph import Cost, Graph, merge_graphs
+from fastprune.study.logs import log_folder, log_training
 from fastprune.study.plan import Planned, describe, print_plan
 from fastprune.study.settings import Settings
+from fastprune.training.scalars import check_logs
 
 if TYPE_CHECKING:
     from fastprune.study.compute import Images
@@ -68,7 +71,8 @@ class Request:
     compute: one of COMPUTES. device: "cpu", "cuda" or "cuda:N"; None: every GPU, else the CPU. workers: how many runs
     compute at once; None: by the device. images_per_second: to plan with; None: those measured. planned_gpus: numbers
     of GPUs to plan for. ray: run on the Ray cluster at ray_address. gpus_per_run: on Ray; None: one if there are GPUs.
-    modules: the user's modules to import. command: the command line, to be recorded. open: whether to show the page.
+    modules: the user's modules to import. log: some of training.scalars.LOGS. command: the command line, to be
+    recorded. open: whether to show the page.
     """
 
     figures: tuple[FigureRequest, ...]
@@ -85,6 +89,7 @@ class Request:
     ray_address: str | None = None
     gpus_per_run: float | None = None
     modules: tuple[str, ...] = ()
+    log: tuple[str, ...] = ()
     command: str = ""
     open: bool = False
 
@@ -169,6 +174,7 @@ class _Figure:
 def run(request: Request) -> bool:
     """Computes the nodes that the store lacks, then draws, judges and reports. Returns False if a node failed."""
     began = time.monotonic()
+    check_logs(request.log)
     for figure in request.figures:
         figure.images.source()  # raises for missing data before a folder is created
     for figure in request.figures:
@@ -199,6 +205,11 @@ def run(request: Request) -> bool:
             asdict(each.data),
         )
     graph = merge_graphs(f.graph for f in figures)
+    for kind in request.log:
+        print(f"  metrics of each training: {log_folder(store, kind)}", flush=True)
+    for node in graph.trainings if request.log else ():
+        if store.has(node):
+            log_training(store, graph, request.log, node)
     # Before anything runs, so that the report can tell cached nodes from computed ones.
     todo = {n.key for n in graph.todo(store)}
     page = _LivePage(figures, store, todo, devices, request.command)
@@ -421,7 +432,8 @@ def _execute(
     )
 
     def by(workers: "list[Worker]") -> "Outcome":
-        with Bars(graph, todo, len(workers), watch) as bars:
+        logged = partial(log_training, store, graph, request.log)
+        with Bars(graph, todo, len(workers), watch, logged) as bars:
             return run_graph(graph, RunStore(config.store), workers, bars)
 
     if not request.ray:

@@ -42,7 +42,8 @@ class Pruner:
     least 0.01 % in layers that are not all zeros (those alone are how some models initialise a head). Masks under hooks
     of torch.nn.utils.prune are taken over, and those hooks removed. dense_grad: see there. verbose: print one line on
     what is covered to stderr. hooks: zero the gradients of pruned weights after each accumulation, so that clipping
-    counts what is kept; without it the caller keeps pruned weights at +0.
+    counts what is kept; without it the caller keeps pruned weights at +0. on_prune: called with the Pruner after each
+    change of masks, as by `prune`, `set_masks` or a schedule, and after loading; it may be set later. Copies have none.
 
     To keep pruned weights at +0 under an optimiser, `attach` it. A backward pass raises RuntimeError if other code
     has written pruned weights, and they are not 0. Not for parameters sharded over processes (FSDP).
@@ -60,6 +61,7 @@ class Pruner:
         dense_grad: bool = False,
         verbose: bool = True,
         hooks: bool = True,
+        on_prune: "Callable[[Pruner], None] | None" = None,
     ) -> None:
         self.model = _plain(model)
         found = coverage(self.model, kinds, include, exclude)
@@ -85,6 +87,7 @@ class Pruner:
                 if keep.device.type != "meta":
                     self._masks[name] &= keep
         self.apply()
+        self.on_prune: Callable[[Pruner], None] | None = on_prune
         if verbose:
             print(f"fastprune: {self.described()}", file=sys.stderr)
 
@@ -308,6 +311,12 @@ class Pruner:
         for name, keep in new.items():
             masks[name].copy_(keep)  # in place: a captured graph reads this memory
         self.apply()
+        self.masks_changed()
+
+    def masks_changed(self) -> None:
+        """Tells `on_prune`; to be called after other code has written the masks."""
+        if self.on_prune is not None:
+            self.on_prune(self)
 
     def _refuse_other_pruners(self, new: Mapping[str, Tensor]) -> None:
         """ValueError if another Pruner of the model prunes weights that `new` keeps: they would not be trained."""
@@ -519,7 +528,7 @@ class Pruner:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.dense_grads = {}
+        self.dense_grads, self.on_prune = {}, None
         self._start()
 
 

@@ -56,8 +56,10 @@ class Bars:
         todo: list[Runnable],
         workers: int,
         watch: Watch = lambda state: None,
+        on_training: Callable[[Train], None] = lambda node: None,
     ) -> None:
-        self.graph, self.watch = graph, watch
+        """on_training: called with each training that has been published, here or by another process."""
+        self.graph, self.watch, self.on_training = graph, watch, on_training
         self.doing: dict[int, str] = {}
         self.notes: list[str] = []
         live = bool(todo) and sys.stderr.isatty()
@@ -120,6 +122,7 @@ class Bars:
             self.trained += 1
             self._expect_no_more_of([node])  # a resumed or diverged run takes fewer images than planned
             self._count()
+            self.on_training(node)
             if result["diverged"]:
                 self.note(f"diverged: {self.graph.label(node)}, in epoch {result['epochs']}")
         self.watch(self.live)

@@ -3,7 +3,8 @@
 # Standard library only at the top: the packages are optional, and the flags are read without them.
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,19 +26,30 @@ class ScalarLog(Protocol):
         """Writes what is not written yet."""
 
 
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def check_logs(kinds: Iterable[str]) -> None:
+    """InputError for a log, one of LOGS, whose package cannot be imported: found before hours of training."""
+    for kind in kinds:
+        try:
+            if kind in PACKAGES:
+                import_module(PACKAGES[kind])
+        except ImportError as error:
+            raise InputError(
+                f"--log {kind} needs {kind}, which cannot be imported ({error}): run pip install 'fastprune[{kind}]'"
+            ) from None
+
+
 def open_log(kind: str, folder: Path, *, name: str, config: Mapping[str, Any], done: int = 0) -> ScalarLog:
     """The log `kind`, one of LOGS, in `folder`: metrics.csv, tensorboard/ or wandb/.
 
     name, config: of the training.  done: steps that a resumed training has done; later ones in the log are of no worth.
-    InputError if the package that writes it is not installed.
+    InputError as of `check_logs`.
     """
+    check_logs([kind])
     kinds: dict[str, Callable[..., ScalarLog]] = {"csv": _Csv, "tensorboard": _TensorBoard, "wandb": _Wandb}
-    try:
-        return kinds[kind](folder, name, config, done)
-    except ImportError as error:
-        raise InputError(
-            f"--log {kind} needs {kind}, which cannot be imported ({error}): run pip install 'fastprune[{kind}]'"
-        ) from None
+    return kinds[kind](folder, name, config, done)
 
 
 class _Csv:

@@ -73,9 +73,11 @@ class Trainer:
         include: Selectors | None = None,
         exclude: Selectors | None = None,
         compute: str = "auto",
+        on_prune: Callable[[Pruner], None] | None = None,
     ) -> None:
-        """compile: True, False, or the name of a torch.compile backend. ValueError for an unknown precision or
-        `compute`, for a model with nothing to prune, and for trained parameters that are not float32."""
+        """compile: True, False, or the name of a torch.compile backend. on_prune: as of Pruner. ValueError for an
+        unknown precision or `compute`, for a model with nothing to prune, and for trained parameters that are not
+        float32."""
         for what, given, known in (("precision", precision, PRECISIONS), ("compute", compute, COMPUTES)):
             if given not in known:
                 raise ValueError(f"unknown {what} {given!r}: choose one of {', '.join(known)}")
@@ -86,7 +88,9 @@ class Trainer:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.precision = precision
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.pruner = Pruner(self.model, kinds=kinds, include=include, exclude=exclude, verbose=False, hooks=False)
+        self.pruner = Pruner(
+            self.model, kinds=kinds, include=include, exclude=exclude, verbose=False, hooks=False, on_prune=on_prune
+        )
         if self.pruner.kept < self.pruner.total:
             print(f"fastprune: {self.pruner.described()}", file=sys.stderr)
         self.flat = FlatParams(self.model, self.pruner.names, half_precision=_HALF[precision])
@@ -235,6 +239,7 @@ class Trainer:
             raise ValueError("the mask has other layers or shapes than the model")
         self.flat.mask.copy_(mask.keep)
         self.pruner.apply()
+        self.pruner.masks_changed()
 
     def close(self) -> None:
         """Frees the memory of captured steps and ends threads. Call it before a process group is destroyed."""

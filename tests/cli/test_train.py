@@ -16,6 +16,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.nn.utils import prune as torch_prune
+from torch.optim.swa_utils import AveragedModel
+from torchvision.transforms import v2
 
 from fastprune.cli.train import UNSUPPORTED, main, parser, request_of
 from fastprune.errors import InputError
@@ -28,7 +30,8 @@ from fastprune.specs import ScheduleSpec
 from fastprune.training import classification as classify
 from fastprune.training import models as train_model
 from fastprune.training.checkpoint import replace_file
-from fastprune.training.classification import MEAN, STD, TrainLog
+from fastprune.training.classification import MEAN, STD, Epochs, TrainLog, mixing, sparsity_at
+from fastprune.training.request import PruneSchedule
 from fastprune.training.step import EpochMetrics, Evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +76,12 @@ def equal(a: dict, b: dict) -> None:
     for name, value in a["model"].items():
         assert torch.equal(value, b["model"][name]), name
     for i, kept in a["optimizer"]["state"].items():
-        assert torch.equal(kept["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"]), i
+        assert kept.keys() == b["optimizer"]["state"][i].keys()
+        for key, value in kept.items():
+            assert torch.equal(value, b["optimizer"]["state"][i][key]), (i, key)
+    assert ("model_ema" in a) == ("model_ema" in b)
+    for name, value in a.get("model_ema", {}).items():
+        assert torch.equal(value, b["model_ema"][name]), name
     assert (a["mask"] is None) == (b["mask"] is None)
     for name, value in (a["mask"] or {}).items():
         assert torch.equal(value, b["mask"][name]), name
@@ -336,6 +344,195 @@ def test_two_ranks_train_and_resume(folder, tmp_path):
     torchrun(tmp_path / "part", "--epochs", "1")
     torchrun(tmp_path / "part", "--resume", str(tmp_path / "part" / "checkpoint.pth"))
     equal(load(tmp_path / "part" / "checkpoint.pth"), load(tmp_path / "whole" / "checkpoint.pth"))
+
+
+# ---------------------------------------------------------------- recipes of today
+
+EVERYTHING = [
+    *("--opt", "adamw", "--lr", "0.002", "--weight-decay", "0.05", "--norm-weight-decay", "0", "--clip-grad-norm", "1"),
+    *("--bias-weight-decay", "0.01", "--mixup-alpha", "0.2", "--cutmix-alpha", "1", "--label-smoothing", "0.1"),
+    *("--auto-augment", "ra", "--random-erase", "0.5", "--interpolation", "bicubic"),
+    *("--model-ema", "--model-ema-steps", "2", "--model-ema-decay", "0.9"),
+    *("--sparsity", "0.9", "--prune-schedule", "cubic", "--prune-end-epoch", "1", "--log", "csv"),
+]
+
+
+def test_everything_at_once_resumes_to_the_bit_and_says_what_it_does(folder, tmp_path, capsys):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    every = [*EVERYTHING, "--epochs", "3", "--loader", "auto"]
+    assert main(flags(folder, whole, *every)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "Note: torchvision's transforms read the images, for --auto-augment ra, --random-erase 0.5, " in "\n".join(
+        lines
+    )
+    # Epoch 0 begins with 0.9 (1 - (1 - 1/2)^3), epoch 1 with all of it.
+    kept = [f"Sparsity {s}: {WEIGHTS - round(float(s) * WEIGHTS)} " for s in ("0.7875", "0.9000")]
+    for text in kept:
+        assert any(line.startswith(text) for line in lines), text
+    assert sum(line.startswith("Test: EMA Acc@1 ") for line in lines) == 3
+
+    saved = classify.save_checkpoint
+
+    def save_and_stop(*args):
+        saved(*args)
+        if args[2] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classify, "save_checkpoint", save_and_stop)
+        assert main(flags(folder, part, *every)) == 130
+    capsys.readouterr()
+    assert main(flags(folder, part, *every, "--resume", str(part / "checkpoint.pth"))) == 0
+    assert f"Resumed {part}/checkpoint.pth, 1 epochs done\nSparsity 0.7875" in capsys.readouterr().out
+    a, b = load(whole / "checkpoint.pth"), load(part / "checkpoint.pth")
+    equal(a, b)
+    assert a["args"]["auto_augment"] == "ra"
+    rows = [(out / "metrics.csv").read_text().splitlines() for out in (whole, part)]
+    assert [len(text) for text in rows] == [4, 4]
+    timed = {"images_per_second", "seconds"}
+    columns = [i for i, name in enumerate(rows[0][0].split(",")) if name not in timed]
+    same = [[[line.split(",")[i] for i in columns] for line in text] for text in rows]
+    assert same[0] == same[1]
+    assert rows[0][0].startswith("epoch,lr,train_loss,")
+    assert rows[0][0].endswith(",ema_loss,ema_accuracy,ema_accuracy5,density")
+
+    assert main(flags(folder, tmp_path, "--test-only", "--model-ema", "--resume", str(whole / "checkpoint.pth"))) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == lines[-2]
+    # As torch's own tools read it.
+    average = AveragedModel(plain(a), use_buffers=True)
+    average.load_state_dict(a["model_ema"])
+    groups = a["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0, 0.01]
+    adamw = torch.optim.AdamW([{"params": [nn.Parameter(torch.zeros(1)) for _ in g["params"]]} for g in groups])
+    adamw.load_state_dict(a["optimizer"])
+
+
+def test_an_ema_that_the_file_lacks(folder, tmp_path, dense, capsys):
+    line = refused(capsys, flags(folder, tmp_path, "--test-only", "--model-ema", "--resume", str(dense)))
+    assert line == "--test-only --model-ema tests an average that --resume must bring: the file has none"
+    torch.save(load(dense) | {"epoch": 0}, tmp_path / "one.pth")
+    assert main(flags(folder, tmp_path, "--model-ema", "--resume", str(tmp_path / "one.pth"))) == 0
+    assert f"note: {tmp_path}/one.pth has no moving average: it begins here" in capsys.readouterr().out
+    bad = load(tmp_path / "checkpoint.pth")
+    del bad["model_ema"]["module.fc.bias"]
+    torch.save(bad, tmp_path / "bad.pth")
+    line = refused(capsys, flags(folder, tmp_path, "--resume", str(tmp_path / "bad.pth")))
+    assert line.endswith("is damaged or foreign (ValueError: model_ema is of another network)")
+
+
+def test_another_optimisers_state_is_no_momentum(folder, tmp_path, dense):
+    """A checkpoint of SGD goes on with RMSprop as plain weights do, which have none."""
+    content = load(dense) | {"epoch": 0}
+    for name, kept in (("sgd", content), ("none", {k: v for k, v in content.items() if k != "optimizer"})):
+        torch.save(kept, tmp_path / f"{name}.pth")
+        given = ["--opt", "rmsprop", "--lr", "0.001", "--resume", str(tmp_path / f"{name}.pth")]
+        assert main(flags(folder, tmp_path / name, *given)) == 0
+    equal(*(load(tmp_path / name / "checkpoint.pth") for name in ("sgd", "none")))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--auto-augment", "cubist"], "unknown --auto-augment cubist: choose one of ra, ta_wide, augmix, imagenet"),
+        (["--interpolation", "cubic"], "unknown --interpolation cubic: choose one of nearest, "),
+        (
+            ["--loader", "ffcv", "--random-erase", "0.1"],
+            "--loader ffcv cannot do --random-erase 0.1, which",
+        ),
+        (["--loader", "resident", "--auto-augment", "ra"], "--loader resident cannot do --auto-augment ra, "),
+        (["--opt", "adamw", "--compute", "sparse"], "--compute sparse is not possible here: the sparse engine has no"),
+        (["--prune-schedule", "cubic"], "--prune-schedule cubic requires --sparsity, at which it ends"),
+        (["--prune-end-epoch", "3"], "--prune-end-epoch requires --prune-schedule geometric or cubic"),
+        (
+            ["--prune-schedule", "cubic", "--sparsity", "0.5", "--prune-end-epoch", "9", "--epochs", "9"],
+            "--prune-schedule runs from epoch 0 to 9: expected two epochs from 0 to 8, in order",
+        ),
+        (["--log", "csv", "--output-dir", ""], "--log requires --output-dir"),
+        (["--log", "paper"], "argument --log: invalid choice: 'paper'"),
+        (["--mixup-alpha", "-1"], "argument --mixup-alpha: -1 is not a number of 0 or more"),
+        (["--model", "timm/resnet1"], "timm has no model resnet1: did you mean timm/resnet"),
+        (
+            ["--model", "timm/resnet18", "--weights", "x"],
+            "timm/resnet18 has no weights x: choose one of DEFAULT, a1",
+        ),
+        (
+            ["--model", "timm/resnet18", "--weights", "a1_in1k"],
+            "--weights a1_in1k are for 1000 classes, but the da",
+        ),
+    ],
+)
+def test_bad_recipes(tmp_path, capsys, given, expected):
+    data = ["--data-path", "synthetic", "--device", "cpu", "--output-dir", str(tmp_path)]
+    assert refused(capsys, [*data, *given]).startswith(expected)
+
+
+def test_timm_is_asked_for_where_it_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    data = ["--data-path", "synthetic", "--device", "cpu", "--output-dir", str(tmp_path)]
+    line = refused(capsys, [*data, "--model", "timm/resnet18"])
+    assert line == "--model timm/resnet18 needs timm, which is not installed: run pip install timm"
+
+
+@pytest.mark.slow
+def test_a_model_of_timm(folder, tmp_path, capsys):
+    pytest.importorskip("timm")
+    given = ["--model", "timm/mobilenetv3_small_050", "--sparsity", "0.5", "--epochs", "1", "--prune", "all"]
+    assert main(flags(folder, tmp_path, *given)) == 0
+    import timm
+
+    model = timm.create_model("mobilenetv3_small_050", num_classes=CLASSES)
+    model.load_state_dict(load(tmp_path / "checkpoint.pth")["model"])
+
+
+def test_sparsity_by_epoch():
+    geometric, cubic = (PruneSchedule(name, 0.9, 2, 5) for name in ("geometric", "cubic"))
+    assert sparsity_at(geometric, 1) is None
+    # Each of four rounds keeps a fraction of 0.1 ** (1 / 4) of what was left.
+    for epoch, kept in ((2, 0.1**0.25), (3, 0.1**0.5), (4, 0.1**0.75), (5, 0.1), (9, 0.1)):
+        assert sparsity_at(geometric, epoch) == pytest.approx(1 - kept)
+    for epoch, left in ((2, 27 / 64), (3, 8 / 64), (4, 1 / 64), (5, 0.0), (9, 0.0)):
+        assert sparsity_at(cubic, epoch) == pytest.approx(0.9 * (1 - left))
+    assert sparsity_at(geometric, 5) == sparsity_at(cubic, 5) == 0.9
+
+
+def test_the_decay_of_the_average_is_adjusted_as_in_the_reference():
+    given = ["--data-path", "x", "-b", "128", "--epochs", "600", "--model-ema", "--model-ema-steps", "32"]
+    ema = request_of(parser().parse_args(given)).adjusted_ema(8)
+    assert ema is not None
+    # 1 - 8 x 128 x 32 / 600 x (1 - 0.99998)
+    assert ema.decay == pytest.approx(1 - 54.613333 * 0.00002)
+    assert ema.steps == 32
+    few = request_of(parser().parse_args([*given, "--epochs", "1", "--model-ema-decay", "0.5"])).adjusted_ema(1)
+    assert few is not None
+    assert few.decay == 0.0
+
+
+def test_mixup_and_cutmix_are_torchvisions(folder):
+    """Drawn from torch's generator, which each epoch seeds."""
+    given = ["--data-path", "x", "--mixup-alpha", "0.3", "--cutmix-alpha", "1"]
+    mix = mixing(request_of(parser().parse_args(given)), 5)
+    assert mix is not None
+    choice = v2.RandomChoice([v2.MixUp(alpha=0.3, num_classes=5), v2.CutMix(alpha=1.0, num_classes=5)])
+    batches = [(torch.randn(4, 3, 8, 8), torch.arange(4)) for _ in range(6)]
+
+    class Given(list):
+        def set_epoch(self, epoch: int) -> None: ...
+
+    epochs = Epochs(Given(batches), 3, 0, mix)
+    runs = []
+    for _ in range(2):
+        epochs.set_epoch(1)
+        seed = torch.initial_seed()
+        runs.append(list(epochs))
+    torch.manual_seed(seed)
+    for (images, labels), (found, classes), again in zip(batches, *runs, strict=True):
+        expected = choice(images, labels)
+        for a, b, c in zip(expected, (found, classes), again, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(b, c)
+        assert classes.shape == (4, 5)
+        assert not torch.equal(found, images)
+    assert mixing(request_of(parser().parse_args(["--data-path", "x"])), 5) is None
 
 
 # ---------------------------------------------------------------- masks
