@@ -271,7 +271,7 @@ class Pruner:
             rest = _keep_top({name: weight}, {name: ~keep}, ranked, [free - count])
             new[name] = keep | rest[name]
         self._refuse_other_pruners(new)
-        self._write(left)  # so that weights that are dropped and come back begin at 0, as the others do
+        self._replace(left)  # so that weights that are dropped and come back begin at 0, as the others do
         self._write(new)
         return sum(counts)
 
@@ -306,12 +306,15 @@ class Pruner:
         return weights, {name: masks[name] for name in weights}
 
     def _write(self, new: Mapping[str, Tensor]) -> None:
+        self._replace(new)
+        self.masks_changed()
+
+    def _replace(self, new: Mapping[str, Tensor]) -> None:
         self._refuse_other_pruners(new)
         masks = self.masks
         for name, keep in new.items():
             masks[name].copy_(keep)  # in place: a captured graph reads this memory
         self.apply()
-        self.masks_changed()
 
     def masks_changed(self) -> None:
         """Tells `on_prune`; to be called after other code has written the masks."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -87,6 +88,22 @@ def test_the_second_call_trains_nothing(finished, capsys):
     assert main([*TINY, *folders(finished)]) == 0
     assert published(finished) == before
     assert (finished / "out/A2/results.csv").read_bytes() == csv
+
+
+@pytest.mark.slow
+def test_metrics_of_each_training_are_logged_of_those_in_the_store_too(finished, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    shutil.copytree(finished / "store", tmp_path / "store")
+    capsys.readouterr()
+    assert main([*TINY, *folders(tmp_path), "--log", "csv", "tensorboard"]) == 0
+    assert f"metrics of each training: {tmp_path}/store/tensorboard\n" in capsys.readouterr().out
+    assert published(tmp_path).keys() == published(finished).keys()
+    runs = list((tmp_path / "store/tensorboard").glob("*/tensorboard/events.*"))
+    assert len(runs) == small_figure.TRAININGS
+    # A new one, trained here, is logged when it has ended.
+    assert main([*TINY, *folders(tmp_path), "--log", "tensorboard", "--fig", "A2", "--rounds", "3"]) == 0
+    assert len(list((tmp_path / "store/tensorboard").iterdir())) > small_figure.TRAININGS
+    assert store_main(["verify", str(tmp_path / "store")]) == 0
 
 
 def test_all_that_a_figure_leaves_is_needed_and_whole(finished, capsys):

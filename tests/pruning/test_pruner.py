@@ -753,3 +753,20 @@ def test_masked_layers_may_hold_anything_in_pruned_weights():
     model.load_state_dict({name: t for name, t in dense.items() if "mask" not in name}, strict=False)
     loss_of(model).backward()  # no error: the forward masks
     assert is_plus_zero(model[4].weight.grad[~pruner.masks["4.weight"]])
+
+
+def test_on_prune_is_told_after_each_change():
+    """And not by a copy, whose masks are its own."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    heard: list[int] = []
+    pruner = Pruner(model, verbose=False, on_prune=lambda p: heard.append(p.kept))
+    pruner.prune(0.25)
+    state = pruner.state_dict()
+    pruner.drop_and_grow(0.5, lambda name, weight: torch.rand_like(weight))
+    pruner.prune(n=16)
+    pruner.load_state_dict(state)
+    assert heard == [96, 96, 80, 96]
+    copy.deepcopy(pruner).prune(0.5)
+    with pytest.raises(ValueError, match="fraction"):
+        pruner.prune(2.0)
+    assert len(heard) == 4

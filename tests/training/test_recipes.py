@@ -132,6 +132,21 @@ def test_two_epochs_are_those_of_the_plain_loop(name):
     pruned_is_zero(ours, mask)
 
 
+@pytest.mark.parametrize("name", ["adamw-clip-norm", "rmsprop", "norm"])
+def test_the_device_computes_as_a_cpu_does(name, device, monkeypatch):
+    """On a GPU fused or foreach steps in a captured graph, with the rate and the count of steps in its memory."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    both = [Trainer(network(), device=d, compile=False, compute="plain") for d in ("cpu", device)]
+    mask = random_mask(both[0], 0.5)
+    for t in both:
+        t.set_mask(mask)
+        t.fit(Epochs(), Epochs(), OPTIMIZERS[name], SCHEDULE, ema=EMA)
+        pruned_is_zero(t, mask)
+    expected, found = (t.state() for t in both)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+
+
 def pruned_is_zero(t: Trainer, mask: Mask) -> None:
     """Pruned weights, their state and their average are exactly +0."""
     state = t.state()
@@ -243,6 +258,17 @@ def test_the_average_is_evaluated_apart():
     t.fit(Epochs(), Epochs(), OPTIMIZERS["clip"], SCHEDULE)
     with pytest.raises(ValueError, match="no moving average"):
         t.evaluate(Epochs(), averaged=True)
+
+
+def test_on_prune_hears_of_every_change_of_masks():
+    heard: list[float] = []
+    t = Trainer(network(), on_prune=lambda pruner: heard.append(pruner.density))
+    t.prune(0.5)
+    t.pruner.prune(to=0.75)
+    t.set_mask(None)
+    assert heard == pytest.approx([0.5, 0.25, 1.0], abs=1e-3)
+    t.fit(Epochs(), Epochs(), OPTIMIZERS["adamw"], SCHEDULE)
+    assert len(heard) == 3
 
 
 def test_ranks_are_those_of_a_stable_sort():
