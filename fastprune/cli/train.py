@@ -15,7 +15,7 @@ from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS
 from fastprune.loaders.transforms import INTERPOLATIONS, POLICIES, Augment
 from fastprune.specs import COMPUTES, EmaSpec, OptimizerSpec, ScheduleSpec
-from fastprune.training.request import PRUNE_SCHEDULES, PruneSchedule, TrainRequest, other_decays
+from fastprune.training.request import PRUNE_SCHEDULES, PruneSchedule, TrainRequest, other_decays, prune_schedule_of
 from fastprune.training.scalars import LOGS
 
 # The reference's names in lower case, as it compares them, -> those of ScheduleSpec.
@@ -362,22 +362,19 @@ def request_of(args: argparse.Namespace) -> TrainRequest:
 
 
 def _prune_schedule(args: argparse.Namespace) -> PruneSchedule | None:
-    first, last = args.prune_start_epoch, args.prune_end_epoch
     if args.prune_schedule == "once":
-        for flag, value in (("--prune-start-epoch", first), ("--prune-end-epoch", last)):
+        for flag, value in (("start", args.prune_start_epoch), ("end", args.prune_end_epoch)):
             if value is not None:
-                raise InputError(f"{flag} requires --prune-schedule geometric or cubic")
-        return None
-    if args.sparsity is None:
+                raise InputError(f"--prune-{flag}-epoch requires --prune-schedule geometric or cubic")
+    elif args.sparsity is None:
         raise InputError(f"--prune-schedule {args.prune_schedule} requires --sparsity, at which it ends")
-    first = first or 0
-    last = max(first, args.epochs * 3 // 4) if last is None else last
-    if not first <= last < args.epochs:
+    found = prune_schedule_of(vars(args))
+    if found is not None and not found.first <= found.last < args.epochs:
         raise InputError(
-            f"--prune-schedule runs from epoch {first} to {last}: expected two epochs from 0 to {args.epochs - 1}, in "
-            "order"
+            f"--prune-schedule runs from epoch {found.first} to {found.last}: expected two epochs from 0 to "
+            f"{args.epochs - 1}, in order"
         )
-    return PruneSchedule(args.prune_schedule, args.sparsity, first, last)
+    return found
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ from fastprune.pruning.schedules import cubic, geometric_to
 from fastprune.specs import ScheduleSpec
 from fastprune.training.checkpoint import fitting_mask, load_checkpoint, replace_file, save_checkpoint, trainer_mask
 from fastprune.training.models import build_model
-from fastprune.training.request import PruneSchedule, TrainRequest
+from fastprune.training.request import PruneSchedule, TrainRequest, prune_schedule_of
 from fastprune.training.scalars import ScalarLog, open_log
 from fastprune.training.step import EpochMetrics, Evaluation, Snapshot
 from fastprune.training.trainer import Batches, Trainer
@@ -583,8 +583,7 @@ def _is_held(request: TrainRequest, trainer: Trainer, held: Mask | None, flags: 
         return held is not None and torch.equal(wanted.keep, held.keep)
     if request.prune_schedule is not None:
         # The run that it was, at whatever sparsity it has come to.
-        names = ("prune_schedule", "sparsity", "prune_start_epoch", "prune_end_epoch", "epochs")
-        return all(flags.get(name) == request.flags.get(name) for name in names)
+        return prune_schedule_of(flags) == request.prune_schedule
     if request.sparsity is not None:
         pruned = 0 if held is None else held.total - held.kept
         return pruned == round(request.sparsity * trainer.flat.total)

@@ -20,8 +20,8 @@ class MaskedSGD(torch.optim.Optimizer):
     params: parameters or parameter groups of floats, bf16 and fp16 included, which round as torch's. pruner: its masks
     are read at each step and may change at any time; the optimiser is attached to it. State: SGD's own, a
     "momentum_buffer" for each parameter. `step` mutates weights and momentum, not the gradients. float32 takes one
-    launch a parameter on a GPU; FlatOptimizer takes two in all. ValueError for hyperparameters that torch.optim.SGD refuses,
-    and for a parameter with gaps in memory.
+    launch a parameter on a GPU; FlatOptimizer takes two in all. ValueError for hyperparameters that torch.optim.SGD
+    refuses, and for a parameter with gaps in memory.
     """
 
     keeps_pruned = True  # read by Pruner.attach: no pass of its own is needed after a step

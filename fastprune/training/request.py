@@ -85,6 +85,15 @@ class TrainRequest:
         return EmaSpec(1.0 - min(1.0, (1.0 - self.ema.decay) * adjust), self.ema.steps)
 
 
+def prune_schedule_of(flags: Mapping[str, Any]) -> PruneSchedule | None:
+    """The schedule of the flags of train.py, None where all is pruned at once."""
+    name, sparsity, epochs = (flags.get(flag) for flag in ("prune_schedule", "sparsity", "epochs"))
+    if name in (None, "once") or sparsity is None or epochs is None:
+        return None
+    first, last = flags.get("prune_start_epoch") or 0, flags.get("prune_end_epoch")
+    return PruneSchedule(name, sparsity, first, max(first, epochs * 3 // 4) if last is None else last)
+
+
 EMBEDDINGS = ("class_token", "position_embedding", "relative_position_bias_table")
 """Parameters to which --transformer-embedding-decay applies, as in the reference script."""
 

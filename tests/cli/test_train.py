@@ -331,7 +331,9 @@ def test_two_ranks_train_and_resume(folder, tmp_path):
 
     def torchrun(out: Path, *more: str) -> list[str]:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [*launch, str(ROOT / "scripts/train.py"), *flags(folder, out, "-b", "6", "--sparsity", "0.5", *more)]
+        every = ["-b", "6", "--sparsity", "0.5", "--prune-schedule", "geometric", "--prune-end-epoch", "0"]
+        every += ["--model-ema", "--model-ema-steps", "2", "--clip-grad-norm", "1", "--mixup-alpha", "0.2"]
+        command = [*launch, str(ROOT / "scripts/train.py"), *flags(folder, out, *every, *more)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -407,6 +409,7 @@ def test_everything_at_once_resumes_to_the_bit_and_says_what_it_does(folder, tmp
     adamw.load_state_dict(a["optimizer"])
 
 
+@pytest.mark.slow
 def test_an_ema_that_the_file_lacks(folder, tmp_path, dense, capsys):
     line = refused(capsys, flags(folder, tmp_path, "--test-only", "--model-ema", "--resume", str(dense)))
     assert line == "--test-only --model-ema tests an average that --resume must bring: the file has none"
@@ -420,6 +423,7 @@ def test_an_ema_that_the_file_lacks(folder, tmp_path, dense, capsys):
     assert line.endswith("is damaged or foreign (ValueError: model_ema is of another network)")
 
 
+@pytest.mark.slow
 def test_another_optimisers_state_is_no_momentum(folder, tmp_path, dense):
     """A checkpoint of SGD goes on with RMSprop as plain weights do, which have none."""
     content = load(dense) | {"epoch": 0}
@@ -476,6 +480,12 @@ def test_timm_is_asked_for_where_it_is_missing(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_model_of_timm(folder, tmp_path, capsys):
     pytest.importorskip("timm")
+    for name, weights, expected in (
+        ("resnet1", [], "timm has no model resnet1: did you mean timm/resnet"),
+        ("resnet18", ["--weights", "x"], "timm/resnet18 has no weights x: choose one of DEFAULT, a1_in1k, "),
+        ("resnet18", ["--weights", "a1_in1k"], "--weights a1_in1k are for 1000 classes, but the data has 3"),
+    ):
+        assert refused(capsys, flags(folder, tmp_path, "--model", f"timm/{name}", *weights)).startswith(expected)
     given = ["--model", "timm/mobilenetv3_small_050", "--sparsity", "0.5", "--epochs", "1", "--prune", "all"]
     assert main(flags(folder, tmp_path, *given)) == 0
     import timm
