@@ -110,11 +110,13 @@ class _Gemms(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
         ctx.save_for_backward(x, weight)  # as torch's conv does: there is no other matrix
         ctx.plan = plan
-        shape = (len(x), *plan.out, len(weight))
-        y = x.new_zeros(shape) if bias is None else bias.expand(shape).contiguous()
-        for y_, x_, w_ in _products(plan, y, _nhwc(x), _nhwc(weight)):
+        # No view of other memory is returned: autograd refuses to write one in place, as ReLU(inplace=True) does.
+        shape = (len(x), len(weight), *plan.out)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        out.copy_(x.new_zeros(()) if bias is None else bias.view(-1, 1, 1))
+        for y_, x_, w_ in _products(plan, _nhwc(out), _nhwc(x), _nhwc(weight)):
             y_.addmm_(x_, w_.t())
-        return _nchw(y)
+        return out
 
     @staticmethod
     @once_differentiable

@@ -332,7 +332,17 @@ def test_two_ranks_train_and_resume(folder, tmp_path):
     def torchrun(out: Path, *more: str) -> list[str]:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         every = ["-b", "6", "--sparsity", "0.5", "--prune-schedule", "geometric", "--prune-end-epoch", "0"]
-        every += ["--model-ema", "--model-ema-steps", "2", "--clip-grad-norm", "1", "--mixup-alpha", "0.2"]
+        every += [
+            "--model-ema",
+            "--model-ema-steps",
+            "3",
+            "--model-ema-decay",
+            "0",
+            "--clip-grad-norm",
+            "1",
+            "--mixup-alpha",
+            "0.2",
+        ]
         command = [*launch, str(ROOT / "scripts/train.py"), *flags(folder, out, *every, *more)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, check=False)

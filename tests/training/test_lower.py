@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -296,6 +297,24 @@ def test_only_gradients_that_are_asked_for_are_computed(wanted, gemms):
         y.sum().backward()
     assert counted.calls == gemms
     assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_its_output_may_be_written_in_place(bias):
+    """As by nn.ReLU(inplace=True) behind a conv without a norm (VGG, squeeze and excitation)."""
+    found = []
+    for how in (nullcontext, lowered):
+        conv = nn.Conv2d(32, 64, 3, padding=1, bias=bias)
+        with torch.no_grad():
+            for number, p in enumerate(conv.parameters()):
+                p.copy_(random(*p.shape, seed=number))
+        with how():
+            y = conv(channels_last(random(64, 32, 2, 2, seed=5)))
+        assert is_lowered(y) == (how is lowered)
+        y.relu_().sum().backward()
+        found.append([y.detach(), *(p.grad for p in conv.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_no_graph_without_gradients():
