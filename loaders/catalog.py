@@ -94,7 +94,7 @@ def find_or_prepare(
 def _of_one_size(manifest: Manifest) -> Manifest:
     if not manifest.one_size:
         raise InputError(
-            f"the images of {manifest.name} differ in size: make them equal with scripts/prepare_data.py --resize N"
+            f"the images of {manifest.name} differ in size: make them equal with scripts/prepare.py --resize N"
         )
     return manifest
 
@@ -220,7 +220,7 @@ def _find_betons(path: Path) -> tuple[Manifest, Path]:
             names = ", ".join(file.name for file in held) or "none"
             raise InputError(
                 f"{folder} needs one {split}*.beton beside {path.name}, it holds {names}: name the files train.beton "
-                "and val.beton, or give a folder that scripts/prepare_data.py made"
+                "and val.beton, or give a folder that scripts/prepare.py made"
             )
         files[split] = read_beton(held[0])
     counts = {}

@@ -117,7 +117,7 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"no {FILE_NAME} in {folder}: run scripts/prepare_data.py to create it") from None
+        raise InputError(f"no {FILE_NAME} in {folder}: run scripts/prepare.py to create it") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({_one_line(error)}): prepare the data in another folder") from None
     version = content.pop("version", None) if isinstance(content, dict) else None

@@ -333,5 +333,5 @@ def _check_size(
         if size != (height, width):
             raise InputError(
                 f"images of varying size cannot be batched: {name} has {height}x{width} pixels, {samples.name(i)} has "
-                f"{size[0]}x{size[1]}; make them equal with scripts/prepare_data.py --source DIR --out DIR --resize N"
+                f"{size[0]}x{size[1]}; make them equal with scripts/prepare.py --source DIR --out DIR --resize N"
             )

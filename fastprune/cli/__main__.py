@@ -14,7 +14,7 @@ COMMANDS = {
     "reproduce": "reproduce figures of the paper, as in: fastprune reproduce --fig A2",
     "report": "write figures and their page again from a store",
     "train": "train a torchvision model, dense or under a mask",
-    "prepare_data": "make a data set ready for training",
+    "prepare": "make a data set ready for training",
     "compile": "write a trained network to a file: kept weights alone, a state dict, or ONNX",
     "store": "list, verify, clean up, export and merge a store of runs",
     "doctor": "say what is here, what is missing for which use, and the command that mends it",

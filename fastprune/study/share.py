@@ -267,7 +267,7 @@ def manifest_of(root: Path, data: Mapping[str, Any]) -> Manifest:
             return made.manifest()
     raise InputError(
         f"{root / 'data'} does not describe the images of this training (size, mean, classes): prepare them with "
-        "scripts/prepare_data.py"
+        "scripts/prepare.py"
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastprune
-from fastprune.cli import prepare_data, reproduce, store
+from fastprune.cli import prepare, reproduce, store
 from fastprune.cli.__main__ import COMMANDS
 from fastprune.cli.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, expanded, run_command, to_path
 from fastprune.console import bf16_advice, progress_bar
@@ -128,7 +128,7 @@ def test_a_leading_tilde_is_the_home_folder_and_nothing_else_changes(monkeypatch
     ("module", "command", "paths"),
     [
         (reproduce, ["--fig", "A2"], ["--out", "--store", "--data", "--miniplaces"]),
-        (prepare_data, [], ["--source", "--out"]),
+        (prepare, [], ["--source", "--out"]),
         (store, ["ls"], ["--store"]),
         (store, ["verify", "~/f"], ["--store"]),
         (store, ["export", "~/f"], ["--store"]),
@@ -153,8 +153,8 @@ def test_a_home_folder_is_where_the_data_is_looked_for(tmp_path, monkeypatch, ca
     monkeypatch.setenv("HOME", str(tmp_path))
     assert reproduce.main(["--fig", "A2", "--plan", "--data=~/missing", "--store=~/none"]) == BAD_INPUT
     assert capsys.readouterr().err == f"reproduce.py: no such data folder: {tmp_path}/missing\n"
-    assert prepare_data.main(["--source=~/missing", "--out=~/out"]) == BAD_INPUT
-    assert capsys.readouterr().err == f"prepare_data.py: no such data folder: {tmp_path}/missing\n"
+    assert prepare.main(["--source=~/missing", "--out=~/out"]) == BAD_INPUT
+    assert capsys.readouterr().err == f"prepare.py: no such data folder: {tmp_path}/missing\n"
     assert store.main(["ls", "--store=~/missing"]) == BAD_INPUT
     assert f"{tmp_path}/missing" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("reproduce.py", "train.py", "store.py", "prepare_data.py", "doctor.py")
+SCRIPTS = ("reproduce.py", "train.py", "store.py", "prepare.py", "doctor.py")
 
 
 @pytest.fixture(scope="module")

@@ -222,7 +222,7 @@ def test_a_folder_of_several_sizes_is_prepared_once_and_once_more_when_images_ch
     with pytest.raises(InputError, match="resident cannot be used: its images differ in size"):
         choose_loader(manifest, folder, "resident")
     for ask in (peek, find_or_prepare):
-        with pytest.raises(InputError, match=r"differ in size: make them equal with scripts/prepare_data\.py --resize"):
+        with pytest.raises(InputError, match=r"differ in size: make them equal with scripts/prepare\.py --resize"):
             ask(folder, store)
     (varied / "train/cat/0.JPEG").unlink()
     again, other = find_or_prepare(varied, store, any_size=True, workers=2, show=False)
@@ -248,7 +248,7 @@ def test_images_of_one_size_as_they_are_distributed_keep_it(raw, mini, tmp_path)
 
 
 def test_several_sizes_where_one_is_needed(varied, tmp_path):
-    with pytest.raises(InputError, match=r"varying size.*prepare_data\.py --source DIR --out DIR --resize N"):
+    with pytest.raises(InputError, match=r"varying size.*prepare\.py --source DIR --out DIR --resize N"):
         find_or_prepare(varied, tmp_path / "store", loader="torchvision", workers=1, show=False)
 
 

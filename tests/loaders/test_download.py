@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastprune.cli.prepare_data import main
+from fastprune.cli.prepare import main
 from fastprune.errors import InputError
 from fastprune.loaders import download
 from fastprune.loaders.download import fetch_tiny_imagenet

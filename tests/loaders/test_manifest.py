@@ -93,7 +93,7 @@ def test_what_cannot_be_read_is_one_line(name, tmp_path):
 
 
 def test_missing_or_no_json(tmp_path):
-    with pytest.raises(InputError, match=r"prepare_data\.py"):
+    with pytest.raises(InputError, match=r"prepare\.py"):
         load_manifest(tmp_path)
     (tmp_path / "manifest.json").write_text('{"version": 1,\n')
     with pytest.raises(InputError) as caught:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastprune.cli.prepare_data import main
+from fastprune.cli.prepare import main
 from fastprune.errors import InputError
 from fastprune.loaders import preparation, samples
 from fastprune.loaders.beton import check_beton
@@ -25,7 +25,7 @@ from fastprune.loaders.synthetic import SyntheticData
 from tests.loaders.conftest import heed_interrupts
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare_data.py")]
+SCRIPT = [sys.executable, str(ROOT / "scripts" / "prepare.py")]
 FILES = {"train.beton", "val.beton", "manifest.json"}
 
 

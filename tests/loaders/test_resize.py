@@ -1,4 +1,4 @@
-"""From images of several sizes to images of one, with prepare_data.py --resize."""
+"""From images of several sizes to images of one, with prepare.py --resize."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ import torchvision.transforms.v2.functional as F
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from fastprune.cli.prepare_data import main
+from fastprune.cli.prepare import main
 from fastprune.errors import InputError
 from fastprune.loaders import find_or_prepare, load_manifest, open_data, prepare
 from fastprune.loaders.layout import scan
@@ -123,7 +123,7 @@ def test_a_finished_folder_takes_no_other_size_and_no_other_images(varied, tmp_p
     for source, size in ((varied, "12"), (other, "16")):
         assert main(["--source", str(source), "--out", str(out), "--resize", size, "--workers", "1"]) == 2
         line = capsys.readouterr().err
-        assert line == f"prepare_data.py: {out} already holds animals-16, 16x16: choose another --out, or remove it\n"
+        assert line == f"prepare.py: {out} already holds animals-16, 16x16: choose another --out, or remove it\n"
     assert sorted(out.rglob("*")) == before
 
 
@@ -143,7 +143,7 @@ def test_unreadable_images_are_one_line_and_leave_no_copies(varied, tmp_path):
 def test_stopped_while_resizing_it_is_made_anew(signum, tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
     SyntheticData(classes=2, train_per_class=1500, val_per_class=2, size=24).write_folder(raw)
-    command = [sys.executable, str(ROOT / "scripts/prepare_data.py"), "--source", raw, "--workers", "2", "--resize"]
+    command = [sys.executable, str(ROOT / "scripts/prepare.py"), "--source", raw, "--workers", "2", "--resize"]
     running = subprocess.Popen(
         [*command, "12", "--out", out], stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed_interrupts
     )

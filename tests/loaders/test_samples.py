@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from fastprune.cli.prepare_data import main
+from fastprune.cli.prepare import main
 from fastprune.errors import InputError
 from fastprune.loaders import Crop, find_or_prepare, open_data, prepare
 from fastprune.loaders.layout import scan

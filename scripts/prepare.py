@@ -7,4 +7,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a chec
 from fastprune.launch import launch
 
 if __name__ == "__main__":
-    launch("fastprune.cli.prepare_data", __file__)
+    launch("fastprune.cli.prepare", __file__)

@@ -1,4 +1,4 @@
-"""`scripts/prepare_data.py`: from image files to a prepared data set."""
+"""`scripts/prepare.py`: from image files to a prepared data set."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _BY_HAND = (
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(
-        prog="prepare_data.py",
+        prog="prepare.py",
         description="Turn an image folder into train.beton, val.beton and a manifest. If they exist, nothing is done.",
     )
     p.add_argument(
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(("already there: " if existed else "") + _summary(manifest, args.out))
         return DONE
 
-    return run_command("prepare_data.py", work, "no data set was written; rerun the command to start again")
+    return run_command("prepare.py", work, "no data set was written; rerun the command to start again")
 
 
 def _run(args: argparse.Namespace) -> Manifest:
