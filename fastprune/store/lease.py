@@ -4,6 +4,7 @@ A lease saves work; it does not protect the store. Two processes that compute th
 the first to publish wins. So leases need neither file locks nor an atomic exchange of names, which network disks lack.
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -93,8 +94,7 @@ class Leases:
         mine = self._create(key)
         if not mine:
             holder = read_holder(path)
-            if self._is_abandoned(key, holder) and self._remove(path, holder):
-                mine = self._create(key)
+            mine = self._is_abandoned(key, holder) and self._take_over(key, holder)
         if mine:
             self._seen.pop(key, None)
             if self._thread is None:
@@ -144,27 +144,49 @@ class Leases:
 
     def _is_abandoned(self, key: str, holder: Holder | None) -> bool:
         """Whether the holder has died, or the file has not changed for `seconds` since this process first saw it so."""
-        if holder is not None and holder.has_died:
-            return True
+        return (holder is not None and holder.has_died) or self._is_unchanged(key, holder)
+
+    def _is_unchanged(self, name: str, holder: Holder | None = None) -> bool:
+        """Whether a file of the folder has been the same for `seconds`; False if there is none."""
         try:
-            with (self._folder / key).open("rb") as file:  # opening makes NFS ask the server
+            with (self._folder / name).open("rb") as file:  # opening makes NFS ask the server
                 look = holder, os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             return False
         # Both instants are of this process's monotonic clock: the modification time comes from the clock of the disk's
         # server, so it is only compared for equality.
-        before, since = self._seen.get(key, (None, 0.0))
+        before, since = self._seen.get(name, (None, 0.0))
         if look != before:
-            self._seen[key] = look, time.monotonic()
+            self._seen[name] = look, time.monotonic()
             return False
         return time.monotonic() - since >= self._seconds
 
+    def _take_over(self, key: str, holder: Holder | None) -> bool:
+        """Replaces an abandoned lease by one of this process; False if another process does so."""
+        # Contenders look, then act: one that is late would remove the new lease of another. So each first creates a
+        # file with the name of the abandoned lease, then looks again.
+        token = "" if holder is None else holder.token
+        turn = f".{key}.{hashlib.sha256(token.encode()).hexdigest()[:16]}"  # a token of a file may be any text
+        try:
+            (self._folder / turn).open("x").close()
+        except FileExistsError:
+            if self._is_unchanged(turn):  # its process has died
+                (self._folder / turn).unlink(missing_ok=True)
+            return False
+        try:
+            return self._remove(self._folder / key, holder) and self._create(key)
+        finally:
+            (self._folder / turn).unlink(missing_ok=True)
+
     def _remove(self, path: Path, holder: Holder | None) -> bool:
-        """Removes an abandoned lease; False if another process was faster and holds the lease now."""
+        """Removes an abandoned lease; False if it is another process's by now."""
+        if read_holder(path) != holder:
+            return False
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            os.rename(path, aside)  # of several contenders exactly one succeeds
-            # Between the look and the rename another contender may have removed the old lease and created its own.
+            os.rename(path, aside)
+            # Between the look and the rename its holder, which was only slow, may have released it and another process
+            # created its own.
             if read_holder(aside) != holder:
                 os.rename(aside, path)
                 return False

@@ -39,7 +39,7 @@ def test_every_command_has_its_flags_on_the_site():
 
 def test_flags_are_those_of_the_parser(conf):
     table = conf.flags("compile")
-    assert "| `--size PIXELS` | side of the images that it will see (default 64; a state dict has none) |" in table
+    assert "| `--store DIR` | the store (default runs) |" in table
     assert "| `NODE` |" in table
     store = conf.flags("store")
     assert "### store merge" in store

@@ -147,7 +147,7 @@ def test_claims_keep_their_roles_under_other_rates():
 
 
 def test_the_module_of_the_documentation_works(clean, tmp_path, capsys):
-    text = (ROOT / "docs" / "figures.md").read_text()
+    text = (ROOT / "docs" / "own-figure.md").read_text()
     module = tmp_path / "mine.py"
     module.write_text(text.split("```python\n", 1)[1].split("```", 1)[0])
     assert main(["--fig", "mine", "--figure-module", str(module), "--plan", "--store", str(tmp_path / "store")]) == 0

@@ -169,24 +169,43 @@ def test_a_held_lease_is_touched(tmp_path):
 
 
 def test_of_many_that_take_over_one_does(tmp_path, clock):
+    for turn in range(40):  # a late one must not remove the lease of the first
+        from_elsewhere(tmp_path, token=f"token {turn}")
+        takers = [Leases(tmp_path) for _ in range(8)]
+        assert [taker.acquire("node")[0] for taker in takers] == [False] * 8
+        clock.now += 100.0
+        start, got = threading.Barrier(len(takers)), []
+
+        def compete(taker: Leases, start=start, got=got) -> None:
+            start.wait()
+            got.append(taker.acquire("node")[0])
+
+        threads = [threading.Thread(target=compete, args=(taker,)) for taker in takers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sum(got) == 1
+        for taker in takers:
+            taker.close()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_one_that_died_while_it_took_over_stops_no_other(tmp_path, clock, monkeypatch):
     from_elsewhere(tmp_path)
-    takers = [Leases(tmp_path) for _ in range(8)]
-    assert [taker.acquire("node")[0] for taker in takers] == [False] * 8
-    clock.now += 100.0
-    start, got = threading.Barrier(len(takers)), []
-
-    def compete(taker: Leases) -> None:
-        start.wait()
-        got.append(taker.acquire("node")[0])
-
-    threads = [threading.Thread(target=compete, args=(taker,)) for taker in takers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum(got) == 1
-    for taker in takers:
-        taker.close()
+    with Leases(tmp_path) as dead, Leases(tmp_path) as other:
+        assert [each.acquire("node")[0] for each in (dead, other)] == [False, False]
+        clock.now += 100.0
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # it ends before it tidies up
+        monkeypatch.setattr(dead, "_remove", lambda *_: False)
+        assert dead.acquire("node")[0] is False
+        monkeypatch.undo()
+        monkeypatch.setattr(lease_module, "time", clock)
+        assert len(list(tmp_path.iterdir())) == 2
+        assert other.acquire("node")[0] is False  # it may be at work
+        clock.now += 100.0
+        assert other.acquire("node")[0] is False  # the turn is abandoned, too
+        assert other.acquire("node")[0] is True
     assert list(tmp_path.iterdir()) == []
 
 

@@ -67,7 +67,10 @@ def other_values():
     yield "train.mask", train, replace(train, mask=None)
     yield "train.mask's parents", train, replace(train, mask=masks(chains, 0.05)[0])
     for f in fields(OptimizerSpec):
-        value = True if f.name == "nesterov" else 0.25 if f.name != "batch_size" else 8
+        value = {
+            "batch_size": 8, "momentum": 0.25, "weight_decay": 0.25, "nesterov": True, "label_smoothing": 0.25,
+            "name": "adamw", "other_decays": (("norm", 0.0),), "clip_grad_norm": 1.0,
+        }[f.name]  # fmt: skip
         yield f"train.optimizer.{f.name}", train, replace(train, optimizer=replace(train.optimizer, **{f.name: value}))
     for f in fields(ScheduleSpec):
         value = {
