@@ -25,7 +25,8 @@ def test_what_is_here_is_a_line_each(tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_data_set_that_cannot_be_read_is_broken(tmp_path, capsys):
+def test_a_data_set_that_cannot_be_read_is_broken(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "ffcv", lambda: doctor.Finding("FFCV", OK, "of seconds to import"))
     assert main(["--data", str(tmp_path / "none")]) == FAILED
     assert f"  broken   data  no such data folder: {tmp_path}/none\n" in capsys.readouterr().out
     found = doctor.images("synthetic", tmp_path)

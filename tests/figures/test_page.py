@@ -65,8 +65,13 @@ def made_up():
     return made(fake_rows(diverged={("a", "0.8", 1, 30)}))
 
 
-def test_the_table_has_each_run_with_the_values_of_the_rows(made_up):
-    found = Cells(page([made_up], None)).rows
+@pytest.fixture(scope="module")
+def text(made_up) -> str:
+    return page([made_up], None)
+
+
+def test_the_table_has_each_run_with_the_values_of_the_rows(made_up, text):
+    found = Cells(text).rows
     assert found.keys() == {row.node for row in made_up.rows}
     for row in made_up.rows:
         density, seed, accuracy = found[row.node][5], found[row.node][6], found[row.node][7]
@@ -79,8 +84,7 @@ def test_the_table_has_each_run_with_the_values_of_the_rows(made_up):
             assert accuracy[1] == f"{100 * row.y:.2f}"
 
 
-def test_claims_have_their_verdict_effect_and_picture(made_up):
-    text = page([made_up], None)
+def test_claims_have_their_verdict_effect_and_picture(made_up, text):
     for claim in made_up.summary["claims"]:
         assert f'<span class="verdict {claim["verdict"]}">{claim["verdict"]}</span> {claim["text"]}' in text
         for part in claim["parts"]:
@@ -112,8 +116,7 @@ def test_places_in_the_picture_of_a_claim_are_to_scale():
     assert strip(part | {"effect": None}, 4.0) == ""
 
 
-def test_the_page_is_one_file(made_up):
-    text = page([made_up], None)
+def test_the_page_is_one_file(text):
     assert all(address.startswith("#") for address in Cells(text).addresses)
     assert "@import" not in text
     assert "url(http" not in text
@@ -141,11 +144,11 @@ def test_names_are_text_whatever_they_hold():
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in text
 
 
-def test_equal_results_give_equal_pages_but_for_the_time(made_up):
+def test_equal_results_give_equal_pages_but_for_the_time(made_up, text):
     def without_time(text: str) -> str:
         return "\n".join(line for line in text.splitlines() if 'class="written"' not in line)
 
-    assert without_time(page([made_up], None)) == without_time(page([made_up], None))
+    assert without_time(page([made_up], None)) == without_time(text)
 
 
 def test_a_drawing_takes_the_pages_colours():

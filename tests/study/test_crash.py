@@ -86,7 +86,7 @@ CRASHES = given(
 QUIET = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(QUIET, max_examples=5, derandomize=True)
+@settings(QUIET, max_examples=3, derandomize=True)
 @CRASHES
 def test_a_crash_at_any_operation_changes_nothing(kind, point, torn, beside):
     check_crash(kind, point, torn, beside)
