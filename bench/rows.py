@@ -41,6 +41,7 @@ from fastprune.pruning.coverage import conv_weights
 from fastprune.pruning.masks import Mask, layout
 from fastprune.specs import ModelSpec
 from fastprune.training.models import build
+from fastprune.training.step import capturing
 
 BF16 = torch.bfloat16
 # Bytes: five times the L2 cache of an H100 or H200. Calls rotate through input sets that together exceed it, because in
@@ -547,7 +548,7 @@ def prepared(row: Row, inputs: Sequence[Any], device: torch.device) -> tuple[Cal
     # the Trainer replays its step in the same way.
     if not row.waits:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing(graph):
             once()
         replay = graph.replay
     replay()  # the first replay uploads the graph

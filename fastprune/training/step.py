@@ -1,7 +1,9 @@
 """Work per batch that never waits for the device: a step replayed as a CUDA graph, and the sums of an epoch."""
 
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -67,6 +69,38 @@ class EpochMetrics:
         return all, {"epoch": self.epoch, **times}
 
 
+@contextmanager
+def capturing(graph: Any, pool: Any = None, stream: Any = None, mend: str = "") -> Iterator[None]:
+    """Captures what is launched within it into `graph`; afterwards the current stream is the one of before.
+
+    If that fails, the first error is raised, with `mend` as a note: what the user can do.
+    """
+    # An unreachable trainer's memory is freed before, not by chance during the capture, where freeing is an error.
+    gc.collect()
+    before, first = torch.cuda.current_stream(), None
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        # thread_local: a loader's threads go on calling CUDA during the capture, which a global capture forbids.
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+            try:
+                yield
+            except BaseException as error:
+                first = error
+                raise
+    except BaseException as error:
+        # torch ends the capture on leaving; where that fails, as it does after an error within, its own error hides
+        # the first, and its stream stays the current one.
+        torch.cuda.set_stream(before)
+        cause = first or error
+        if mend:
+            cause.add_note(mend)
+        raise cause from None
+    finally:
+        if collecting:
+            gc.enable()
+
+
 class GraphedStep:
     """A step for batches of one shape, replayed as one CUDA graph from the fourth batch on.
 
@@ -93,8 +127,7 @@ class GraphedStep:
             return
         if self._graph is None or self._batch is None:
             batch, graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
-            # thread_local: a loader's threads go on calling CUDA during the capture, which a global capture forbids.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            with capturing(graph, self._pool, self._stream, "Trainer(graph=False) runs without CUDA graphs"):
                 self._step(*batch)
             # A capture records and computes nothing: the batch that was cloned above is computed by the replay below.
             self._batch, self._graph = batch, graph
