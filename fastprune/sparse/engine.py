@@ -96,6 +96,9 @@ class Sparse:
         torch.index_select(flat.weight, 0, self._kept, out=tape.values[:count])
         torch.index_select(flat.momentum, 0, self._kept, out=self._momentum[:count])
 
+    def stepped(self) -> None:
+        """The tape has counted the batch."""
+
     def push(self) -> None:
         """Writes kept weights and momentum back; pruned ones are +0 there already. After a push without a step since,
         the flat parameters are newer, or as new: nothing is written."""

@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastprune.training.flat import FlatOptimizer, FlatParams
 from fastprune.training.lower import lowered
@@ -35,6 +36,9 @@ class Compute(Protocol):
     def step(self, hyper: Mapping[str, Any]) -> None:
         """The masked optimiser's step. hyper: the arguments of FlatOptimizer."""
 
+    def stepped(self) -> None:
+        """Called after each training step, also one that a CUDA graph replayed."""
+
     def pull(self) -> None:
         """Takes weights, momentum and mask from the flat parameters, when other code may have written them."""
 
@@ -47,11 +51,41 @@ def autocast(device: torch.device, half: torch.dtype | None) -> AbstractContextM
     return nullcontext() if half is None else torch.autocast(device.type, half)
 
 
+class BatchCounters:
+    """The counters of training batches in a model's batch norms (num_batches_tracked), counted here while it trains.
+
+    Each batch norm adds 1 to its own: a launch for each layer and step. batches: how many there were since `take`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        # A batch norm without momentum averages over all batches, and needs its counter in each step.
+        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is not None]
+        self._taken: list[tuple[nn.Module, Tensor]] = []
+        self.batches = 0
+
+    def take(self) -> None:
+        """Takes the counters out of the model. Without effect where they are."""
+        if self._taken:
+            return
+        for norm in self._norms:
+            if (counter := norm._buffers.get("num_batches_tracked")) is not None:
+                self._taken.append((norm, counter))
+                norm._buffers["num_batches_tracked"] = None
+        self.batches = 0
+
+    def put_back(self) -> None:
+        """Puts the counters back, raised by `batches`. Without effect where they are not taken."""
+        for norm, counter in self._taken:
+            norm._buffers["num_batches_tracked"] = counter.add_(self.batches)
+        self._taken.clear()
+
+
 class Dense:
     """Torch's autograd, on the flat parameters themselves. lower: small convs as GEMMs (training/lower.py)."""
 
     def __init__(
         self,
+        model: nn.Module,
         network: Callable[[Tensor], Tensor],
         flat: FlatParams,
         optimizer: FlatOptimizer,
@@ -62,6 +96,7 @@ class Dense:
         self.name = "dense" if lower else "plain"
         self._network, self._flat, self._optimizer, self._scaler = network, flat, optimizer, scaler
         self._half, self._lower = half, lower
+        self._counters = BatchCounters(model)
         self._without: set[torch.Size] = set()  # shapes of images for which no conv was lowered
 
     def takes(self, images: Tensor) -> bool:
@@ -90,8 +125,12 @@ class Dense:
         self._scaler.step(self._optimizer)
         self._scaler.update()
 
+    def stepped(self) -> None:
+        self._counters.batches += 1
+
     def pull(self) -> None:
         self._flat.sync()
+        self._counters.take()
 
     def push(self) -> None:
-        pass
+        self._counters.put_back()

@@ -108,33 +108,60 @@ class GraphedStep:
     by the step and by other code. Batches may lie anywhere; they are copied into the graph's own memory.
     """
 
-    def __init__(self, step: Step, pool: Any, stream: Any) -> None:
+    def __init__(self, pool: Any, stream: Any) -> None:
         """pool: a torch.cuda.graph_pool_handle(). stream: for the first batches and the capture, the same for all
         steps that share the pool."""
-        self._step, self._pool, self._stream = step, pool, stream
+        self._pool, self._stream = pool, stream
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
+    def __call__(self, step: Step, images: Tensor, labels: Tensor) -> None:
+        """step: the same in each call. It is not kept: a method of a Trainer that keeps this would keep the Trainer."""
         self._calls += 1
         if self._calls <= _EAGER:
             # On the stream of the capture, so that what libraries allocate for a stream exists when the capture begins.
             self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                self._step(images, labels)
+            with torch.cuda.stream(self._stream), _searching():
+                step(images, labels)
             torch.cuda.current_stream().wait_stream(self._stream)
             return
         if self._graph is None or self._batch is None:
             batch, graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
             with capturing(graph, self._pool, self._stream, "Trainer(graph=False) runs without CUDA graphs"):
-                self._step(*batch)
+                step(*batch)
             # A capture records and computes nothing: the batch that was cloned above is computed by the replay below.
             self._batch, self._graph = batch, graph
         else:
             self._batch[0].copy_(images)
             self._batch[1].copy_(labels)
         self._graph.replay()
+
+
+@contextmanager
+def _searching() -> Iterator[None]:
+    """Within it cuDNN times its algorithms for each conv that is new to it, and remembers the fastest for the capture.
+    Not where the user asked for deterministic algorithms: which is fastest differs between runs."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or not torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def padded(images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """A batch of `size` from a smaller one: further images are zero, and their labels IGNORED.
+
+    images: [B, C, H, W], in the memory format that they have. labels: int64 [B].
+    """
+    more = size - len(labels)
+    return (
+        torch.cat([images, torch.zeros_like(images[:1]).expand(more, *images.shape[1:])]).contiguous(
+            memory_format=torch.channels_last
+        ),
+        torch.cat([labels, labels.new_full((more,), IGNORED)]),
+    )
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -162,17 +189,25 @@ class EpochSums:
         """Sets the sums to zero, in place."""
         self.sums.zero_()
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, *, padded: bool = False) -> None:
         """Adds a batch. loss: its mean, []. logits: [B, classes, ...]. labels: int64 [B, ...], or floats as the logits.
 
-        Of labels per pixel an image counts with the fraction of its pixels that is right.
+        Of labels per pixel an image counts with the fraction of its pixels that is right. padded: images whose label is
+        IGNORED do not count, of labels int64 [B].
         """
-        count = len(labels)
+        count: int | Tensor = len(labels)
+        if padded:
+            real = labels != IGNORED
+            count = real.sum()
+            at = torch.where(real, labels, 0)
+            self.sums[3] += ((ranks(logits.detach(), at) < 5) & real).sum()
         if labels.is_floating_point():  # probabilities: the most likely class is the right one
             labels = labels.argmax(1)
         hits = logits.detach().argmax(1) == labels
         self.sums[0] += loss.detach() * count
-        if labels.dim() == 1:
+        if padded:
+            self.sums[1] += hits.sum()
+        elif labels.dim() == 1:
             self.sums[1] += hits.sum()
             self.sums[3] += (ranks(logits.detach(), labels) < 5).sum()
         else:

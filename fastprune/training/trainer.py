@@ -21,7 +21,16 @@ from fastprune.training.compute import Compute, Dense, autocast
 from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics, of_rank_0
 from fastprune.training.ema import Ema
 from fastprune.training.flat import FlatOptimizer, FlatParams
-from fastprune.training.step import EpochMetrics, EpochSums, Evaluation, GraphedStep, Snapshot, Step, check_labels
+from fastprune.training.step import (
+    EpochMetrics,
+    EpochSums,
+    Evaluation,
+    GraphedStep,
+    Snapshot,
+    Step,
+    check_labels,
+    padded,
+)
 
 if TYPE_CHECKING:
     from fastprune.sparse.choice import Chooser
@@ -116,7 +125,7 @@ class Trainer:
             self._network = torch.compile(self._network, dynamic=False, backend=backend)
         lowers = not on_gpu and half is None and not compile
         self._dense = {
-            name: Dense(self._network, self.flat, self.optimizer, self.scaler, half, lowers and name == "dense")
+            name: Dense(model, self._network, self.flat, self.optimizer, self.scaler, half, lowers and name == "dense")
             for name in ("plain", "dense")
         }
         self._asked = compute
@@ -136,6 +145,9 @@ class Trainer:
         )
         self._sums = EpochSums(self.device)
         self._smoothing, self._loss = 0.0, loss
+        # A loss of the user's may count images that cross-entropy ignores.
+        self._pads = loss is None and (self._pool is not None or bool(compile))
+        self._largest = 0  # batch of the present evaluation
         self._classes: int | None = None  # of the network's output; known after the first batch
         self._marked: dict[str, Tensor] = {}
 
@@ -430,11 +442,13 @@ class Trainer:
             if rate != (rate := schedule.lr_at(epoch, step / steps)):
                 self._lr.fill_(rate)
             self._run(self._train_step, images, labels)
+            compute.stepped()
             if ema is not None and self.ema is not None and step % ema.steps == 0:
                 compute.push()
                 self.ema.update(ema.decay)
                 if epoch < schedule.warmup_epochs:
                     self.ema.count = 0
+                compute.pull()
             if report is not None:
                 report(len(labels))
             if on_batch is not None:
@@ -467,7 +481,9 @@ class Trainer:
     def _evaluate(self, val: Batches) -> Evaluation:
         self.model.eval()
         self._sums.clear()
+        self._largest = 0
         for images, labels in val:
+            self._largest = max(self._largest, len(labels))
             self._run(self._eval_step, images, labels)
         return self._result()[0]
 
@@ -515,7 +531,7 @@ class Trainer:
         with self._autocast():
             # Without label smoothing: validation losses are comparable among runs that smooth differently.
             loss = self._mean_loss(logits, labels, 0.0)
-        self._sums.add(loss, logits, labels)
+        self._sums.add(loss, logits, labels, padded=self._pads and labels.dim() == 1)
 
     def _now(self) -> Compute:
         """How to compute: as the training that runs, else densely."""
@@ -555,16 +571,21 @@ class Trainer:
             check_labels(labels, self._classes)
         images = self._moved(images).contiguous(memory_format=torch.channels_last)
         labels = self._moved(labels)
+        training = step == self._train_step
+        if not training and self._pads and labels.dim() == 1 and len(labels) < self._largest:
+            # A last batch of its own size would be compiled and captured for itself.
+            images, labels = padded(images, labels, self._largest)
         if self._pool is None:
             step(images, labels)
             return
         # A graph keeps the Python numbers that it was captured with: another momentum needs another graph. The learning
         # rate is in memory and needs none; an evaluation uses none of them.
         hyper = (self._smoothing, *(value for name, value in self._hyper.items() if name != "lr"))
-        key = (step, images.shape, images.dtype, labels.shape, hyper if step == self._train_step else None)
+        # By the step's name: a bound method in a key would keep this Trainer as long as itself.
+        key = (training, images.shape, images.dtype, labels.shape, hyper if training else None)
         if key not in self._graphed:
-            self._graphed[key] = GraphedStep(step, *self._pool)
-        self._graphed[key](images, labels)
+            self._graphed[key] = GraphedStep(*self._pool)
+        self._graphed[key](step, images, labels)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         """The tensor on the trainer's device. The host does not wait for the copy."""

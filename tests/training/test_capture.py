@@ -1,12 +1,18 @@
-"""What happens when a CUDA graph cannot be captured, on a made-up device."""
+"""Steps as CUDA graphs, on a made-up device: what they keep and count, and what happens when one cannot be captured."""
 
 import gc
-from contextlib import contextmanager
+import weakref
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
+from fastprune.specs import ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.training import trainer as trainer_module
+from fastprune.training.models import build
 from fastprune.training.step import GraphedStep, capturing
+from fastprune.training.trainer import Trainer
+from tests.fakes import Epochs
 
 
 class MadeUp:
@@ -91,8 +97,120 @@ def test_a_trainers_step_names_the_way_without_graphs(made_up, monkeypatch):
     def step(images, labels):
         raise RuntimeError("not permitted when stream is capturing")
 
-    graphed = GraphedStep(step, "pool", "stream")
+    graphed = GraphedStep("pool", "stream")
     graphed._calls = 3
     with pytest.raises(RuntimeError, match="not permitted") as caught:
-        graphed(torch.zeros(1), torch.zeros(1))
+        graphed(step, torch.zeros(1), torch.zeros(1))
     assert caught.value.__notes__ == ["Trainer(graph=False) runs without CUDA graphs"]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_searches_in_the_first_batches_unless_the_user_wants_the_same_each_time(
+    made_up, monkeypatch, deterministic
+):
+    class Stream:
+        def wait_stream(self, other) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    made_up.stream = Stream()
+    seen, graphed = [], GraphedStep("pool", Stream())
+
+    def step(images, labels):
+        seen.append(torch.backends.cudnn.benchmark)
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for _ in range(3):
+            graphed(step, torch.zeros(1), torch.zeros(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [not deterministic] * 3
+    assert torch.backends.cudnn.benchmark is False
+
+
+class Replays(GraphedStep):
+    """Computes where a graph would be replayed."""
+
+    def __call__(self, step, images, labels):
+        self._calls += 1
+        step(images, labels)
+
+
+def graphed_trainer(monkeypatch, **how) -> Trainer:
+    """A Trainer on a CPU that keeps steps as one on a GPU does."""
+    monkeypatch.setattr(trainer_module, "GraphedStep", Replays)
+    trainer = Trainer(build(ModelSpec("resnet18", 4, width=8)), compute="plain", **how)
+    trainer._pool, trainer._pads = ("pool", "stream"), True
+    return trainer
+
+
+def test_a_trainer_with_graphs_goes_with_its_last_user_without_close(monkeypatch):
+    trainer = graphed_trainer(monkeypatch)
+    trainer.fit(Epochs(0, 8, 2), Epochs(1, 8, 1), OptimizerSpec(8), ScheduleSpec(0.1, 1))
+    assert len(trainer._graphed) == 2
+    left = [weakref.ref(kept) for kept in (trainer, trainer.flat, trainer.model)]
+    gc.collect()
+    gc.disable()
+    try:
+        del trainer
+        assert [ref() for ref in left] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_smaller_last_batch_of_validation_is_padded_and_only_real_images_count(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(11, 3, 32, 32, generator=generator), torch.randint(4, (11,), generator=generator)
+    batches = [(images[:8], labels[:8]), (images[8:], labels[8:])]
+    trainer = graphed_trainer(monkeypatch)
+    found = trainer.evaluate(batches)
+    assert len(trainer._graphed) == 1
+    assert [step._calls for step in trainer._graphed.values()] == [2]
+    plain = Trainer(trainer.model, compute="plain").evaluate(batches)
+    assert found[1:] == plain[1:]
+    assert found[0] == pytest.approx(plain[0], rel=1e-6)
+    # A loss of the user's may count what cross-entropy leaves out.
+    own = graphed_trainer(monkeypatch, loss=torch.nn.functional.cross_entropy)
+    own._pads = own._loss is None
+    own.evaluate(batches)
+    assert len(own._graphed) == 2
+
+
+def test_batches_are_counted_once_an_epoch(monkeypatch):
+    counted = []
+    add = torch.Tensor.add_
+
+    def counting(self, other, **how):
+        if self.dtype == torch.int64 and self.dim() == 0:
+            counted.append(other)
+        return add(self, other, **how)
+
+    model = build(ModelSpec("resnet18", 4, width=8))
+    model.bn1.momentum = None  # averages over all batches: it needs its counter
+    trainer, seen = Trainer(model, compute="plain"), []
+    monkeypatch.setattr(torch.Tensor, "add_", counting)
+
+    def look(images: int) -> None:
+        seen.append({int(m.num_batches_tracked) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)})
+
+    trainer.fit(Epochs(0, 8, 3), Epochs(1, 8, 1), OptimizerSpec(8), ScheduleSpec(0.1, 2), on_batch=look)
+    assert seen == [{n} for n in range(1, 7)]
+    counted.clear()
+    trainer.fit(Epochs(0, 8, 3), Epochs(1, 8, 1), OptimizerSpec(8), ScheduleSpec(0.1, 2))
+    assert set(trainer.state_dict()) == set(model.state_dict())
+    assert {int(v) for k, v in model.state_dict().items() if k.endswith("num_batches_tracked")} == {12}
+    assert counted == [1, 1, 1, *[3] * 19] * 2  # bn1 in each step, the others at the end of each epoch
+
+
+def test_batches_are_counted_where_an_epoch_is_interrupted():
+    trainer, steps = Trainer(build(ModelSpec("resnet18", 4, width=8)), compute="plain"), []
+
+    def stop(images: int) -> None:
+        steps.append(images)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(Epochs(0, 8, 3), Epochs(1, 8, 1), OptimizerSpec(8), ScheduleSpec(0.1, 2), report=stop)
+    assert {int(v) for k, v in trainer.state_dict().items() if k.endswith("num_batches_tracked")} == {2}
