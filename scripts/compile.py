@@ -1,4 +1,4 @@
-"""Writes a trained network to a file: `python scripts/compile.py NODE --out net.fastprune`. See docs/deploy.md."""
+"""Writes a trained network to a file: `scripts/compile.py checkpoint.pth --out net.fastprune`. See docs/deploy.md."""
 
 import sys
 from pathlib import Path

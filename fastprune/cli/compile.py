@@ -1,11 +1,12 @@
-"""`scripts/compile.py`: a published training's network as a file to use elsewhere, or as a folder to share."""
+"""`scripts/compile.py`: a trained network as a file to use elsewhere, or as a folder to share."""
 
 # No import of torch at the top: --help and usage errors must answer at once.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from fastprune.cli.command import DONE, Parser, checked, run_command, to_path
+from fastprune.cli.command import DONE, Parser, checked, expanded, run_command, to_path
 from fastprune.errors import InputError
 
 
@@ -13,13 +14,23 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         allow_abbrev=False,
         prog="compile.py",
-        description="Write the network of a training to a file to use elsewhere. The format follows the file's name: "
+        description="Write a trained network, of a checkpoint of train.py or of a store, to a file to use elsewhere. "
+        "The format follows the file's name: "
         ".fastprune holds kept weights alone and is run by fastprune.sparse.load, .pth is a state dict for torch, "
         ".onnx is for ONNX Runtime and others. Pruned weights are zeros in the last two. With --format huggingface it "
         "writes a folder to share: model.safetensors, config.json and a model card.",
     )
-    p.add_argument("node", metavar="NODE", help="the beginning of a training's key, as store.py ls shows it")
-    p.add_argument("--store", type=to_path, default="runs", metavar="DIR", help="the store (default runs)")
+    p.add_argument(
+        "network",
+        metavar="CHECKPOINT|NODE",
+        type=expanded,
+        help="a checkpoint.pth of train.py, or the beginning of a training's key, as store.py ls shows it; a file that "
+        "exists, and a name that ends in .pth, is a checkpoint",
+    )
+    p.add_argument("--store", type=to_path, metavar="DIR", help="the store of NODE (default runs)")
+    p.add_argument(
+        "--ema", action="store_true", help="the weights of the checkpoint's moving average (train.py --model-ema)"
+    )
     p.add_argument(
         "--out",
         type=to_path,
@@ -40,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
         "--size",
         type=checked(int, lambda n: n >= 1, "a whole number of 1 or more"),
         metavar="PIXELS",
-        help="side of the images that it will see (default 64; a state dict has none, a folder that of training)",
+        help="side of the images that it will see (default that of a checkpoint's validation images, 64 for NODE; a "
+        "state dict has none, a folder that of training)",
     )
     p.add_argument("--half", action="store_true", help="store kept weights in 16 bits (.fastprune)")
     return p
@@ -51,16 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         args = parser().parse_args(argv)
-        from fastprune.study.deploy import deploy, share
-
-        if args.format == "huggingface":
-            if args.half or args.size is not None:
-                raise InputError("--half and --size are for files, not for --format huggingface: leave them out")
-            print(share(args.store, args.node, args.out, args.license or "other"))
-            return DONE
-        if args.license is not None:
+        path = Path(args.network)
+        from_file = path.is_file() or path.suffix == ".pth"
+        if from_file and args.store is not None:
+            raise InputError(f"--store is for the key of a training, but {path} is a file: leave --store out")
+        if args.ema and not from_file:
+            raise InputError(f"--ema is for a checkpoint of train.py, which {path} is not: leave it out")
+        folder = args.format == "huggingface"
+        if folder and (args.half or args.size is not None):
+            raise InputError("--half and --size are for files, not for --format huggingface: leave them out")
+        if not folder and args.license is not None:
             raise InputError("--license is for --format huggingface: add it, or leave --license out")
-        print(deploy(args.store, args.node, args.out, args.size or 64, args.half))
+        from fastprune.study.deploy import deploy, of_checkpoint, of_node, share
+
+        network = of_checkpoint(path, args.ema) if from_file else of_node(args.store or Path("runs"), args.network)
+        if folder:
+            print(share(network, args.out, args.license or "other"))
+        else:
+            print(deploy(network, args.out, args.size, args.half))
         return DONE
 
     return run_command("compile.py", work)

@@ -6,7 +6,10 @@ A flag of the reference that is not supported is accepted only with its default 
 # No import of torch at the top: --help and usage errors must answer at once.
 
 import argparse
+import shlex
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -395,9 +398,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. Exit codes: 0 done, 1 diverged or out of memory, 2 bad usage or bad input, 130 interrupted."""
 
     def work() -> int:
-        request = request_of(parser().parse_args(argv))
+        given = list(sys.argv[1:] if argv is None else argv)
+        request = request_of(parser().parse_args(given))
+        from fastprune.study.provenance import versions
         from fastprune.training.classification import run
 
+        request = replace(request, command=shlex.join(["train.py", *given]), versions=versions())
         return DONE if run(request) else FAILED
 
     return run_command("train.py", work)

@@ -1,4 +1,4 @@
-"""A published training's network for use elsewhere: kept weights alone, a state dict, ONNX, or a folder to share."""
+"""A trained network for use elsewhere: kept weights alone, a state dict, ONNX, or a folder to share."""
 
 import io
 import logging
@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,73 +19,51 @@ from fastprune import sparse
 from fastprune.errors import InputError
 from fastprune.files import read_tensors, write_atomically
 from fastprune.specs import ModelSpec
-from fastprune.store.listing import Corrupt, Found, find_node
-from fastprune.study.share import about_node, write_folder
-from fastprune.training.models import NETWORKS, build
+from fastprune.store.listing import Corrupt, find_node
+from fastprune.study.share import Kept, Shared, about_checkpoint, about_node, layers_of, write_folder
+from fastprune.training.checkpoint import load_model
+from fastprune.training.models import NETWORKS, build, try_size
 
 SUFFIXES = {".fastprune": "kept weights, for fastprune.sparse.load", ".pth": "state dict", ".onnx": "ONNX"}
 
 
-def deploy(root: Path, prefix: str, out: Path, side: int, half: bool = False) -> str:
-    """Writes the network of a node to `out`, in the format of its suffix (SUFFIXES); returns a line about it.
-
-    prefix: the beginning of the node's key. side: of images, in pixels; a state dict has none. half: kept weights in
-    float16. InputError for a node without weights, for a network that is not one of `build`, and for what the format
-    cannot express.
-    """
-    if out.suffix not in SUFFIXES:
-        raise InputError(f"--out {out}: choose one of {', '.join(f'NAME{s} ({w})' for s, w in SUFFIXES.items())}")
-    if half and out.suffix != ".fastprune":
-        raise InputError(f"--half is for .fastprune files, not for {out.suffix}")
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
-    stored = network(root, prefix)
-    model = stored.model
-    writers: dict[str, Callable[[Path], Any]] = {
-        ".fastprune": lambda path: sparse.compile(model, torch.zeros(1, 3, side, side)).save(
-            path, dtype=torch.float16 if half else torch.float32
-        ),
-        ".pth": lambda path: torch.save(model.state_dict(), path),
-        ".onnx": lambda path: _write_onnx(model, torch.zeros(2, 3, side, side), path),
-    }
-    write_atomically(out, writers[out.suffix], out.with_name(f".{out.name}.part"))
-    dense = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    size = out.stat().st_size
-    return f"{out}: {SUFFIXES[out.suffix]}, {stored}; {size:,} bytes, {size / dense:.1%} of the dense state dict"
-
-
-def share(root: Path, prefix: str, out: Path, license: str) -> str:
-    """Writes the network of a node as a folder in the Hugging Face layout (share.py); returns a line about it.
-
-    prefix, InputError: as for `deploy`. license: an identifier of the Hub, for the model card.
-    """
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
-    stored = network(root, prefix)
-    words = ["compile.py", stored.node.key, "--format", "huggingface", "--license", license, "--out", out.name]
-    about = about_node(root, stored.node, stored.spec, stored.epoch, shlex.join(words), license)
-    write_folder(out, stored.model, about)
-    upload = f"huggingface-cli upload YOUR-NAME/{out.resolve().name} {shlex.quote(str(out))}"
-    return f"{out}/: {stored}; read {out}/README.md, then share it: {upload}"
-
-
 @dataclass(frozen=True)
-class StoredNetwork:
-    """The network of a published training, in evaluation mode. epoch: of its weights, the last that are stored."""
+class Network:
+    """A trained network in evaluation mode.
 
-    node: Found
-    spec: ModelSpec
+    arguments: of compile.py, which name it. epoch: of its weights, from 1. size: (height, width) of images where none
+    is given, None if that is not known. covered: names of the weights that masks cover, None for the convs. about:
+    gives what a model card says, from the command that exports it and a license.
+    """
+
     model: nn.Module
+    arguments: tuple[str, ...]
     epoch: int
+    size: tuple[int, int] | None
+    covered: tuple[str, ...] | None
+    about: Callable[[str, str], Shared]
 
     def __str__(self) -> str:
-        convs = [m.weight for m in self.model.modules() if isinstance(m, nn.Conv2d)]
-        kept, total = sum(int(w.count_nonzero()) for w in convs), sum(w.numel() for w in convs)
-        return f"weights after epoch {self.epoch}, {kept / total:.2%} of {total:,} conv weights kept"
+        kept = Kept.of(layers_of(self.model, self.covered))
+        return f"weights after epoch {self.epoch}, {kept.density:.2%} of {kept.total:,} {kept.kind} kept"
 
 
-def network(root: Path, prefix: str) -> StoredNetwork:
-    """The network of the training whose key begins with `prefix`. InputError if there is none, or it has no weights."""
+def of_checkpoint(path: Path, averaged: bool = False) -> Network:
+    """The network of a checkpoint of train.py. averaged: with the weights of its moving average. InputError if the file
+    is missing or damaged, does not say of which model it is, or has no average."""
+    trained = load_model(path, averaged=averaged)
+
+    def about(command: str, license: str) -> Shared:
+        layers = layers_of(trained.model, trained.covered)
+        return about_checkpoint(trained, layers, averaged, path, command, license)
+
+    arguments = (str(path), *(["--ema"] if averaged else []))
+    return Network(trained.model, arguments, trained.epochs, trained.size, trained.covered, about)
+
+
+def of_node(root: Path, prefix: str) -> Network:
+    """The network of the training whose key begins with `prefix`. InputError if there is none, if it has no weights, or
+    if they are not of a network of `build`."""
     node = find_node(root, prefix)
     if isinstance(node, Corrupt):
         raise InputError(f"{node.folder}: {node.why}; delete this folder to recompute the node")
@@ -99,7 +78,75 @@ def network(root: Path, prefix: str) -> StoredNetwork:
     path = node.folder / f"state-{epochs[-1]}.safetensors"
     tensors = {n.removeprefix("model."): t for n, t in read_tensors(path)[0].items()}
     spec, model = _fitting(tensors, path)
-    return StoredNetwork(node, spec, model.eval(), epochs[-1])
+    return Network(
+        model.eval(), (node.key,), epochs[-1], (64, 64), None, partial(about_node, root, node, spec, epochs[-1])
+    )
+
+
+def deploy(network: Network, out: Path, side: int | None = None, half: bool = False) -> str:
+    """Writes a network to `out`, in the format of its suffix (SUFFIXES); returns a line about it.
+
+    side: of images, in pixels, if they are not the network's own; a state dict has none. half: kept weights in float16.
+    InputError for what the format cannot express, and for images that the network does not take.
+    """
+    if out.suffix not in SUFFIXES:
+        raise InputError(f"--out {out}: choose one of {', '.join(f'NAME{s} ({w})' for s, w in SUFFIXES.items())}")
+    if half and out.suffix != ".fastprune":
+        raise InputError(f"--half is for .fastprune files, not for {out.suffix}")
+    _check_place(out, network)
+    model, dtype = network.model, torch.float16 if half else torch.float32
+    size = network.size if side is None else (side, side)
+    if out.suffix != ".pth":
+        if size is None:
+            raise InputError(f"{network.arguments[0]} does not say how large its images are: give --size PIXELS")
+        try_size(model, network.arguments[0], size)
+
+    def images(count: int) -> Tensor:
+        assert size is not None
+        return torch.zeros(count, 3, *size)
+
+    writers: dict[str, Callable[[Path], Any]] = {
+        ".fastprune": lambda path: _write_compiled(model, images(1), path, dtype),
+        ".pth": lambda path: torch.save(model.state_dict(), path),
+        ".onnx": lambda path: _write_onnx(model, images(2), path),
+    }
+    write_atomically(out, writers[out.suffix], out.with_name(f".{out.name}.part"))
+    dense = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    written = out.stat().st_size
+    seen = "" if size is None or out.suffix == ".pth" else f", images of {size[0]} x {size[1]}"
+    weighs = f"{written:,} bytes, {written / dense:.1%} of the dense state dict"
+    return f"{out}: {SUFFIXES[out.suffix]}, {network}{seen}; {weighs}"
+
+
+def share(network: Network, out: Path, license: str) -> str:
+    """Writes a network as a folder in the Hugging Face layout (share.py); returns a line about it.
+
+    license: an identifier of the Hub, for the model card. InputError if nothing is known that a card needs.
+    """
+    _check_place(out, network)
+    words = ["compile.py", *network.arguments, "--format", "huggingface", "--license", license, "--out", out.name]
+    about = network.about(shlex.join(words), license)
+    write_folder(out, network.model, about, network.covered)
+    upload = f"huggingface-cli upload YOUR-NAME/{out.resolve().name} {shlex.quote(str(out))}"
+    return f"{out}/: {network}; read {out}/README.md, then share it: {upload}"
+
+
+def _write_compiled(model: nn.Module, example: Tensor, path: Path, dtype: torch.dtype) -> None:
+    fast = sparse.compile(model, example)
+    if fast.in_torch:
+        what = ", ".join(fast.in_torch)
+        raise InputError(
+            f"a .fastprune file cannot hold this network, which needs torch for {what}: write .onnx or .pth"
+        )
+    fast.save(path, dtype=dtype)
+
+
+def _check_place(out: Path, network: Network) -> None:
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+    source = Path(network.arguments[0])
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"--out {out} is the checkpoint itself: name another file")
 
 
 def _fitting(tensors: Mapping[str, Tensor], path: Path) -> tuple[ModelSpec, nn.Module]:

@@ -14,6 +14,7 @@ import torch
 
 import fastprune
 from fastprune.console import version_of
+from fastprune.training.about import hardware
 
 _LIBRARIES = ("torch", "torchvision", "triton", "numpy", "numba", "safetensors", "torch-pruning", "ffcv")
 
@@ -21,11 +22,8 @@ _LIBRARIES = ("torch", "torchvision", "triton", "numpy", "numba", "safetensors",
 def environment(loader: str | None, devices: list[str]) -> dict[str, Any]:
     """Versions, devices, threads, loader and host of this process. devices: as torch names them."""
 
-    def name(device: str) -> str:
-        return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
-
     return {
-        "device": ", ".join(dict.fromkeys(map(name, devices))),
+        "device": ", ".join(dict.fromkeys(map(hardware, devices))),
         "devices": len(devices),
         "host": socket.gethostname(),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""A published training's network as a folder in the layout of the Hugging Face Hub: weights, configuration, model card.
+"""A trained network as a folder in the layout of the Hugging Face Hub: weights, configuration, model card.
 
 model.safetensors is the plain state dict, config.json has the keys of timm, README.md is the model card. Written
 without the network and without huggingface_hub; `huggingface-cli upload NAME FOLDER` takes the folder as it is.
@@ -7,10 +7,10 @@ without the network and without huggingface_hub; `huggingface-cli upload NAME FO
 import csv
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 from torch import nn
@@ -22,31 +22,24 @@ from fastprune.specs import ModelSpec
 from fastprune.store.listing import Found, Listing, keys_in
 from fastprune.store.needs import read_needs
 from fastprune.study.data import TITLES
+from fastprune.training.about import Cost, Inputs
+from fastprune.training.checkpoint import TrainedModel
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """trainings, images that they saw, seconds that they took together, devices."""
-
-    trainings: int
-    images: int
-    seconds: float
-    devices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Shared:
     """What a model card says of a network.
 
-    data: on which it was trained. accuracy: top-1 on the validation images, a fraction. val_count: their number. cost:
-    of this training; whole_cost: with all that led to it. made: the training in words. commands: that made it, and the
-    folder. versions: name -> version, of what computed it. license: an identifier of the Hub.
+    network: torchvision's name, timm/NAME, or a ResNet of fastprune.training.models. inputs: its images. accuracy:
+    top-1 on the validation images, a fraction. val_count: their number. cost: of this training; whole_cost: with all
+    that led to it. made: the training in words. commands: that made it, and the folder. versions: name -> version, of
+    what computed it. license: an identifier of the Hub.
     """
 
-    spec: ModelSpec
-    data: Manifest
+    network: str | ModelSpec
+    inputs: Inputs
     accuracy: float
     val_count: int
     epoch: int
@@ -57,9 +50,29 @@ class Shared:
     versions: Mapping[str, str]
     license: str = "other"
 
+    @property
+    def own(self) -> ModelSpec | None:
+        """The ResNet of fastprune, None where torchvision's or timm's name makes the network."""
+        if isinstance(self.network, str) or (self.network.stem, self.network.width) == ("imagenet", 64):
+            return None
+        return self.network
 
-def write_folder(folder: Path, model: nn.Module, about: Shared) -> None:
-    """Writes a folder, which must not exist or be empty, all of it or nothing. InputError if it has files."""
+    @property
+    def architecture(self) -> str:
+        """The name in its library."""
+        return self.network.removeprefix("timm/") if isinstance(self.network, str) else self.network.name
+
+    @property
+    def library(self) -> str:
+        """torchvision, timm or fastprune: where the name is known."""
+        if isinstance(self.network, str) and self.network.startswith("timm/"):
+            return "timm"
+        return "torchvision" if self.own is None else "fastprune"
+
+
+def write_folder(folder: Path, model: nn.Module, about: Shared, covered: Collection[str] | None = None) -> None:
+    """Writes a folder, which must not exist or be empty, all of it or nothing. covered: names of the weights that masks
+    cover, None for the convs, or all without convs. InputError if it has files."""
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"--out {folder}: the folder has files already: name another one, or delete it")
     aside = folder.with_name(f".{folder.name}.part")
@@ -68,7 +81,7 @@ def write_folder(folder: Path, model: nn.Module, about: Shared) -> None:
         aside.mkdir()
         # "format" is what readers of the Hub's safetensors files ask for.
         save_file({n: t.contiguous() for n, t in model.state_dict().items()}, aside / WEIGHTS, {"format": "pt"})
-        layers = _layers(model)
+        layers = layers_of(model, covered)
         (aside / CONFIG).write_text(json.dumps(_config(model, about, layers), indent=2, ensure_ascii=False) + "\n")
         (aside / CARD).write_text(_card(about, layers))
         if folder.is_dir():
@@ -79,95 +92,121 @@ def write_folder(folder: Path, model: nn.Module, about: Shared) -> None:
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """name: of the module. pruned: whether it is a conv, which a figure's masks cover."""
+class Layer:
+    """The weights of a layer. name: of the module. covered: whether masks cover it."""
 
     name: str
     shape: tuple[int, ...]
     kept: int
     total: int
-    pruned: bool
+    conv: bool
+    covered: bool
 
     @property
     def density(self) -> float:
         return self.kept / self.total
 
 
-def _layers(model: nn.Module) -> list[_Layer]:
-    """The conv and linear layers of a network in its order."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            weight = module.weight
-            kept = int(weight.count_nonzero())
-            found.append(_Layer(name, tuple(weight.shape), kept, weight.numel(), isinstance(module, nn.Conv2d)))
-    return found
+def layers_of(model: nn.Module, covered: Collection[str] | None) -> list[Layer]:
+    """The conv and linear layers of a network, and others that masks cover, in its order. covered: see write_folder."""
+    owner = {f"{name}.weight" if name else "weight": module for name, module in model.named_modules()}
+    convs = {name for name, module in owner.items() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
+    weights = convs | {name for name, module in owner.items() if isinstance(module, nn.Linear)}
+    if covered is None:
+        covered = convs or weights
+    return [
+        Layer(
+            name.removesuffix(".weight"),
+            tuple(weight.shape),
+            int(weight.count_nonzero()),
+            weight.numel(),
+            name in convs,
+            name in covered,
+        )
+        for name, weight in model.named_parameters()
+        if name in weights or name in covered
+    ]
 
 
-def _density(layers: list[_Layer]) -> float:
-    convs = [layer for layer in layers if layer.pruned]
-    return sum(layer.kept for layer in convs) / sum(layer.total for layer in convs)
+class Kept(NamedTuple):
+    """How many of the weights that masks cover are kept. kind: what to call them."""
+
+    kept: int
+    total: int
+    kind: str
+
+    @classmethod
+    def of(cls, layers: list[Layer]) -> "Kept":
+        held = [layer for layer in layers if layer.covered]
+        kind = "conv weights" if all(layer.conv for layer in held) else "weights"
+        return cls(sum(layer.kept for layer in held), sum(layer.total for layer in held), kind)
+
+    @property
+    def density(self) -> float:
+        return self.kept / self.total
 
 
-def _config(model: nn.Module, about: Shared, layers: list[_Layer]) -> dict[str, Any]:
-    spec, data = about.spec, about.data
+def _config(model: nn.Module, about: Shared, layers: list[Layer]) -> dict[str, Any]:
+    inputs, count = about.inputs, len(about.inputs.classes)
     classifier = layers[-1]
     return {
-        "architecture": spec.name,
-        "num_classes": spec.classes,
+        "architecture": about.architecture,
+        "num_classes": count,
         "num_features": classifier.shape[1],
-        "label_names": list(data.classes[: spec.classes]),
+        "label_names": list(inputs.classes),
         "pretrained_cfg": {
-            "input_size": [3, data.height, data.width],
+            "input_size": [3, inputs.height, inputs.width],
             "fixed_input_size": False,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "mean": list(data.mean),
-            "std": list(data.std),
-            "num_classes": spec.classes,
-            "first_conv": layers[0].name,
+            "interpolation": inputs.interpolation,
+            "crop_pct": 1.0 if inputs.resize is None else inputs.height / inputs.resize,
+            "mean": list(inputs.mean),
+            "std": list(inputs.std),
+            "num_classes": count,
+            "first_conv": next((layer.name for layer in layers if layer.conv), None),
             "classifier": classifier.name,
         },
-        "density": _density(layers),
-        "density_by_layer": {layer.name: layer.density for layer in layers if layer.pruned},
-        "stem": spec.stem,
-        "width": spec.width,
+        "density": Kept.of(layers).density,
+        "density_by_layer": {layer.name: layer.density for layer in layers if layer.covered},
+        **({} if isinstance(about.network, str) else {"stem": about.network.stem, "width": about.network.width}),
     }
 
 
-def _of_torchvision(spec: ModelSpec) -> bool:
-    return (spec.stem, spec.width) == ("imagenet", 64)
-
-
-def _loading(spec: ModelSpec) -> str:
+def _loading(about: Shared) -> str:
     """The code that makes the network from the folder."""
-    if _of_torchvision(spec):
-        first, made = "import torchvision", f"torchvision.models.{spec.name}(num_classes={spec.classes})"
+    own, count = about.own, len(about.inputs.classes)
+    if about.library == "timm":
+        first, made = "import timm", f'timm.create_model("{about.architecture}", num_classes={count})'
+    elif own is None:
+        first, made = "import torchvision", f"torchvision.models.{about.architecture}(num_classes={count})"
     else:
         first = "from fastprune.specs import ModelSpec\nfrom fastprune.training.models import build"
-        made = f'build(ModelSpec("{spec.name}", classes={spec.classes}, stem="{spec.stem}", width={spec.width}))'
+        made = f'build(ModelSpec("{own.name}", classes={count}, stem="{own.stem}", width={own.width}))'
     return (
         f"{first}\nfrom safetensors.torch import load_file\n\nmodel = {made}\n"
         f'model.load_state_dict(load_file("{WEIGHTS}"))\nmodel.eval()'
     )
 
 
-def _transform(data: Manifest) -> str:
+def _transform(inputs: Inputs) -> str:
+    size = f"({inputs.height}, {inputs.width})"
+    how = "" if inputs.interpolation == "bilinear" else f", v2.InterpolationMode.{inputs.interpolation.upper()}"
+    crop = "" if inputs.resize is None else f"    v2.CenterCrop({size}),\n"
     return (
         "import torch\nfrom torchvision.transforms import v2\n\ntransform = v2.Compose([\n    v2.ToImage(),\n"
-        f"    v2.Resize(({data.height}, {data.width})),\n    v2.ToDtype(torch.float32, scale=True),\n"
-        f"    v2.Normalize({list(data.mean)}, {list(data.std)}),\n    v2.ToPureTensor(),\n])"
+        f"    v2.Resize({size if inputs.resize is None else inputs.resize}{how}),\n{crop}"
+        "    v2.ToDtype(torch.float32, scale=True),\n"
+        f"    v2.Normalize({list(inputs.mean)}, {list(inputs.std)}),\n    v2.ToPureTensor(),\n])"
     )
 
 
 def _front_matter(about: Shared, name: str, title: str) -> Iterator[str]:
     """YAML; texts as JSON strings, which YAML reads, whatever is in them."""
-    data, spec = json.dumps(about.data.name), about.spec
-    yield f"library_name: {'torchvision' if _of_torchvision(spec) else 'fastprune'}"
+    data = json.dumps(about.inputs.data)
+    yield f"library_name: {about.library}"
     yield f"license: {json.dumps(about.license)}"
     yield "pipeline_tag: image-classification"
     yield "tags:"
-    yield from (f"- {tag}" for tag in ("image-classification", "pytorch", "pruning", "sparsity", spec.name))
+    yield from (f"- {tag}" for tag in ("image-classification", "pytorch", "pruning", "sparsity", about.architecture))
     yield f"datasets:\n- {data}"
     yield "metrics:\n- accuracy"
     yield f"model-index:\n- name: {json.dumps(name)}\n  results:"
@@ -176,21 +215,23 @@ def _front_matter(about: Shared, name: str, title: str) -> Iterator[str]:
     yield f"    metrics:\n    - type: accuracy\n      name: Top-1 accuracy\n      value: {about.accuracy:.6g}"
 
 
-def _card(about: Shared, layers: list[_Layer]) -> str:
-    spec, data = about.spec, about.data
-    title = TITLES.get(data.name, data.name)
-    density, convs = _density(layers), [layer for layer in layers if layer.pruned]
-    name = f"{spec.name} with {density:.2%} of its conv weights"
+def _card(about: Shared, layers: list[Layer]) -> str:
+    inputs, own, kept = about.inputs, about.own, Kept.of(layers)
+    title = TITLES.get(inputs.data, inputs.data)
+    name = f"{about.architecture} with {kept.density:.2%} of its {kept.kind}"
     front = "\n".join(_front_matter(about, name, title))
-    stem = "a 7x7 conv and a max-pool" if spec.stem == "imagenet" else "a 3x3 conv"
-    small = "" if _of_torchvision(spec) else f" Its first stage has {spec.width} channels (not 64), its stem is {stem}."
-    kept, total = sum(layer.kept for layer in convs), sum(layer.total for layer in convs)
+    small = ""
+    if own is not None:
+        stem = "a 7x7 conv and a max-pool" if own.stem == "imagenet" else "a 3x3 conv"
+        small = f" Its first stage has {own.width} channels (not 64), its stem is {stem}."
+    cropped = f"resized to {inputs.resize}, cropped to " if inputs.resize else ""
     facts = {
         "top-1 accuracy": f"{about.accuracy:.2%} on {about.val_count:,} validation images, after epoch {about.epoch}",
-        "density": f"{density:.4f}: {kept:,} of {total:,} conv weights are kept, the others are 0",
+        "density": f"{kept.density:.4f}: {kept.kept:,} of {kept.total:,} {kept.kind} are kept, the others are 0",
         "data": title,
-        "classes": f"{spec.classes:,}",
-        "images": f"{data.height} x {data.width} pixels, normalised by mean and standard deviation of training images",
+        "classes": f"{len(inputs.classes):,}",
+        "images": f"{cropped}{inputs.height} x {inputs.width} pixels, normalised by mean {_three(inputs.mean)} and "
+        f"standard deviation {_three(inputs.std)}",
     }
     table = "\n".join(f"| {what} | {fact} |" for what, fact in facts.items())
     rows = "\n".join(
@@ -199,7 +240,8 @@ def _card(about: Shared, layers: list[_Layer]) -> str:
         for layer in layers
     )
     costs = "\n".join(
-        f"| {what} | {cost.trainings:,} | {cost.images:,} | {_time(cost.seconds)} | {', '.join(cost.devices)} |"
+        f"| {what}{'' if cost.complete else ', as far as recorded'} | {cost.trainings:,} | {cost.images:,} | "
+        f"{_time(cost.seconds)} | {', '.join(cost.devices)} |"
         for what, cost in (("this one", about.cost), ("with all that led to it", about.whole_cost))
     )
     commands = "\n".join(about.commands)
@@ -217,10 +259,10 @@ An image classifier, pruned by fastprune: {about.made}.{small}
 
 ## Use
 ```python
-{_loading(spec)}
+{_loading(about)}
 ```
 ```python
-{_transform(data)}
+{_transform(inputs)}
 ```
 `{WEIGHTS}` holds zeros like other weights, and the network runs as fast as a dense one; `fastprune.sparse.compile`
 makes it smaller and faster on a CPU. `fastprune.Pruner(model)` keeps its zeros in further training.
@@ -242,6 +284,10 @@ Computed with {versions}.
 {commands}
 ```
 """
+
+
+def _three(values: tuple[float, float, float]) -> str:
+    return f"({', '.join(f'{v:.4g}' for v in values)})"
 
 
 def _time(seconds: float) -> str:
@@ -297,7 +343,7 @@ def about_node(root: Path, node: Found, spec: ModelSpec, epoch: int, command: st
         mask += f" of round {round}" + (f", found at {found}" if found and found.startswith("lr ") else "")
     return Shared(
         spec,
-        data,
+        Inputs(data.name, data.classes[: spec.classes], data.height, data.width, data.mean, data.std),
         accuracy,
         subset.count(data, "val"),
         epoch,
@@ -306,6 +352,39 @@ def about_node(root: Path, node: Found, spec: ModelSpec, epoch: int, command: st
         f"trained with learning rate {lr:g} for {epoch} epochs, {mask}, seed {record['seed']}",
         (*before, command),
         dict(node.provenance.get("versions") or {}),
+        license,
+    )
+
+
+def about_checkpoint(
+    trained: TrainedModel, layers: list[Layer], averaged: bool, path: Path, command: str, license: str
+) -> Shared:
+    """What a checkpoint says of its training. averaged: of the moving average. path: of it, for messages. command: that
+    exports it. InputError if it has no such record."""
+    about, flags = trained.about, trained.flags
+    if about is None:
+        raise InputError(
+            f"{path} has no entry 'about', which a model card needs: it was written by an earlier fastprune or another "
+            "program; train an epoch more with scripts/train.py, or write a file"
+        )
+    accuracy = about.ema_accuracy if averaged else about.accuracy
+    if accuracy is None:
+        raise InputError(f"{path} does not say how accurate its moving average is: leave --ema out")
+    kept = Kept.of(layers)
+    mask = "dense" if kept.kept == kept.total else f"pruned to density {kept.density:.4g}"
+    average = ", the moving average of its weights" if averaged else ""
+    made = f"trained with learning rate {flags['lr']:g} for {trained.epochs} epochs, {mask}, seed {flags['seed']}"
+    return Shared(
+        trained.name,
+        about.inputs,
+        accuracy,
+        about.val_count,
+        trained.epochs,
+        about.history.cost,
+        about.history.whole_cost,
+        made + average,
+        (*about.history.commands, command),
+        about.versions,
         license,
     )
 

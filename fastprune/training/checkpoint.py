@@ -10,6 +10,7 @@
     scaler     state of the gradient scaler with fp16, else empty
     compute    how it was computed: plain, dense or sparse; a resumed run goes on so
     args       flags of train.py
+    about      images, accuracy, cost, commands and versions of the training: fastprune.training.about, as plain values
 
 From a checkpoint of the reference script, model, optimizer, model_ema and epoch are read; from a plain state dict, the
 weights. Names may begin with "module." (DDP), weights may be under torch.nn.utils.prune ("_orig" and "_mask"). Zeros
@@ -24,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprune.errors import InputError
 from fastprune.files import write_atomically
 from fastprune.pruning.masks import Mask, masks_of_zeros
 from fastprune.specs import COMPUTES, OptimizerSpec
+from fastprune.training.about import About
 from fastprune.training.flat import decay_groups
+from fastprune.training.models import build_model
 from fastprune.training.request import other_decays
 from fastprune.training.trainer import Trainer
 
@@ -48,7 +51,7 @@ class Checkpoint:
 
     state: for Trainer.load_state. epochs: number of finished epochs, None for plain weights. mask: on the CPU, None for
     dense. flags: those of the run that wrote it; empty if the file has none. taken: the mask is no entry of the file,
-    its weights show it. compute: how it was computed, None if the file does not say.
+    its weights show it. compute, about: how it was computed, and more on it; None if the file does not say.
     """
 
     state: dict[str, Tensor]
@@ -57,10 +60,17 @@ class Checkpoint:
     flags: dict[str, Any]
     taken: bool = False
     compute: str | None = None
+    about: About | None = None
 
 
 def save_checkpoint(
-    path: Path, trainer: Trainer, epochs: int, optimizer: OptimizerSpec, lr: float, flags: Mapping[str, Any]
+    path: Path,
+    trainer: Trainer,
+    epochs: int,
+    optimizer: OptimizerSpec,
+    lr: float,
+    flags: Mapping[str, Any],
+    about: About,
 ) -> None:
     """Writes the state of `trainer` after `epochs` epochs to `path`, atomically.
 
@@ -76,6 +86,7 @@ def save_checkpoint(
         "scaler": {k.removeprefix("scaler."): v.item() for k, v in state.items() if k.startswith("scaler.")},
         "compute": trainer.computed,
         "args": dict(flags),
+        "about": about.plain(),
     }
     if trainer.ema is not None:
         averaged = {f"module.{name}": t for name, t in trainer.state_dict(averaged=True).items()}
@@ -100,9 +111,7 @@ def load_checkpoint(path: Path, trainer: Trainer, name: str, optimizer: Optimize
     state = trainer.state() | {f"model.{k}": v for k, v in plain.items()}
     state = {k: v for k, v in state.items() if k.startswith("model.")}
     try:
-        flags = content.get("args", {})
-        # The reference script stores an argparse.Namespace, we a dict.
-        flags = dict(flags if isinstance(flags, Mapping) else vars(flags))
+        flags = _flags(content)
         state |= _optimizer_entries(content, trainer, replace(optimizer, other_decays=other_decays(flags)))
         if "model_ema" in content and model is not content:
             state |= _average(content["model_ema"], trainer)
@@ -116,11 +125,72 @@ def load_checkpoint(path: Path, trainer: Trainer, name: str, optimizer: Optimize
         compute = content.get("compute") if model is not content else None
         if compute not in (None, *COMPUTES):
             raise ValueError(f"computed by {compute!r}")
+        about = _about(content)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} is damaged or foreign ({type(error).__name__}: {error})") from error
-    return Checkpoint(state, epochs, mask, flags, shown and mask is not None, compute)
+    return Checkpoint(state, epochs, mask, flags, shown and mask is not None, compute, about)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """The network of a checkpoint on the CPU, in evaluation mode.
+
+    name: torchvision's, or timm/NAME. epochs: number of finished epochs. size: (height, width) of the images that it
+    was validated on, None if the file does not say. covered: names of the weights that masks cover, None if the file
+    has no mask. flags: those of the run that wrote it. about: None if the file has none.
+    """
+
+    model: nn.Module
+    name: str
+    epochs: int
+    size: tuple[int, int] | None
+    covered: tuple[str, ...] | None
+    flags: dict[str, Any]
+    about: About | None
+
+
+def load_model(path: Path, *, averaged: bool = False) -> TrainedModel:
+    """Reads the network of a checkpoint of train.py. averaged: with the weights of its moving average.
+
+    InputError if the file is missing or damaged, if it does not say of which model it is, or has no average.
+    """
+    content = _read(path)
+    if "model" not in content:
+        raise InputError(f"{path} is no checkpoint of train.py, with weights as 'model' and flags as 'args'")
+    if averaged and "model_ema" not in content:
+        raise InputError(f"{path} has no moving average: leave --ema out, or train with --model-ema")
+    try:
+        kept = content["model_ema" if averaged else "model"].items()
+        weights = _plain_names({n: t for n, t in kept if n != "n_averaged"})
+        # Without a record: all networks end with their classifier.
+        last = [len(t) for t in weights.values() if t.dim() > 0][-1]
+        flags, about = _flags(content), _about(content)
+        epochs, mask = int(content.get("epoch", -1)) + 1, content.get("mask")
+        covered = None if mask is None else tuple(mask)
+        side = flags.get("val_crop_size")
+        size = (about.inputs.height, about.inputs.width) if about else None if side is None else (int(side), int(side))
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged or foreign ({type(error).__name__}: {error})") from error
+    name = flags.get("model")
+    if not isinstance(name, str):
+        raise InputError(f"{path} does not say of which model it is ('args' has no 'model'): load it in Python instead")
+    model = build_model(name, None, len(about.inputs.classes) if about else last, None, 0)
+    _check_fit(path, weights, model.state_dict(), name)
+    model.load_state_dict(weights)
+    return TrainedModel(model.eval(), name, epochs, size, covered, flags, about)
+
+
+def _flags(content: Mapping[str, Any]) -> dict[str, Any]:
+    flags = content.get("args", {})
+    # The reference script stores an argparse.Namespace, we a dict.
+    return dict(flags if isinstance(flags, Mapping) else vars(flags))
+
+
+def _about(content: Mapping[str, Any]) -> About | None:
+    """KeyError, TypeError or ValueError if it is damaged."""
+    return About.of(content["about"]) if "about" in content else None
 
 
 def trainer_mask(trainer: Trainer) -> Mask:

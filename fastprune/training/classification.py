@@ -25,6 +25,7 @@ from fastprune.loaders import Crop, DataSource, Manifest, find_or_prepare, open_
 from fastprune.pruning.masks import Mask
 from fastprune.pruning.schedules import cubic, geometric_to
 from fastprune.specs import ScheduleSpec
+from fastprune.training.about import About, History, Inputs, hardware
 from fastprune.training.checkpoint import fitting_mask, load_checkpoint, replace_file, save_checkpoint, trainer_mask
 from fastprune.training.models import build_model
 from fastprune.training.request import PruneSchedule, TrainRequest, prune_schedule_of
@@ -76,10 +77,11 @@ class Epochs:
 
 @dataclass(frozen=True)
 class Images:
-    """Opened data. size: height and width of training images.  about: one line.  resized: whether by the crop flags."""
+    """Opened data. inputs: validation images.  size: height and width of training images.  about: one line.  resized:
+    whether by the crop flags."""
 
     source: DataSource
-    classes: int
+    inputs: Inputs
     size: tuple[int, int]
     about: str
     resized: bool
@@ -95,7 +97,7 @@ class Images:
             # The reference repeats images only where ranks share them.
             repeats=request.repeats if world_size > 1 else 1,
         )
-        return Epochs(batches, request.seed, rank, mixing(request, self.classes))
+        return Epochs(batches, request.seed, rank, mixing(request, len(self.inputs.classes)))
 
     def val(self, batch_size: int, rank: int, world_size: int, dtype: torch.dtype) -> Any:
         """Validation batches of one rank."""
@@ -142,7 +144,16 @@ def open_images(request: TrainRequest, device: torch.device, *, show: bool, loca
         about += "\nNote: --ra-sampler has no effect in one process, as in the reference"
     if not source.resumes:
         about += "\nNote: FFCV's crops are not seeded, a resumed run differs; --loader torchvision resumes to the bit"
-    return Images(source, len(manifest.classes), size, about, resized=crop is not None)
+    inputs = Inputs(
+        manifest.name,
+        manifest.classes,
+        *((crop.val_crop, crop.val_crop) if crop else size),
+        mean,
+        std,
+        crop.val_resize if crop else None,
+        augment.interpolation if augment else "bilinear",
+    )
+    return Images(source, inputs, size, about, resized=crop is not None)
 
 
 def _check_flags(request: TrainRequest, manifest: Manifest) -> None:
@@ -291,6 +302,16 @@ class Ranks(NamedTuple):
         return cls(*(int(os.environ.get(name, default)) for name, default in zip(names, "0101", strict=True)))
 
 
+class Start(NamedTuple):
+    """Where a run starts. epochs: that are done. compute: how they were computed, None for a new run. lines: what was
+    done. history: of what led here."""
+
+    epochs: int
+    compute: str | None
+    lines: list[str]
+    history: History
+
+
 def run(request: TrainRequest) -> bool:
     """Trains, or only tests, as asked; False if it diverged or ran out of memory. InputError for bad input."""
     ranks = Ranks.from_environment()
@@ -309,7 +330,7 @@ def run(request: TrainRequest) -> bool:
 
 
 def _run(request: TrainRequest, images: Images, device: torch.device, ranks: Ranks) -> bool:
-    model = build_model(request.model, request.weights, images.classes, images.size, request.seed)
+    model = build_model(request.model, request.weights, len(images.inputs.classes), images.size, request.seed)
     trainer = _trainer(model, device, request)
     try:
         return _trained(request, trainer, images, ranks)
@@ -349,7 +370,7 @@ def _trainer(model: nn.Module, device: torch.device, request: TrainRequest) -> T
 
 
 def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ranks) -> bool:
-    start, before, origin = prepare(trainer, request, ranks.world_size)
+    start = prepare(trainer, request, ranks.world_size)
     batch_size = request.optimizer.batch_size
     val = images.val(batch_size, ranks.rank, ranks.world_size, trainer.images)
     first = ranks.rank == 0
@@ -359,7 +380,7 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
         say(f"Model {request.model}, {request.precision} on {_name(trainer.device)}, {sizes}")
         if request.precision == "bf16" and trainer.device.type == "cpu" and (advice := bf16_advice("leave out --amp")):
             say(advice)
-        for line in origin:
+        for line in start.lines:
             say(line)
         say(_sparsity(trainer, request.prune))
     if request.test_only:
@@ -372,7 +393,7 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
             say_test(found, "EMA" if averaged else "")
         return True
     train = images.train(request, ranks.rank, ranks.world_size, trainer.images)
-    return _fit(trainer, train, val, request, start, before, ranks)
+    return _fit(trainer, train, val, request, start, ranks, images)
 
 
 def _fit(
@@ -380,11 +401,11 @@ def _fit(
     train: Epochs,
     val: Batches,
     request: TrainRequest,
-    start: int,
-    before: str | None,
+    begin: Start,
     ranks: Ranks,
+    images: Images,
 ) -> bool:
-    """before: how the checkpoint that is resumed was computed; None for a new run."""
+    start, before, past = begin.epochs, begin.compute, begin.history.with_command(request.command)
     kept = request.checkpoint if ranks.rank == 0 else None
     last = request.resume
     log: TrainLog | None = None
@@ -406,7 +427,7 @@ def _fit(
             ]
     said, goes_on = "", None
 
-    def on_batch(images: int) -> None:
+    def on_batch(count: int) -> None:
         nonlocal said, goes_on
         assert log is not None
         if (how := trainer.described()) and how != said:  # the first batch under a mask has decided how it computes
@@ -415,19 +436,25 @@ def _fit(
         if goes_on is not None and (line := trainer.resumed(goes_on)):
             print(f"train.py: {line}", file=sys.stderr)
         goes_on = None
-        log.batch(images)
+        log.batch(count)
 
     def on_epoch(m: EpochMetrics) -> None:
-        nonlocal last
+        nonlocal last, past
         if log is not None:
             log.epoch(m)
         for each in scalars:
             each.add(m.epoch, _scalars(m, trainer))
         if kept is not None and not m.diverged:
             flags = {**request.flags, "ranks": ranks.world_size}
-            save_checkpoint(kept, trainer, m.epoch, request.optimizer, m.lr, flags)
+            past = past.after(len(train) * request.optimizer.batch_size * ranks.world_size, m.seconds, device)
+            val_count = images.source.manifest.val_count
+            about = About(images.inputs, past, val_count, m.val_accuracy, m.ema_accuracy, request.versions)
+            save_checkpoint(kept, trainer, m.epoch, request.optimizer, m.lr, flags, about)
             last = kept
 
+    device = hardware(str(trainer.device))
+    if ranks.world_size > 1:
+        device = f"{ranks.world_size} x {device}"
     if log is not None:
         say("Start training")
     began = time.monotonic()
@@ -536,23 +563,24 @@ def choose_device(request: TrainRequest, ranks: Ranks) -> torch.device:
     return device
 
 
-def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[int, str | None, list[str]]:
-    """Puts weights, momentum and mask where the run starts; returns the epochs done, how they were computed (None for a
-    new run), and in lines what was done.
+def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> Start:
+    """Puts weights, momentum and mask where the run starts.
 
     A checkpoint goes on from its own epoch. Only where --sparsity or --mask ask for another mask than it has, a new run
     begins from its weights, at --start-epoch and without momentum.
     """
     lines, start, before, held = [], request.start_epoch, None, None
+    # What pretrained weights have cost is not known.
+    history = History.begun_from(None) if request.weights else History()
     if request.resume is not None:
         found = load_checkpoint(request.resume, trainer, request.model, request.optimizer)
-        held = found.mask
+        held, past = found.mask, found.about.history if found.about else None
         same = _is_held(request, trainer, held, found.flags)
         trainer.load_state(found.state, momentum=same)
         if held is not None:
             trainer.set_mask(held)
         if same and found.epochs is not None:
-            start, before = found.epochs, found.compute
+            start, before, history = found.epochs, found.compute, History.resumed(past)
             lines.append(f"Resumed {request.resume}, {start} epochs done")
             changed = [n for n in _RESULT if n in found.flags and found.flags[n] != request.flags.get(n)]
             if request.ema is not None and trainer.ema is None and not request.test_only:
@@ -560,6 +588,7 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[in
             if not request.test_only:
                 lines += [f"note: --{n.replace('_', '-')} was {found.flags[n]} before" for n in changed]
         else:
+            history = History.begun_from(past)
             lines.append(f"A new run from the weights in {request.resume}")
         if found.taken and held is not None:
             lines.append(f"note: {held.total - held.kept} weights of the file are zero: they stay pruned")
@@ -573,7 +602,7 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> tuple[in
         trainer.set_mask(fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask))
     elif request.sparsity is not None and request.prune_schedule is None:
         _prune(trainer, request.sparsity)
-    return start, before, lines
+    return Start(start, before, lines, history)
 
 
 def _is_held(request: TrainRequest, trainer: Trainer, held: Mask | None, flags: Mapping[str, Any]) -> bool:

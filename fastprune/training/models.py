@@ -62,17 +62,18 @@ def initial_model(init: Init) -> nn.Module:
 _AUXILIARY = ("googlenet", "inception_v3")
 
 
-def build_model(name: str, asked: str | None, classes: int, size: tuple[int, int], seed: int) -> nn.Module:
+def build_model(name: str, asked: str | None, classes: int, size: tuple[int, int] | None, seed: int) -> nn.Module:
     """torchvision's or timm's classification model `name` (timm/NAME) for `classes` classes, on the CPU; torch's
     generator is not advanced.
 
-    asked: name of pretrained weights, or None to initialise from `seed`. size: (height, width) in pixels. InputError if
-    there is no such model or weights, if the weights cannot be downloaded, or if the model is not supported or takes no
-    images of this size.
+    asked: name of pretrained weights, or None to initialise from `seed`. size: (height, width) in pixels, None not to
+    try them. InputError if there is no such model or weights, if the weights cannot be downloaded, or if the model is
+    not supported or takes no images of this size.
     """
     if name.startswith("timm/"):
         model = _timm_model(name.removeprefix("timm/"), asked, classes, seed)
-        _try_size(model, name, size)
+        if size is not None:
+            try_size(model, name, size)
         return model
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
@@ -92,7 +93,8 @@ def build_model(name: str, asked: str | None, classes: int, size: tuple[int, int
             f"cannot fetch {weights} ({' '.join(str(error).split())}): fetch {weights.url} elsewhere and give the file "
             "with --resume"
         ) from None
-    _try_size(model, name, size)
+    if size is not None:
+        try_size(model, name, size)
     return model
 
 
@@ -137,7 +139,7 @@ def _weights(name: str, asked: str, classes: int) -> torchvision.models.WeightsE
     return found
 
 
-def _try_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
+def try_size(model: nn.Module, name: str, size: tuple[int, int]) -> None:
     """InputError if the network takes no images of this size (height, width)."""
     # On the meta device, which computes shapes only: a size that cannot work is found before any data is read.
     shapes = copy.deepcopy(model).to("meta").eval()

@@ -36,7 +36,8 @@ class TrainRequest:
     for.  sparsity: of the weights that `prune` covers together, in [0, 1), or None.  compute: one of COMPUTES.
     ema: its decay as given, see `adjusted_ema`.  mixup, cutmix: alphas, 0 for none.  augment: None for crops and flips.
     repeats: of --ra-sampler, 1 without.  prune_schedule: None to prune before training.  log: some of LOGS.
-    flags: all flags as plain values, for the checkpoint.
+    flags, command, versions: all flags as plain values, the command line, and name -> version of what computes, for the
+    checkpoint.
     """
 
     data: str
@@ -71,6 +72,8 @@ class TrainRequest:
     prune_schedule: PruneSchedule | None = None
     log: tuple[str, ...] = ()
     flags: dict[str, Plain] = field(default_factory=dict)
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def checkpoint(self) -> Path | None:
