@@ -15,7 +15,7 @@ COMMANDS = {
     "report": "write figures and their page again from a store",
     "train": "train a torchvision model, dense or under a mask",
     "prepare": "make a data set ready for training",
-    "compile": "write a trained network to a file: kept weights alone, a state dict, or ONNX",
+    "compile": "write a trained network to a file (kept weights alone, a state dict, ONNX) or a folder to share",
     "store": "list, verify, clean up, export and merge a store of runs",
     "doctor": "say what is here, what is missing for which use, and the command that mends it",
 }

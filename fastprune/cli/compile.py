@@ -22,12 +22,12 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "network",
-        metavar="CHECKPOINT|NODE",
+        metavar="NETWORK",
         type=expanded,
         help="a checkpoint.pth of train.py, or the beginning of a training's key, as store.py ls shows it; a file that "
         "exists, and a name that ends in .pth, is a checkpoint",
     )
-    p.add_argument("--store", type=to_path, metavar="DIR", help="the store of NODE (default runs)")
+    p.add_argument("--store", type=to_path, metavar="DIR", help="the store of a key (default runs)")
     p.add_argument(
         "--ema", action="store_true", help="the weights of the checkpoint's moving average (train.py --model-ema)"
     )
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "--size",
         type=checked(int, lambda n: n >= 1, "a whole number of 1 or more"),
         metavar="PIXELS",
-        help="side of the images that it will see (default that of a checkpoint's validation images, 64 for NODE; a "
+        help="side of the images that it will see (default that of a checkpoint's validation images, 64 for a key; a "
         "state dict has none, a folder that of training)",
     )
     p.add_argument("--half", action="store_true", help="store kept weights in 16 bits (.fastprune)")
@@ -74,8 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError("--half and --size are for files, not for --format huggingface: leave them out")
         if not folder and args.license is not None:
             raise InputError("--license is for --format huggingface: add it, or leave --license out")
-        from fastprune.study.deploy import deploy, of_checkpoint, of_node, share
+        from fastprune.study.deploy import check_file, check_place, deploy, of_checkpoint, of_node, share
 
+        # Before the network is read, so that a mistake is told at once.
+        if folder:
+            check_place(args.out)
+        else:
+            check_file(args.out, args.half)
         network = of_checkpoint(path, args.ema) if from_file else of_node(args.store or Path("runs"), args.network)
         if folder:
             print(share(network, args.out, args.license or "other"))

@@ -83,17 +83,30 @@ def of_node(root: Path, prefix: str) -> Network:
     )
 
 
-def deploy(network: Network, out: Path, side: int | None = None, half: bool = False) -> str:
-    """Writes a network to `out`, in the format of its suffix (SUFFIXES); returns a line about it.
-
-    side: of images, in pixels, if they are not the network's own; a state dict has none. half: kept weights in float16.
-    InputError for what the format cannot express, and for images that the network does not take.
-    """
+def check_file(out: Path, half: bool = False) -> None:
+    """InputError unless `deploy` can write such a file, and there."""
     if out.suffix not in SUFFIXES:
         raise InputError(f"--out {out}: choose one of {', '.join(f'NAME{s} ({w})' for s, w in SUFFIXES.items())}")
     if half and out.suffix != ".fastprune":
         raise InputError(f"--half is for .fastprune files, not for {out.suffix}")
-    _check_place(out, network)
+    check_place(out)
+
+
+def check_place(out: Path) -> None:
+    """InputError unless there is a folder for `out`."""
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}")
+
+
+def deploy(network: Network, out: Path, side: int | None = None, half: bool = False) -> str:
+    """Writes a network to `out`, a name that check_file takes, in the format of its suffix; returns a line about it.
+
+    side: of images, in pixels, if they are not the network's own; a state dict has none. half: kept weights in float16.
+    InputError for what the format cannot express, and for images that the network does not take.
+    """
+    source = Path(network.arguments[0])
+    if out.exists() and source.exists() and out.samefile(source):
+        raise InputError(f"--out {out} is the checkpoint itself: name another file")
     model, dtype = network.model, torch.float16 if half else torch.float32
     size = network.size if side is None else (side, side)
     if out.suffix != ".pth":
@@ -123,7 +136,6 @@ def share(network: Network, out: Path, license: str) -> str:
 
     license: an identifier of the Hub, for the model card. InputError if nothing is known that a card needs.
     """
-    _check_place(out, network)
     words = ["compile.py", *network.arguments, "--format", "huggingface", "--license", license, "--out", out.name]
     about = network.about(shlex.join(words), license)
     write_folder(out, network.model, about, network.covered)
@@ -139,14 +151,6 @@ def _write_compiled(model: nn.Module, example: Tensor, path: Path, dtype: torch.
             f"a .fastprune file cannot hold this network, which needs torch for {what}: write .onnx or .pth"
         )
     fast.save(path, dtype=dtype)
-
-
-def _check_place(out: Path, network: Network) -> None:
-    if not out.parent.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent}")
-    source = Path(network.arguments[0])
-    if out.exists() and source.exists() and out.samefile(source):
-        raise InputError(f"--out {out} is the checkpoint itself: name another file")
 
 
 def _fitting(tensors: Mapping[str, Tensor], path: Path) -> tuple[ModelSpec, nn.Module]:

@@ -70,7 +70,9 @@ MISTAKES = {
     "train --data-path photos --epochs zero": "a whole number of 1 or more",
     "train --data-path photos --batchsize 4": "unrecognized arguments: --batchsize",
     "train --data-path photos --batch-size 100": "--batch-size",
-    "compile": "required: NODE, --out",
+    "compile": "required: NETWORK, --out",
+    "compile bad.pth --out network.onnx": "bad.pth is no checkpoint",
+    "compile no/checkpoint.pth --out network.onnx": "no such checkpoint: no/checkpoint.pth",
     "compile 0123 --out network.pt": "NAME.pth",
     # paths and data
     "reproduce --fig A2 --preset quick": "--data DIR",

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fastprune
+from fastprune.cli import compile as compile_network
 from fastprune.cli import train
 from fastprune.cli.__main__ import COMMANDS
 from fastprune.figures import FIGURES
@@ -135,11 +136,14 @@ def mask_of_a_store(folder: Path) -> None:
 
 
 def run_commands(code: str) -> None:
-    """Runs those commands of a shell snippet that train or test, for one epoch; figures have tests of their own."""
+    """Runs those commands of a shell snippet that train or test, for one epoch, or compile; figures have tests of their
+    own."""
     for command in commands(code):
         if command[1:2] == ["scripts/train.py"]:
             # The portable loader compiles nothing.
             assert train.main([*command[2:], "--epochs", "1", "--loader", "torchvision", "--workers", "0"]) == 0
+        elif command[1:2] == ["scripts/compile.py"]:
+            assert compile_network.main(command[2:]) == 0
 
 
 HERE: dict[str, Callable[[Path], None]] = {"docs/clusters.md": mask_of_a_store}
@@ -200,11 +204,15 @@ def after_deploy(names: dict[str, Any], folder: Path, out: str) -> None:
 
 
 def after_tutorial(names: dict[str, Any], folder: Path, out: str) -> None:
-    kept = sum(int(t.count_nonzero()) for n, t in names["weights"].items() if t.dim() == 4)
-    total = sum(t.numel() for t in names["weights"].values() if t.dim() == 4)
+    weights = torch.load(folder / "photos.pth", weights_only=True)
+    kept = sum(int(t.count_nonzero()) for t in weights.values() if t.dim() == 4)
+    total = sum(t.numel() for t in weights.values() if t.dim() == 4)
     assert kept == total - round(0.9 * total)
-    agree(names["model"], names["fast"], fastprune.sparse.load(folder / "photos.fastprune"))
-    agree(names["model"], onnx_network(folder / "photos.onnx"))
+    model = import_module("torchvision").models.resnet18(num_classes=3).eval()
+    model.load_state_dict(weights)
+    agree(model, names["fast"], onnx_network(folder / "photos.onnx"))
+    assert names["logits"].shape == (8, 3)
+    assert (folder / "photos-net/README.md").is_file()
 
 
 def agree(model: torch.nn.Module, *others: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -39,8 +39,8 @@ def test_every_command_has_its_flags_on_the_site():
 
 def test_flags_are_those_of_the_parser(conf):
     table = conf.flags("compile")
-    assert "| `--store DIR` | the store (default runs) |" in table
-    assert "| `NODE` |" in table
+    assert "| `--half` | store kept weights in 16 bits (.fastprune) |" in table
+    assert "| `NETWORK` |" in table
     store = conf.flags("store")
     assert "### store merge" in store
     assert "`--executor {local, ray}`" in conf.flags("reproduce")
