@@ -137,7 +137,7 @@ class Replays(GraphedStep):
         step(images, labels)
 
 
-def graphed_trainer(monkeypatch, **how) -> Trainer:
+def graphed_trainer(monkeypatch, **how):
     """A Trainer on a CPU that keeps steps as one on a GPU does."""
     monkeypatch.setattr(trainer_module, "GraphedStep", Replays)
     trainer = Trainer(build(ModelSpec("resnet18", 4, width=8)), compute="plain", **how)
@@ -191,7 +191,7 @@ def test_batches_are_counted_once_an_epoch(monkeypatch):
     trainer, seen = Trainer(model, compute="plain"), []
     monkeypatch.setattr(torch.Tensor, "add_", counting)
 
-    def look(images: int) -> None:
+    def look(images):
         seen.append({int(m.num_batches_tracked) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)})
 
     trainer.fit(Epochs(0, 8, 3), Epochs(1, 8, 1), OptimizerSpec(8), ScheduleSpec(0.1, 2), on_batch=look)
