@@ -61,6 +61,7 @@ def test_some_real_images_are_grey(few_classes):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ffcv")
+@pytest.mark.timeout(900)
 def test_the_whole_data_set(given, tmp_path, capsys):
     root = unpack(given, tmp_path / "parts", "*.tar.gz")
     layout = scan(root)
