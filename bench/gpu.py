@@ -39,7 +39,6 @@ STEPS = tuple((network, precision) for network in ("resnet18", "resnet50") for p
 TARGETS: tuple[tuple[str, str, str, float], ...] = (
     *((f"cast, {network}", "masked_cast to bf16", "over_floor", 1.3) for network in rows.NETWORKS),
     *((f"SGD step, {network}", "masked_sgd_ with a bf16 copy", "over_floor", 1.3) for network in rows.NETWORKS),
-    *((f"threshold, {network}", "kth_smallest_magnitude", "over_floor", 3.0) for network in rows.NETWORKS),
     *((f"threshold, {network}", "w.abs().kthvalue(k)", "over_ours", -20.0) for network in rows.NETWORKS),
     *((f"crop to {side}x{side}, bfloat16", rows.CROP, "over_floor", 2.0) for side in rows.SIDES),
     ("step of ResNet-18, 512 x 64 px, bf16", training.MASKED, "images_per_s", -150_000),
