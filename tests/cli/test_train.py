@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -836,8 +837,7 @@ def test_labels_outside_the_classes(folder, tmp_path, capsys, monkeypatch):
 
     def fewer(*args, **kwargs):
         images = opened(*args, **kwargs)
-        object.__setattr__(images, "classes", CLASSES - 1)
-        return images
+        return replace(images, inputs=replace(images.inputs, classes=images.inputs.classes[: CLASSES - 1]))
 
     monkeypatch.setattr(classify, "open_images", fewer)
     line = refused(capsys, flags(folder, tmp_path))
