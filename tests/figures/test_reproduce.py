@@ -171,7 +171,7 @@ def test_killed_and_started_again_it_ends_the_same(finished, tmp_path):
     expected = (finished / "out/A2/results.csv").read_bytes()
     done: dict[str, int] = {}
     arguments = command(tmp_path, "--workers", "2", "--checkpoint-seconds", "0")
-    for kill in range(6):
+    for kill in range(4):
         process = subprocess.Popen(
             arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )

@@ -16,9 +16,9 @@ from fastprune.store.verify import check_store
 from tests.fake_store import FILTERS, PRUNE, TRAIN, put, seeds, tree
 
 
-@pytest.fixture(scope="module", params=[10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[10, pytest.param(40, marks=pytest.mark.slow)])
 def many(request, tmp_path_factory) -> Path:
-    """A store of 100 nodes, or 1,000: trainings, prunes and filter selections, as 5 : 4 : 1."""
+    """A store of 100 nodes, or 400: trainings, prunes and filter selections, as 5 : 4 : 1."""
     root = tmp_path_factory.mktemp("many") / "runs"
     store, tenth = RunStore(root), request.param
     for node in seeds(TRAIN, 5 * tenth):

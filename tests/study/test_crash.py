@@ -20,7 +20,7 @@ from fastprune.store.run_store import RunStore
 from tests.crash_run import CONTEXT, KINDS, LEASE_SECONDS, published, start
 from tests.small_figure import NODES, command, products, results
 
-MOMENTS = 20
+MOMENTS = 12
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def test_a_crash_at_any_operation_changes_nothing(kind, point, torn, beside):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(QUIET, max_examples=75)
+@settings(QUIET, max_examples=40)
 @CRASHES
 def test_many_crashes_change_nothing(kind, point, torn, beside):
     check_crash(kind, point, torn, beside)
