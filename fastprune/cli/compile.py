@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser().parse_args(argv)
         path = Path(args.network)
         from_file = path.is_file() or path.suffix == ".pth"
+        if path.is_dir():
+            raise InputError(f"{path} is a folder: name the checkpoint in it, such as {path / 'checkpoint.pth'}")
         if from_file and args.store is not None:
             raise InputError(f"--store is for the key of a training, but {path} is a file: leave --store out")
         if args.ema and not from_file:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastprune.cli.command import COMPUTE_HELP, DONE, FAILED, Parser, checked, expanded, run_command, to_path
 from fastprune.errors import InputError
-from fastprune.figures import EXTRA, PAPER, load
+from fastprune.figures import EXTRA, FIGURES, PAPER, load
 from fastprune.figures.reproduce import FigureRequest, Request, plan, redraw, run
 from fastprune.loaders.choice import LOADERS
 from fastprune.specs import COMPUTES
@@ -204,7 +204,9 @@ def _main(args: argparse.Namespace, command: str) -> int:
 def _figures(args: argparse.Namespace) -> tuple[FigureRequest, ...]:
     # Before any name is looked up: the modules may register the figures that --fig names.
     load_modules(args.figure_module)
-    names = (*PAPER, *EXTRA) if "all" in args.fig else tuple(dict.fromkeys(args.fig))
+    by_case = {name.lower(): name for name in FIGURES}
+    asked = [name if name in FIGURES else by_case.get(name.lower(), name) for name in args.fig]
+    names = (*PAPER, *EXTRA) if "all" in args.fig else tuple(dict.fromkeys(asked))
     given = {name: getattr(args, name) for name in flags()}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
     chosen = [load(name) for name in names]

@@ -219,6 +219,8 @@ def _cost(cost: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     command, whole = cost.get("command") or {}, []
     if command.get("images_per_s") is not None:
         whole.append(f"{command['images_per_s']:,.0f} images/s")
+    if command.get("node_s") is not None:
+        whole.append(f"{_time(command['node_s'])} of all runs together")
     if command.get("wall_s") is not None:
         whole.append(_time(command["wall_s"]))
     if whole and len(command.get("figures", ())) > 1:

@@ -2,6 +2,7 @@
 
 # Functions import what needs torch, so that `--plan` starts at once.
 
+import math
 import os
 import sys
 import tempfile
@@ -502,7 +503,12 @@ def _report_records(records: Iterable[Needs], store: RunStore, out: Path, show: 
 
     for record in records:
         figure = _recorded(record, out)
-        _report(figure, store, set(), Outcome(), ["cpu"], {"line": record.made["command"]})
+        # What it cost when it was computed, whoever did: the times of the nodes, not of this call.
+        made = {n.key: store.node(n) for n in figure.graph.nodes if store.has(n)}
+        epochs = {n.key: made[n.key]["result"]["epochs"] for n in figure.graph.trainings if n.key in made}
+        seconds = [node["provenance"].get("wall_seconds") or 0.0 for node in made.values()]
+        command = {"figures": [record.figure], "line": record.made["command"], "node_s": math.fsum(seconds)}
+        _report(figure, store, set(made), Outcome(done=list(made), epochs=epochs), ["cpu"], command)
     path = write_page(out, results_in(out).values(), store.root)
     print(f"\nPage    {path}")
     if show:

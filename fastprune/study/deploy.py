@@ -86,7 +86,8 @@ def of_node(root: Path, prefix: str) -> Network:
 def check_file(out: Path, half: bool = False) -> None:
     """InputError unless `deploy` can write such a file, and there."""
     if out.suffix not in SUFFIXES:
-        raise InputError(f"--out {out}: choose one of {', '.join(f'NAME{s} ({w})' for s, w in SUFFIXES.items())}")
+        choices = ", ".join(f"NAME{s} ({w})" for s, w in SUFFIXES.items())
+        raise InputError(f"--out {out}: choose one of {choices}, or add --format huggingface for a folder to share")
     if half and out.suffix != ".fastprune":
         raise InputError(f"--half is for .fastprune files, not for {out.suffix}")
     check_place(out)

@@ -220,9 +220,13 @@ def _read(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"no such checkpoint: {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: name the file in it, such as {path / 'checkpoint.pth'}") from None
     # torch.load raises each of these for a file that is cut off, damaged, or of another format.
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's text recommends to load it unsafely
+            reason = "torch.save wrote no such file"
         raise InputError(f"{path} is no checkpoint that loads with weights_only=True ({reason})") from None
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds no weights: expected a state dict, or a checkpoint with one as 'model'")

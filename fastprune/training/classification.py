@@ -456,6 +456,11 @@ def _fit(
     if ranks.world_size > 1:
         device = f"{ranks.world_size} x {device}"
     if log is not None:
+        if start >= request.schedule.epochs:
+            say(
+                f"note: {start} of {request.schedule.epochs} epochs are done, so nothing is trained: raise --epochs, or "
+                "prune (--sparsity) to begin a new run"
+            )
         say("Start training")
     began = time.monotonic()
     try:
