@@ -458,7 +458,7 @@ def _fit(
     if log is not None:
         if start >= request.schedule.epochs:
             say(
-                f"note: {start} of {request.schedule.epochs} epochs are done, so nothing is trained: raise --epochs, or "
+                f"note: {start} of {request.schedule.epochs} epochs are done, nothing is trained: raise --epochs, or "
                 "prune (--sparsity) to begin a new run"
             )
         say("Start training")
