@@ -59,6 +59,18 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+def add_figure_module(parser: argparse.ArgumentParser) -> None:
+    """Adds --figure-module: a list of the user's modules, for study.plugins.load_modules."""
+    parser.add_argument(
+        "--figure-module",
+        type=expanded,
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="Python module or .py file that registers figures or criteria of your own (may be repeated)",
+    )
+
+
 def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
     """Calls `work` and returns its exit code.
 

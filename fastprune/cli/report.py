@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastprune.cli.command import DONE, Parser, expanded, run_command, to_path
+from fastprune.cli.command import DONE, Parser, add_figure_module, run_command, to_path
 from fastprune.study.plugins import load_modules
 
 
@@ -26,14 +26,7 @@ def parser() -> argparse.ArgumentParser:
         help="these figures only, by name, or by the name of a record in the store's figures/ (default: the last of "
         "each)",
     )
-    p.add_argument(
-        "--figure-module",
-        type=expanded,
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python module or .py file that registers figures of your own (may be repeated)",
-    )
+    add_figure_module(p)
     p.add_argument("--open", action="store_true", help="show the page in a browser")
     return p
 

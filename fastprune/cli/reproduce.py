@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastprune.cli.command import COMPUTE_HELP, DONE, FAILED, Parser, checked, expanded, run_command, to_path
+from fastprune.cli.command import (
+    COMPUTE_HELP,
+    DONE,
+    FAILED,
+    Parser,
+    add_figure_module,
+    checked,
+    expanded,
+    run_command,
+    to_path,
+)
 from fastprune.errors import InputError
 from fastprune.figures import EXTRA, FIGURES, PAPER, load
 from fastprune.figures.reproduce import FigureRequest, Request, plan, redraw, run
@@ -35,14 +45,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"figures to reproduce: {', '.join(PAPER)} of the paper; {', '.join(EXTRA)}; or all",
     )
-    p.add_argument(
-        "--figure-module",
-        type=expanded,
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="Python module or .py file that registers figures or criteria of your own (may be repeated)",
-    )
+    add_figure_module(p)
     p.add_argument(
         "--preset", default="smoke", metavar="NAME", help=f"size of the study: {', '.join(PRESETS)} (default smoke)"
     )

@@ -19,7 +19,7 @@ from fastprune.figures.claims import SIMILAR_POINTS
 from fastprune.figures.drawing import figure_svg
 from fastprune.figures.report import panel_table, recorded_drawing
 from fastprune.figures.results import Row, depth_key, natural_key, read_csv, write_output
-from fastprune.store.listing import Found, Listing, computed
+from fastprune.store.listing import Found, Listing, computed, duration
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -104,22 +104,12 @@ def _template() -> "Template":
         "percent": lambda x, digits=2: "" if x is None else f"{100 * x:.{digits}f}",
         "significant": lambda x: "" if x is None else f"{x:.3g}",
         "signed": lambda x: "" if x is None else f"{x:+.2f}",
-        "duration": duration,
+        "duration": lambda x: "" if x is None else duration(x),
         # "<" alone could end the script element that holds the data.
         "data": lambda x: Markup(json.dumps(x, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
         "strip": strip,
     }
     return environment.from_string(_part("page.html"))
-
-
-def duration(seconds: float | None) -> str:
-    """A time in words: "4.2 s", "12 min", "3 h 05 min"; empty for None."""
-    if seconds is None:
-        return ""
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60:02} min"
 
 
 # ---- one figure -----------------------------------------------------------------------------------------------------
@@ -303,15 +293,15 @@ def _costs(results: Results, listing: Listing | None) -> list[dict[str, Any]]:
     """By round: its trainings, their mean and whole time, the longest mean of all rounds, and how they computed."""
     if listing is None:
         return []
-    by_round: dict[int, list[Found]] = defaultdict(list)
+    by_round: dict[int, list[tuple[dict[str, Any], str]]] = defaultdict(list)
     for key in {row.node for row in results.rows}:
-        found = listing.by_key.get(key)
-        record = listing.record(found) if found is not None else {}
-        if record.get("round") is not None and record.get("seconds") is not None and found is not None:
-            by_round[record["round"]].append(found)
+        if (found := listing.by_key.get(key)) is not None:
+            record = listing.record(found)
+            if record.get("round") is not None and record.get("seconds") is not None:
+                by_round[record["round"]].append((record, computed(found.provenance)))
     costs = []
     for number, trainings in sorted(by_round.items()):
-        records = [listing.record(found) for found in trainings]
+        records = [record for record, _ in trainings]
         densities = [r["density"] for r in records if r["density"] is not None]
         costs.append(
             {
@@ -320,7 +310,7 @@ def _costs(results: Results, listing: Listing | None) -> list[dict[str, Any]]:
                 "density": fmean(densities) if densities else None,
                 "mean": fmean(r["seconds"] for r in records),
                 "whole": math.fsum(r["seconds"] for r in records),
-                "how": ", ".join(sorted({way for found in trainings if (way := computed(found.provenance))})),
+                "how": ", ".join(sorted({way for _, way in trainings if way})),
             }
         )
     return costs if len(costs) > 1 else []

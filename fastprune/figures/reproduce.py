@@ -226,7 +226,10 @@ def run(request: Request) -> bool:
     }
     for each in figures:
         _report(each, store, todo, outcome, devices, command)
-    print(f"\nPage    {page.write(finished=True)}")
+    try:
+        print(f"\nPage    {page.write(finished=True)}")
+    except InputError as error:  # such as another figure's damaged files in the same folder: this run's are written
+        print(f"no page: {error}", file=sys.stderr)
     cached = Cost.of(n for n in graph.nodes if n.key not in todo)
     found = Cost.of(graph.by_key[key] for key in outcome.found).trainings
     others = f", {found} by other processes" if outcome.found else ""

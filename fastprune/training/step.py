@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
@@ -153,15 +154,10 @@ def _searching() -> Iterator[None]:
 def padded(images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """A batch of `size` from a smaller one: further images are zero, and their labels IGNORED.
 
-    images: [B, C, H, W], in the memory format that they have. labels: int64 [B].
+    images: [B, C, H, W], whose memory format stays. labels: int64 [B].
     """
     more = size - len(labels)
-    return (
-        torch.cat([images, torch.zeros_like(images[:1]).expand(more, *images.shape[1:])]).contiguous(
-            memory_format=torch.channels_last
-        ),
-        torch.cat([labels, labels.new_full((more,), IGNORED)]),
-    )
+    return F.pad(images, (*[0] * 7, more)), F.pad(labels, (0, more), value=IGNORED)
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
@@ -195,21 +191,15 @@ class EpochSums:
         Of labels per pixel an image counts with the fraction of its pixels that is right. padded: images whose label is
         IGNORED do not count, of labels int64 [B].
         """
-        count: int | Tensor = len(labels)
-        if padded:
-            real = labels != IGNORED
-            count = real.sum()
-            at = torch.where(real, labels, 0)
-            self.sums[3] += ((ranks(logits.detach(), at) < 5) & real).sum()
+        count: int | Tensor = (labels != IGNORED).sum() if padded else len(labels)
         if labels.is_floating_point():  # probabilities: the most likely class is the right one
             labels = labels.argmax(1)
         hits = logits.detach().argmax(1) == labels
         self.sums[0] += loss.detach() * count
-        if padded:
+        if labels.dim() == 1:
+            first5 = ranks(logits.detach(), labels.clamp(min=0) if padded else labels) < 5
             self.sums[1] += hits.sum()
-        elif labels.dim() == 1:
-            self.sums[1] += hits.sum()
-            self.sums[3] += (ranks(logits.detach(), labels) < 5).sum()
+            self.sums[3] += (first5 & (labels != IGNORED) if padded else first5).sum()
         else:
             known = (labels != IGNORED).flatten(1).sum(1)
             self.sums[1] += (hits.flatten(1).sum(1) / known.clamp(min=1)).sum()

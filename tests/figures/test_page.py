@@ -1,6 +1,7 @@
 """The page of results: its numbers, that it needs nothing else, and that a browser shows it without an error."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastprune.cli.report import main as report_main
+from fastprune.cli.reproduce import main as reproduce_main
 from fastprune.errors import InputError
 from fastprune.figures import load, reproduce
 from fastprune.figures.axes import Drawing, DrawnPanel
@@ -25,6 +27,7 @@ from fastprune.store.needs import read_needs
 from fastprune.study.progress import Live
 from fastprune.study.settings import preset
 from tests.figures.test_report import DRAWING, fake_rows, summary_of
+from tests.small_figure import TINY, folders, results
 
 A2 = load("A2")
 BROWSERS = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
@@ -125,13 +128,13 @@ def test_the_page_is_one_file(text):
 def test_a_live_page_says_what_runs_and_what_is_left(made_up):
     live = Live(64, 20, 1, 2, 100, 400, 50.0, ("cpu: A2 find · epoch 3/4",), ("diverged: <b>",))
     text = page([made_up], None, live)
-    for expected in ("20 of 64 trainings", "1 failed", "2 blocked", "50 images/s", "6 s left", "A2 find · epoch 3/4"):
+    for expected in ("20 of 64 trainings", "1 failed", "2 blocked", "50 images/s", "6.0 s left", "A2 find · epoch 3/4"):
         assert expected in text
     assert "diverged: &lt;b&gt;" in text
     assert "Ended early" not in text
     stopped = page([made_up], None, Live(64, 20, 0, 0, 100, 400, 50.0, (), (), going=False))
     assert "Ended early" in stopped
-    assert "6 s left" not in stopped
+    assert "6.0 s left" not in stopped
 
 
 def test_names_are_text_whatever_they_hold():
@@ -368,3 +371,17 @@ def test_a_page_that_cannot_be_written_ends_no_run(small_figure, tmp_path, monke
     assert told == [1]
     with pytest.raises(InputError, match=r"cannot write .*index\.html"):
         follower.write()
+
+
+def test_another_figures_damaged_files_cost_the_page_and_not_the_run(small_figure, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    shutil.copytree(small_figure / "store", tmp_path / "store")
+    (tmp_path / "out" / "A9").mkdir(parents=True)
+    (tmp_path / "out" / "A9" / "summary.json").write_text("{")
+    assert reproduce_main([*TINY, "--device", "cpu", *folders(tmp_path)]) == 0
+    told = capsys.readouterr()
+    assert [line for line in told.err.splitlines() if line.startswith("no page: ")] == [
+        f"no page: {tmp_path}/out/A9/summary.json is damaged or foreign: run the figure again"
+    ]
+    assert "0 trainings run, 22 were in the store" in told.out
+    assert results(tmp_path) == results(small_figure)
