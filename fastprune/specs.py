@@ -177,6 +177,20 @@ class EmaSpec:
             raise ValueError(f"decay is {self.decay} and steps {self.steps}, expected [0, 1] and 1 or more")
 
 
+@dataclass(frozen=True)
+class GpuOptions:
+    """Which of fastprune's own kernels a training step on a GPU uses in place of torch's. They differ by rounding.
+
+    fused_norm: batch norm with the residual sum, ReLU and the stem's pooling (kernels/batch_norm.py), in the compiled
+    network. gradient_table: the optimiser reads gradients where autograd left them, without a flat copy. fused_loss:
+    cross-entropy and the sums of an epoch in one kernel.
+    """
+
+    fused_norm: bool = False
+    gradient_table: bool = False
+    fused_loss: bool = False
+
+
 def key_of(kind: str, semantics: int, identity: dict[str, Any]) -> str:
     """The key of a node, from the description that node.json contains: 32 hex digits of its SHA-256."""
     described = {"kind": kind, "semantics": semantics, **identity}

@@ -16,7 +16,7 @@ from fastprune.pruning.allocation import prune
 from fastprune.pruning.coverage import Kinds, Selectors
 from fastprune.pruning.masks import Mask
 from fastprune.pruning.pruner import Pruner
-from fastprune.specs import COMPUTES, PRECISIONS, EmaSpec, OptimizerSpec, ScheduleSpec
+from fastprune.specs import COMPUTES, PRECISIONS, EmaSpec, GpuOptions, OptimizerSpec, ScheduleSpec
 from fastprune.training.compute import Compute, Dense, autocast
 from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics, of_rank_0
 from fastprune.training.ema import Ema
@@ -83,6 +83,7 @@ class Trainer:
         exclude: Selectors | None = None,
         compute: str = "auto",
         on_prune: Callable[[Pruner], None] | None = None,
+        gpu_options: GpuOptions | None = None,
     ) -> None:
         """compile: True, False, or the name of a torch.compile backend. on_prune: as of Pruner. ValueError for an
         unknown precision or `compute`, for a model with nothing to prune, and for trained parameters that are not
@@ -96,6 +97,7 @@ class Trainer:
             # With its number, because the current device may be another one at a later step.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.precision = precision
+        self.gpu_options = gpu_options or GpuOptions()
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.pruner = Pruner(
             self.model, kinds=kinds, include=include, exclude=exclude, verbose=False, hooks=False, on_prune=on_prune

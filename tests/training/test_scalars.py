@@ -56,9 +56,10 @@ def test_tensorboard(tmp_path):
 
 @pytest.mark.slow
 def test_wandb_offline(tmp_path, monkeypatch, capfd):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     write("wandb", tmp_path, ROWS)
+    wandb.teardown()  # its service writes the file, and may do so after a run has finished: waits for the service's end
     [run] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     content = run.read_bytes()
     for word in (b"loss", b"accuracy", b"top5", b"layers"):
