@@ -17,6 +17,18 @@ def printable(text: object) -> str:
     return line if line.isprintable() else "".join(c if c.isprintable() else "?" for c in line)
 
 
+def duration(seconds: float) -> str:
+    """Seconds as text, in s, min, h and min, or days; with at least two digits."""
+    # The limits lie where rounding would give "100 s" or "100 min".
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 100 else f"{seconds / 86400:,.1f} days"
+
+
 def version_of(package: str) -> str | None:
     """The installed version of a package, which is not imported, or None."""
     try:

@@ -14,12 +14,13 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import fastprune
+from fastprune.console import duration
 from fastprune.errors import InputError
 from fastprune.figures.claims import SIMILAR_POINTS
 from fastprune.figures.drawing import figure_svg
 from fastprune.figures.report import panel_table, recorded_drawing
 from fastprune.figures.results import Row, depth_key, natural_key, read_csv, write_output
-from fastprune.store.listing import Found, Listing, computed, duration
+from fastprune.store.listing import Found, Listing, computed
 
 if TYPE_CHECKING:
     from jinja2 import Template

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fastprune.console import duration
 from fastprune.errors import InputError
 from fastprune.figures import FIGURES, load
 from fastprune.figures.axes import X_AXES, Y_AXES, Drawing, DrawnPanel
@@ -220,9 +221,9 @@ def _cost(cost: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     if command.get("images_per_s") is not None:
         whole.append(f"{command['images_per_s']:,.0f} images/s")
     if command.get("node_s") is not None:
-        whole.append(f"{_time(command['node_s'])} of all runs together")
+        whole.append(f"{duration(command['node_s'])} of all runs together")
     if command.get("wall_s") is not None:
-        whole.append(_time(command["wall_s"]))
+        whole.append(duration(command["wall_s"]))
     if whole and len(command.get("figures", ())) > 1:
         whole[-1] += f" for {', '.join(command['figures'])}"
     where = [str(environment["device"])] if environment.get("device") else []
@@ -238,13 +239,6 @@ def _cost(cost: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
         for head, items in (("Cost    ", parts), ("Command ", whole), ("On      ", where))
         if items
     )
-
-
-def _time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastprune.console import printable
+from fastprune.console import duration, printable
 from fastprune.errors import InputError
 from fastprune.files import SUMS, digest, read_sums, tree_bytes
 from fastprune.store.lease import read_holder
@@ -324,14 +324,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in s, min or h, with at least two digits."""
-    # The limits lie where rounding would give "100 s" or "100 min".
-    if seconds < 99.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:,.1f} h"
 
 
 def date(at: float | None) -> str:

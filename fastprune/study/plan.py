@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fastprune.console import duration
 from fastprune.errors import InputError
 from fastprune.specs import DataSpec, ModelSpec, Prune, Runnable, Train
 from fastprune.store import RunStore
@@ -205,15 +206,6 @@ def describe(s: Settings, data: DataSpec) -> str:
         f"({data.classes} classes, {data.train_count:,} images){rates}; seeds {seeds}, "
         f"{what}, epochs {s.epochs}, batch {s.batch_size}, {s.precision}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds as text: days, hours and minutes, minutes and seconds, or seconds."""
-    hours, rest = divmod(round(seconds), 3600)
-    minutes, seconds = divmod(rest, 60)
-    if hours >= 100:
-        return f"{hours / 24:,.1f} days"
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def _size(count: float) -> str:

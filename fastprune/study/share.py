@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from safetensors.torch import save_file
 from torch import nn
 
+from fastprune.console import duration
 from fastprune.errors import InputError
 from fastprune.loaders.manifest import FILE_NAME, Manifest, Subset, load_manifest
 from fastprune.loaders.synthetic import SyntheticData
@@ -241,7 +242,7 @@ def _card(about: Shared, layers: list[Layer]) -> str:
     )
     costs = "\n".join(
         f"| {what}{'' if cost.complete else ', as far as recorded'} | {cost.trainings:,} | {cost.images:,} | "
-        f"{_time(cost.seconds)} | {', '.join(cost.devices)} |"
+        f"{duration(cost.seconds)} | {', '.join(cost.devices)} |"
         for what, cost in (("this one", about.cost), ("with all that led to it", about.whole_cost))
     )
     commands = "\n".join(about.commands)
@@ -288,16 +289,6 @@ Computed with {versions}.
 
 def _three(values: tuple[float, float, float]) -> str:
     return f"({', '.join(f'{v:.4g}' for v in values)})"
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def manifest_of(root: Path, data: Mapping[str, Any]) -> Manifest:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from fastprune.cli.store import main
+from fastprune.console import duration
 from fastprune.specs import Init
 from fastprune.store import RunStore
 from fastprune.store.lease import Leases
-from fastprune.store.listing import date, duration, size
+from fastprune.store.listing import date, size
 from fastprune.study.graph import Graph
 from tests.fake_store import EVAL, FILTERS, FIND, GRAPH, MASKS, PRUNE, TRAIN, put, put_all
 
@@ -234,8 +235,18 @@ def test_units():
     assert [size(n) for n in (0, 999, 1000, 99_960, 999_600, 1.5e9, 2e13)] == [
         *("0 B", "999 B", "1.0 kB", "100 kB", "1.0 MB", "1.5 GB", "20.0 TB")
     ]
-    assert [duration(s) for s in (0.04, 9.96, 120, 5969, 7200, 9e6)] == [
-        *("0.0 s", "10 s", "2 min", "99 min", "2.0 h", "2,500.0 h")
+    assert [duration(s) for s in (0.04, 9.96, 99.4, 120, 5969, 5970, 7260, 360_000, 9e6)] == [
+        *(
+            "0.0 s",
+            "10 s",
+            "99 s",
+            "2 min",
+            "99 min",
+            "1 h 40 min",
+            "2 h 01 min",
+            "4.2 days",
+            "104.2 days",
+        )
     ]
     assert date(None) == ""
     assert date(1e300) == "?"

@@ -140,7 +140,7 @@ def test_several_ways_to_compute_are_counted():
 def test_what_is_of_the_whole_command_is_said_to_be():
     command = {"figures": ["A2", "A6", "variants"], "images_per_s": None, "wall_s": 61.25}
     text = terminal_summary(summary_of(fake_rows(), cost={"nodes": 3, "epochs": 9, "command": command}))
-    assert "\nCost    3 nodes, 9 epochs\nCommand 61.2 s for A2, A6, variants\n" in text
+    assert "\nCost    3 nodes, 9 epochs\nCommand 61 s for A2, A6, variants\n" in text
 
 
 def test_smoke_says_plainly_what_it_is():

@@ -89,9 +89,9 @@ def test_the_plan_says_how_long_and_where_the_chain_decides(tmp_path, capsys):
     said = capsys.readouterr().out
     after = said[said.index("On a cluster") :].splitlines()
     assert [line.split() for line in after[2:5]] == [
-        "1 46 h 03 min 100 %".split(),
-        "64 56 min 45 s 76 % the longest chain decides".split(),
-        "512 56 min 45 s 10 % the longest chain decides".split(),
+        "1 46 h 04 min 100 %".split(),
+        "64 57 min 76 % the longest chain decides".split(),
+        "512 57 min 10 % the longest chain decides".split(),
     ]
     assert "31 trainings, to A2 eval" in after[5]
     # 302 * 5 / 31 = 48.7. Fewer GPUs have too much to do; as many need not be enough.
