@@ -8,6 +8,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fastprune.errors import kind_of
 from fastprune.kernels import keep_top, segment_counts
 from fastprune.pruning.masks import Mask
 from fastprune.specs import ALLOCATIONS, n_to_prune
@@ -20,8 +21,7 @@ def prune(scores: Tensor, mask: Mask, fraction: float, allocation: str = "global
     together, "local" prunes round(fraction x kept) weights of each layer. Ties are broken by logical position.
     ValueError for a fraction outside [0, 1] or an unknown allocation.
     """
-    if not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"fraction is {fraction}, expected a number in [0, 1]")
+    check_share("fraction", fraction, "a number in [0, 1]")
     if allocation not in ALLOCATIONS:
         raise ValueError(f"unknown allocation {allocation!r}: choose one of {', '.join(ALLOCATIONS)}")
     # A count, not a threshold: under ties `score <= threshold` prunes another number of weights. Position breaks the
@@ -97,7 +97,8 @@ def amount_to_prune(
 ) -> int | None:
     """The number of weights to prune in all, from the one amount that is given; None for given ratios.
 
-    kept: of each layer. ValueError unless exactly one amount is given (none with ratios), and for one out of range.
+    kept: of each layer. ValueError unless exactly one amount is given (none with ratios), and for one out of range;
+    TypeError for one that is no number.
     """
     if not isinstance(allocation, (str, Mapping)):
         raise ValueError(f"unknown allocation {allocation!r}: {_ALLOCATIONS}")
@@ -112,20 +113,36 @@ def amount_to_prune(
         raise ValueError("give one amount: a fraction of the weights left, to= a sparsity, or n= a number of weights")
     left, total = sum(kept), sum(prod(shape) for shape in shapes.values())
     if fraction is not None:
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction is {fraction}, expected a number in [0, 1]")
-        return n_to_prune(left, fraction)
+        check_share("fraction", fraction, "a number in [0, 1]")
+        return n_to_prune(left, float(fraction))
     if to is not None:
-        if not 0 <= to <= 1:
-            raise ValueError(f"to is {to}, expected a sparsity in [0, 1]")
-        wanted = n_to_prune(total, to) - (total - left)
+        check_share("to", to, "a sparsity in [0, 1]")
+        wanted = n_to_prune(total, float(to)) - (total - left)
         if wanted < 0:
             raise ValueError(f"to is {to}, but {1 - left / total:.6g} of the weights are pruned already")
         return wanted
     assert n is not None
+    _check_number("n", n)
     if not 0 <= n <= left or n != int(n):
-        raise ValueError(f"n is {n}, expected a whole number from 0 to the {left} weights that are left")
+        meant = f"; for a share of them, fraction={n}" if 0 < n < 1 else ""
+        raise ValueError(f"n is {n}, expected a whole number from 0 to the {left} weights that are left{meant}")
     return int(n)
+
+
+def check_share(name: str, value: float, expected: str) -> None:
+    """TypeError unless `value` is a number, ValueError unless it is in [0, 1]. name, expected: for the message."""
+    _check_number(name, value)
+    if not 0 <= value <= 1:  # NaN, too
+        meant = f": did you mean {value / 100:g}?" if 1 < value <= 100 else ""
+        raise ValueError(f"{name} is {value}, expected {expected}{meant}")
+
+
+def _check_number(name: str, value: object) -> None:
+    # Whatever has a float's value: numpy's scalars and tensors of one element, too.
+    if not hasattr(value, "__float__"):
+        raise TypeError(
+            f"{name} is {kind_of(value)}, expected a number such as {name}={'1000' if name == 'n' else '0.2'}"
+        )
 
 
 def counts_to_prune(allocation: Allocation, amount: int | None, shapes: Shapes, kept: Sequence[int]) -> int | list[int]:

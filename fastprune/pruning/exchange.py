@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from fastprune.errors import InputError
+from fastprune.errors import InputError, kind_of
 from fastprune.files import SEAL
 from fastprune.pruning.masks import Mask
 
@@ -40,12 +40,14 @@ def named_masks(masks: Masks, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
         masks = read_masks(Path(masks))
     given = masks.tensors() if isinstance(masks, Mask) else masks
     if not isinstance(given, Mapping):
-        raise ValueError(f"masks are a dict by parameter name, a Mask or a path, not a {type(given).__name__}")
+        raise ValueError(f"masks are a dict by parameter name, a Mask or a path, not {kind_of(given)}")
+    if not given and shapes:
+        raise ValueError(f"there are no masks: give a tensor of 0 and 1 for each of {', '.join(list(shapes)[:4])}, ...")
     found, used = {}, set()
     for name, shape in shapes.items():
         source = _source(name, given, shapes)
         if source is None:
-            raise ValueError(f"there is no mask of {name}; there are {', '.join(list(given)[:4]) or 'none'}, ...")
+            raise ValueError(f"there is no mask of {name}; there are {', '.join(map(str, list(given)[:4]))}, ...")
         used.add(source)
         found[name] = _bool(name, given[source], shape)
     for other in (name for name in given if name not in used):
@@ -79,7 +81,10 @@ def _tensor(name: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the mask of {name} is no tensor: {type(value).__name__}") from error
+        of = f" of {value.dtype}" if isinstance(value, np.ndarray) else ""
+        raise ValueError(
+            f"the mask of {name} is {kind_of(value)}{of}: give a bool tensor, or one of 0 and 1"
+        ) from error
 
 
 def _bool(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:

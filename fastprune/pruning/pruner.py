@@ -18,8 +18,9 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import prune as torch_prune
 from torch.utils.hooks import RemovableHandle
 
+from fastprune.errors import not_a_module
 from fastprune.kernels import Segment, keep_top_each, masked_cast, pack_bits, unpack_bits
-from fastprune.pruning.allocation import Allocation, amount_to_prune, counts_to_prune, nm_masks
+from fastprune.pruning.allocation import Allocation, amount_to_prune, check_share, counts_to_prune, nm_masks
 from fastprune.pruning.coverage import Coverage, Kinds, Selectors, coverage, torch_pruned
 from fastprune.pruning.criteria import Criterion, scores_of
 from fastprune.pruning.exchange import Masks, named_masks
@@ -47,7 +48,7 @@ class Pruner:
 
     To keep pruned weights at +0 under an optimiser, `attach` it. A backward pass raises RuntimeError if other code
     has written pruned weights, and they are not 0. Not for parameters sharded over processes (FSDP).
-    ValueError if there is nothing to prune, and as in `coverage`.
+    ValueError if there is nothing to prune, and as in `coverage`; TypeError for what is no module.
     """
 
     def __init__(
@@ -63,10 +64,12 @@ class Pruner:
         hooks: bool = True,
         on_prune: "Callable[[Pruner], None] | None" = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise not_a_module(model, "a Pruner")
         self.model = _plain(model)
         found = coverage(self.model, kinds, include, exclude)
         if not any(c.parameter.numel() for c in found.covered):
-            left, name = found.left_out(), type(self.model).__name__
+            left, name = found.left_out() or "no parameters", type(self.model).__name__
             raise ValueError(f"{name} has nothing to prune (it has {left}): see kinds=, include= and exclude=")
         self.names: tuple[str, ...] = tuple(c.name for c in found.covered)
         """Names of the covered parameters, in the model's order."""
@@ -214,7 +217,7 @@ class Pruner:
         consecutive weights along the input dimension.
 
         Layers that are frozen now are left alone. ValueError for an amount, scores or ratios that do not fit, and if
-        all layers are frozen; nothing is changed then.
+        all layers are frozen, TypeError for an amount that is no number; nothing is changed then.
         """
         weights, masks = self._trained()
         scores = scores_of(criterion, weights)
@@ -258,8 +261,7 @@ class Pruner:
         ValueError for a fraction outside [0, 1], scores that do not fit, and if all layers are frozen; nothing is
         changed then. (Mocanu et al., 2018; Evci et al., 2020.)
         """
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction is {fraction}, expected a number in [0, 1]")
+        check_share("fraction", fraction, "a number in [0, 1]")
         weights, masks = self._trained()
         counts = [round(fraction * kept) for kept in _kept(masks.values())]
         left = _keep_top(weights, masks, None, counts)

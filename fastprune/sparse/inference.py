@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprune.errors import InputError
+from fastprune.errors import InputError, kind_of, not_a_module
 from fastprune.kernels.dense_conv import GROUP, dense_product
 from fastprune.kernels.lanes import BYTES, LANES, address, blocks_of, from_lanes, to_lanes
 from fastprune.kernels.sparse_chain import COLUMNS, chain
@@ -74,8 +74,12 @@ def compile(model: nn.Module, example: Tensor) -> "CompiledModel":
     """`model` in evaluation mode, with what is zero in its weights left out.
 
     example: float32 [B, C, H, W] on a CPU, for the shape of images; any batch size may follow. The model is left as it
-    was; the compiled one has its own copy of the weights. InputError if the model cannot be exported by torch.export.
+    was; the compiled one has its own copy of the weights. InputError if the model cannot be exported by torch.export,
+    TypeError for what is no module or no tensor.
     """
+    if not isinstance(model, nn.Module):
+        raise not_a_module(model, "compile")
+    _require_tensor(example, "compile takes an example")
     tensors: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in (*tensors.items(), ("the example", example)):
         if tensor.device.type != "cpu" or (tensor.is_floating_point() and tensor.dtype != torch.float32):
@@ -95,6 +99,18 @@ def compile(model: nn.Module, example: Tensor) -> "CompiledModel":
             if isinstance(weight, Tensor) and int(weight.count_nonzero()) <= DENSEST * weight.numel():
                 weights[op.weight] = Kept.of(weight)
     return CompiledModel(program, weights)
+
+
+def _require_tensor(images: object, what: str) -> None:
+    """TypeError unless `images` is a tensor. what: the beginning of the message."""
+    if isinstance(images, Tensor):
+        return
+    mend = ""
+    if isinstance(images, np.ndarray):
+        mend = ": give torch.from_numpy(array).float()"
+    elif isinstance(images, tuple | list) and len(images) == 1 and isinstance(images[0], Tensor):
+        mend = ": give the tensor in it"
+    raise TypeError(f"{what} float32 [B, C, H, W], a tensor, not {kind_of(images)}{mend}")
 
 
 def load(path: str | Path) -> "CompiledModel":
@@ -128,11 +144,16 @@ class CompiledModel:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """The output, float32 [B, ...], new memory. images: float32 [B, C, H, W] on a CPU. InputError for others."""
+        """The output, float32 [B, ...], new memory. images: float32 [B, C, H, W] on a CPU. InputError for others,
+        TypeError for what is no tensor."""
+        _require_tensor(images, "images must be")
         if images.dtype != torch.float32 or images.is_cuda or tuple(images.shape[1:]) != self.program.input.shape:
             expected = ", ".join(map(str, ("B", *self.program.input.shape)))
             got = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)} on {images.device.type}"
-            raise InputError(f"images must be float32 [{expected}] on a CPU, got {got}")
+            alone = tuple(images.shape) == self.program.input.shape
+            raise InputError(
+                f"images must be float32 [{expected}] on a CPU, got {got}{': give images[None]' if alone else ''}"
+            )
         if not len(images):
             return self(images.new_zeros(1, *images.shape[1:]))[:0]
         with self._lock:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fastprune.errors import not_a_module
 from fastprune.pruning.allocation import prune
 from fastprune.pruning.coverage import Kinds, Selectors
 from fastprune.pruning.masks import Mask
@@ -87,7 +88,9 @@ class Trainer:
     ) -> None:
         """compile: True, False, or the name of a torch.compile backend. on_prune: as of Pruner. ValueError for an
         unknown precision or `compute`, for a model with nothing to prune, and for trained parameters that are not
-        float32."""
+        float32; TypeError for what is no module."""
+        if not isinstance(model, nn.Module):
+            raise not_a_module(model, "a Trainer")
         for what, given, known in (("precision", precision, PRECISIONS), ("compute", compute, COMPUTES)):
             if given not in known:
                 raise ValueError(f"unknown {what} {given!r}: choose one of {', '.join(known)}")

@@ -141,7 +141,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "NaN": ({"0.weight": ONE, "4.weight": LINEAR * torch.nan}, r"4\.weight has the value nan"),
     "numpy, soft": ({"0.weight": ONE.numpy(), "4.weight": np.full((3, 64), 0.25)}, r"4\.weight has the value 0\.25"),
     "a missing layer": ({"0.weight": ONE}, r"there is no mask of 4\.weight; there are 0\.weight"),
-    "empty": ({}, r"there is no mask of 0\.weight; there are none"),
+    "empty": ({}, r"there are no masks: give a tensor of 0 and 1 for each of 0\.weight"),
     "other names": ({"conv": ONE, "fc": LINEAR}, r"no mask of 0\.weight; there are conv, fc"),
     "another shape": (
         {"0.weight": ONE, "4.weight": LINEAR.mT},
@@ -160,10 +160,10 @@ BAD: dict[str, tuple[Any, str]] = {
         {"0.weight": ONE, "4.weight": LINEAR, "5.weight_orig": torch.eye(4) / 2, "5.weight_mask": torch.eye(4)},
         r"there is a mask of 5\.weight_mask",
     ),
-    "text": ({"0.weight": ONE, "4.weight": "ones"}, r"the mask of 4\.weight is no tensor: str"),
-    "nothing": ({"0.weight": ONE, "4.weight": None}, r"the mask of 4\.weight is no tensor: NoneType"),
+    "text": ({"0.weight": ONE, "4.weight": "ones"}, r"the mask of 4\.weight is the str 'ones': give a bool"),
+    "nothing": ({"0.weight": ONE, "4.weight": None}, r"the mask of 4\.weight is None: give a bool tensor"),
     "a list": ([ONE, LINEAR], "masks are a dict by parameter name, a Mask or a path, not a list"),
-    "no masks": (None, "not a NoneType"),
+    "no masks": (None, "a Mask or a path, not None"),
 }  # fmt: skip
 
 

@@ -371,7 +371,7 @@ def wrong_calls() -> dict[str, tuple[type[Exception], str, object]]:
         "file": (InputError, "cannot be read", lambda p: p.load("missing.safetensors")),
         "state": (ValueError, "not a Pruner's state", lambda p: p.load_state_dict(ones)),
         "lists": (ValueError, "not a Pruner's state", lambda p: p.load_state_dict(shapes)),
-        "empty state": (ValueError, "no mask of 0.weight", lambda p: p.load_state_dict({})),
+        "empty state": (ValueError, "there are no masks", lambda p: p.load_state_dict({})),
         "no state": (ValueError, "not a Pruner's state", lambda p: p.load_state_dict(None)),
         "short bits": (ValueError, "bits", lambda p: p.load_state_dict(short_state(p))),
         "drop": (ValueError, "fraction", lambda p: p.drop_and_grow(1.5, lambda name, w: w)),
