@@ -1,4 +1,5 @@
-"""Atomic writes, SHA256SUMS of a folder (as `sha256sum` writes and checks it), and safetensors files with a checksum.
+"""Atomic writes, SHA256SUMS of a folder (as `sha256sum` writes and checks it), safetensors files with a checksum, and
+what kind of file a path names.
 
 torch is imported only where a tensor is read or written.
 """
@@ -14,6 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
 
 from fastprune.errors import InputError
 
@@ -173,8 +175,11 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]", facts: Any = None
     path.write_bytes(content[:at] + hashlib.sha256(content).hexdigest().encode() + content[at + len(UNSET) :])
 
 
-def read_tensors(path: Path) -> "tuple[dict[str, Tensor], Any]":
-    """(tensors, facts) of a file that `write_tensors` wrote. InputError for any other file, and for a changed bit."""
+def read_tensors(path: Path, expected: str = "a safetensors file of fastprune's") -> "tuple[dict[str, Tensor], Any]":
+    """(tensors, facts) of a file that `write_tensors` wrote. InputError for any other file, and for a changed bit.
+
+    expected: the kind of file, for the message.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -185,4 +190,55 @@ def read_tensors(path: Path) -> "tuple[dict[str, Tensor], Any]":
     except (KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: a safetensors file, but not one of fastprune's") from None
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        check_kind(path, expected, MASK, COMPILED, TENSORS)
         raise InputError(f"{path}: missing, corrupt or foreign ({error})") from error
+
+
+# What messages call the files that users confuse.
+MASK = "a mask of fastprune"
+COMPILED = "a compiled network of fastprune"
+TENSORS = "a safetensors file"
+SAVED = "a file of torch.save"
+
+_BEGINNINGS = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"%PDF": "a PDF file",
+    b"\x93NUMPY": "an array of numpy",
+    b"\x1f\x8b": "a gzip archive",
+}
+
+
+def file_kind(path: Path) -> str | None:
+    """What a file is, by its beginning; None if that is not known, or it cannot be read. No more of it is checked."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(16)
+            for beginning, kind in _BEGINNINGS.items():
+                if start.startswith(beginning):
+                    return kind
+            if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+                return "a WebP image"
+            if start[:2] == b"PK":
+                with ZipFile(file) as archive:
+                    saved = any(name.endswith("/data.pkl") for name in archive.namelist())
+                return SAVED if saved else "a zip archive"
+            size = int.from_bytes(start[:8], "little")
+            if start[8:9] != b"{" or not 2 <= size <= _HEADER_LIMIT:
+                return None
+            file.seek(8)
+            about = json.loads(file.read(size)).get("__metadata__", {}).get(SEAL)
+            facts = None if about is None else json.loads(about)["facts"]
+    except (OSError, BadZipFile, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if isinstance(facts, dict):
+        return MASK if "mask" in facts else COMPILED if "ops" in facts else TENSORS
+    return TENSORS
+
+
+def check_kind(path: Path, expected: str, *accepted: str) -> None:
+    """InputError for a file of a kind that is known and not among `accepted`. expected: in words."""
+    kind = file_kind(path)
+    if kind is not None and kind not in accepted:
+        raise InputError(f"{path} is {kind}, expected {expected}")

@@ -18,7 +18,14 @@ from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS
 from fastprune.loaders.transforms import INTERPOLATIONS, POLICIES, Augment
 from fastprune.specs import COMPUTES, EmaSpec, OptimizerSpec, ScheduleSpec
-from fastprune.training.request import PRUNE_SCHEDULES, PruneSchedule, TrainRequest, other_decays, prune_schedule_of
+from fastprune.training.request import (
+    PRUNE_SCHEDULES,
+    PruneSchedule,
+    TrainRequest,
+    check_paths,
+    other_decays,
+    prune_schedule_of,
+)
 from fastprune.training.scalars import LOGS
 
 # The reference's names in lower case, as it compares them, -> those of ScheduleSpec.
@@ -400,6 +407,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         given = list(sys.argv[1:] if argv is None else argv)
         request = request_of(parser().parse_args(given))
+        check_paths(request)
         from fastprune.study.provenance import versions
         from fastprune.training.classification import run
 

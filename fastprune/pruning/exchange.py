@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from fastprune.errors import InputError, kind_of
-from fastprune.files import SEAL
+from fastprune.files import SAVED, SEAL, file_kind
 from fastprune.pruning.masks import Mask
 
 if TYPE_CHECKING:
@@ -131,8 +131,10 @@ def _saved_by_torch(path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # for junk torch.load raises any, AssertionError and struct.error among them
+        kind = file_kind(path)
+        what = type(error).__name__ if kind in (None, SAVED) else f"it is {kind}"
         raise InputError(
-            f"{path}: no file of masks, neither safetensors nor tensors that torch.save wrote ({type(error).__name__})"
+            f"{path}: no file of masks, neither safetensors nor tensors that torch.save wrote ({what})"
         ) from error
     if not isinstance(content, dict) or not all(
         isinstance(n, str) and isinstance(t, Tensor) for n, t in content.items()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.files import read_tensors, write_tensors
+from fastprune.files import MASK, TENSORS, check_kind, read_tensors, write_tensors
 from fastprune.kernels import Segment, pack_bits, segment_counts, unpack_bits
 
 # Triton loads are wide where tiles start at multiples of 16 elements. On a CPU torch's fused SGD rounds as its default
@@ -116,7 +116,9 @@ class Mask:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Mask":
         """Reads a file that `save` wrote, to the CPU. InputError for any other file."""
-        packed, facts = read_tensors(Path(path))
+        expected = "a mask (mask.safetensors)"
+        packed, facts = read_tensors(Path(path), expected)
+        check_kind(Path(path), expected, MASK, TENSORS)
         try:
             if facts["mask"] != 1:
                 raise InputError(f"{path}: a mask of format {facts['mask']}; this version of fastprune reads format 1")

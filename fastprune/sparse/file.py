@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastprune.errors import InputError
-from fastprune.files import read_tensors, write_atomically, write_tensors
+from fastprune.files import COMPILED, TENSORS, check_kind, read_tensors, write_atomically, write_tensors
 from fastprune.sparse.program import (
     Add,
     BatchNorm,
@@ -127,7 +127,9 @@ def write(path: str | Path, program: Program, weights: Weights, dtype: torch.dty
 def read(path: str | Path) -> tuple[Program, dict[str, Tensor | Kept]]:
     """The program and its weights, float32, of a file that `write` wrote. InputError for a damaged or foreign file."""
     path = Path(path)
-    tensors, facts = read_tensors(path)
+    expected = "a compiled network, as compile.py --out NAME.fastprune and CompiledModel.save write it"
+    tensors, facts = read_tensors(path, expected)
+    check_kind(path, expected, COMPILED, TENSORS)
     try:
         if facts["format"] != FORMAT:
             raise InputError(f"{path}: written by another version of fastprune (format {facts['format']!r})")

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.errors import InputError
-from fastprune.files import write_atomically
+from fastprune.files import check_kind, write_atomically
 from fastprune.pruning.masks import Mask, masks_of_zeros
 from fastprune.specs import COMPUTES, OptimizerSpec
 from fastprune.training.about import About
 from fastprune.training.flat import decay_groups
 from fastprune.training.models import build_model
-from fastprune.training.request import other_decays
+from fastprune.training.request import CHECKPOINT, other_decays
 from fastprune.training.trainer import Trainer
 
 # The state of torch.optim's optimisers by parameter -> the entries of Trainer.state; "step" is one for all.
@@ -215,6 +215,7 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
+    check_kind(path, *CHECKPOINT)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # "args" of the reference script
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,10 +1,13 @@
 """What one call of train.py asks for. Standard library only."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastprune.errors import InputError
+from fastprune.files import MASK, SAVED, TENSORS, check_kind, file_kind
 from fastprune.loaders.transforms import Augment
 from fastprune.specs import EmaSpec, OptimizerSpec, ScheduleSpec
 
@@ -86,6 +89,33 @@ class TrainRequest:
             return None
         adjust = world_size * self.optimizer.batch_size * self.ema.steps / self.schedule.epochs
         return EmaSpec(1.0 - min(1.0, (1.0 - self.ema.decay) * adjust), self.ema.steps)
+
+
+CHECKPOINT = "a checkpoint (checkpoint.pth) or a state dict", SAVED, TENSORS
+"""What --resume takes, for files.check_kind."""
+
+
+def check_paths(request: TrainRequest) -> None:
+    """InputError where --resume or --mask is no such file, or where --output-dir cannot be made or written."""
+    # By their beginnings: a mistake is told before data are read and a model is built. Readers check the rest.
+    if (resume := request.resume) is not None:
+        if not resume.exists():
+            raise InputError(f"no such checkpoint: {resume}")
+        if file_kind(resume) == MASK:
+            raise InputError(f"{resume} is {MASK}: give it as --mask; --resume takes a checkpoint.pth")
+        check_kind(resume, *CHECKPOINT)
+    if (mask := request.mask) is not None:
+        if not mask.exists():
+            raise InputError(f"no such mask: {mask}")
+        if file_kind(mask) == SAVED:
+            raise InputError(f"{mask} is {SAVED}: give a checkpoint as --resume; --mask takes a mask.safetensors")
+        check_kind(mask, "a mask (mask.safetensors)", MASK, TENSORS)
+    if request.output is not None and not request.test_only:
+        there = next(place for place in (request.output, *request.output.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise InputError(f"--output-dir {request.output}: {there} is a file: name a folder")
+        if not os.access(there, os.W_OK):
+            raise InputError(f"--output-dir {request.output}: {there} cannot be written: name another folder")
 
 
 def prune_schedule_of(flags: Mapping[str, Any]) -> PruneSchedule | None:

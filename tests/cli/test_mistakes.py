@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastprune.cli.__main__ import main
 from fastprune.cli.command import BAD_INPUT
+from fastprune.files import write_tensors
+from fastprune.pruning.masks import Mask
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +26,10 @@ def place(tmp_path_factory) -> Path:
     (root / "runs").mkdir()  # shared, so that the photos are prepared once
     for name in ("bad.pth", "bad.safetensors"):
         (root / name).write_bytes(b"nothing of the kind")
+    Image.new("RGB", (32, 32)).save(root / "photo.png")
+    torch.save({"model": {"conv1.weight": torch.ones(2)}}, root / "saved.pth")
+    Mask.from_tensors({"conv1.weight": torch.ones(2, dtype=torch.bool)}).save(root / "mask.safetensors")
+    write_tensors(root / "net.fastprune", {}, {"format": 1, "ops": []})
     (root / "imports.py").write_text("import nothing_there\n")
     (root / "syntax.py").write_text("def (\n")
     for split in ("train", "val"):
@@ -93,7 +100,19 @@ MISTAKES = {
     "train --data-path photos --mask bad.safetensors": "bad.safetensors",
     "train --data-path photos --resume nowhere.pth": "nowhere.pth",
     "train --data-path photos --resume bad.pth": "bad.pth",
-    "train --data-path photos --batch-size 4 --output-dir file": "file",
+    "train --data-path photos --batch-size 4 --output-dir file": "file is a file: name a folder",
+    "train --data-path photos --batch-size 4 --output-dir file/in/it": "file is a file: name a folder",
+    # files of another kind
+    "train --data-path photos --resume mask.safetensors": "is a mask of fastprune: give it as --mask",
+    "train --data-path photos --resume photo.png": "photo.png is a PNG image, expected a checkpoint (checkpoint.pth)",
+    "train --data-path photos --resume net.fastprune": "is a compiled network of fastprune, expected a checkpoint",
+    "train --data-path photos --resume photos": "photos is a folder: name the file in it",
+    "train --data-path photos --mask saved.pth": "is a file of torch.save: give a checkpoint as --resume",
+    "train --data-path photos --mask photo.png": "photo.png is a PNG image, expected a mask (mask.safetensors)",
+    "train --data-path photos --mask net.fastprune": "is a compiled network of fastprune, expected a mask",
+    "compile photo.png --out network.onnx": "photo.png is a PNG image, expected a checkpoint (checkpoint.pth)",
+    "compile mask.safetensors --out network.onnx": "mask.safetensors is a mask of fastprune, expected a checkpoint",
+    "compile net.fastprune --out network.onnx": "is a compiled network of fastprune, expected a checkpoint",
     "prepare --out x": "--source is missing",
     "prepare --source nowhere --out x": "no such data folder: nowhere",
     "prepare --source photos --out file": "choose another folder",

@@ -323,6 +323,7 @@ NO_MASKS = {
     "numbers as names": (lambda: saved({0: torch.ones(2)}), "holds no dict of tensors"),
     "half of safetensors": (lambda: safetensors.torch.save({"a": torch.ones(9)})[:-5], "a damaged safetensors file"),
     "JSON": (lambda: b"\x10\x00\x00\x00\x00\x00\x00\x00{nothing at all}", "a damaged safetensors file"),
+    "an image": (lambda: b"\x89PNG\r\n\x1a\n" * 9, r"no file of masks, .* \(it is a PNG image\)"),
     "our file of something else": (of_other_facts, "not a mask that fastprune wrote"),
 }
 

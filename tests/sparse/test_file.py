@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastprune import InputError
-from fastprune.files import read_tensors, write_tensors
+from fastprune.files import file_kind, read_tensors, write_tensors
+from fastprune.pruning.masks import Mask
 from fastprune.sparse import CompiledModel, compile, load
 from fastprune.sparse.file import Kept, decode, encode
 from fastprune.specs import ModelSpec
@@ -177,6 +179,32 @@ def test_foreign_files(tmp_path):
     refused(path, "not a compiled network")
     path.write_bytes(b"PK\x03\x04" * 100)
     refused(path)
+
+
+def test_files_of_another_kind_are_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    torch.save({"model": {}}, tmp_path / "checkpoint.pth")
+    Mask.from_tensors({"weight": torch.ones(3, dtype=torch.bool)}).save(tmp_path / "mask.safetensors")
+    for name, kind in (
+        ("photo.png", "a PNG image"),
+        ("photo.jpg", "a JPEG image"),
+        ("checkpoint.pth", r"a file of torch\.save"),
+        ("mask.safetensors", "a mask of fastprune"),
+    ):
+        refused(
+            tmp_path / name, rf"{name} is {kind}, expected a compiled network, as compile\.py --out NAME\.fastprune"
+        )
+    compiled().save(tmp_path / "net")
+    for name, kind in (
+        ("photo.png", "a PNG image"),
+        ("checkpoint.pth", r"a file of torch\.save"),
+        ("net", "a compiled network of fastprune"),
+    ):
+        with pytest.raises(InputError, match=rf"{name} is {kind}, expected a mask \(mask\.safetensors\)"):
+            Mask.load(tmp_path / name)
+    assert file_kind(tmp_path / "net") == "a compiled network of fastprune"
+    assert file_kind(tmp_path / "nothing") is None
 
 
 LAYER = "layer1.0.conv1.weight@"
