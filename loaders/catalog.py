@@ -84,7 +84,7 @@ def find_or_prepare(
                 f"loader resident needs images of one size, but {path} is read with crops: use another loader"
             )
         if loader == "torchvision" or (loader == "auto" and not ffcv_is_there()):
-            return _unread(layout), layout.root
+            return unread(layout), layout.root
         return _find_folder(layout, root, "files", workers, show)
     # The resident loader fills its memory from .beton files in 0.5 s, from JPEG files in 30 s (Tiny ImageNet).
     beton = loader == "ffcv" or (loader in ("auto", "resident") and ffcv_is_there())
@@ -170,7 +170,7 @@ def _find_folder(layout: Layout, root: Path, keep: str, workers: int, show: bool
     return manifest, folder
 
 
-def _unread(layout: Layout) -> Manifest:
+def unread(layout: Layout) -> Manifest:
     """The manifest of an image folder that is read directly: without fingerprint, mean 0 and standard deviation 1."""
     # Preparation is skipped, so no image has been decoded to compute them.
     return Manifest(

@@ -70,14 +70,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--open", action="store_true", help="show the page of results in a browser while it fills")
     what = p.add_mutually_exclusive_group()
     what.add_argument(
-        "--plan", action="store_true", help="print what would run and what it would cost, without running it"
+        "--plan",
+        action="store_true",
+        help="print what would run and what it would cost (with --workers N: on so many), without running it",
     )
     what.add_argument("--redraw", action="store_true", help="draw again from results.csv, without a store")
     p.add_argument(
         "--images-per-second",
         type=_rate,
         metavar="R",
-        help="with --plan: assume this training rate instead of the measured one",
+        help="with --plan: assume this training rate of a run instead of the measured one",
     )
 
     p.add_argument(

@@ -29,11 +29,10 @@ from fastprune.specs import DataSpec
 from fastprune.store import RunStore
 from fastprune.store.listing import computed, existing_store
 from fastprune.store.needs import Needs, named, read_needs, record_figure
-from fastprune.study.chains import check_rounds
 from fastprune.study.data import TITLES, DataRequest, data_flag, data_spec
 from fastprune.study.graph import Cost, Graph, merge_graphs
 from fastprune.study.logs import log_folder, log_training
-from fastprune.study.plan import Planned, describe, print_plan
+from fastprune.study.plan import Planned, check_rounds, describe, print_plan
 from fastprune.study.settings import Settings
 from fastprune.training.scalars import check_logs
 
@@ -96,22 +95,39 @@ class Request:
 
 
 def plan(request: Request) -> None:
-    """Prints what `run` would compute and what it would cost. Writes nothing and reads no image."""
+    """Prints what `run` would compute and what it would cost. Writes nothing and reads no image.
+
+    InputError as of `run`, but for what only torch, the images or a cluster know.
+    """
     _check_compute(request, request.device)
     planned = []
     for figure in request.figures:
         data = figure.images.planned(request.store)
-        points, graph = build_graph(figure.figure, figure.settings, data)
+        points, graph = _checked_graph(figure, data)
         panels: dict[str, set[str]] = {}
         for point in points:
             panels.setdefault(point.panel, set()).add(point.node.key)
         about = f"Figure {figure.name}, preset {figure.preset}: {describe(figure.settings, data)}"
         planned.append(Planned(figure.name, about, graph, panels))
     store = RunStore(request.store, read_only=True)  # a plan must not create a store
-    print_plan(planned, store, images_per_second=request.images_per_second, gpus=request.planned_gpus)
+    print_plan(
+        planned,
+        store,
+        images_per_second=request.images_per_second,
+        workers=request.workers or 1,
+        gpus=request.planned_gpus,
+    )
     # A search for GPUs would import torch. Where there may be one, or the plan is for others, nothing is advised.
     if request.device == "cpu" or not (request.device or request.planned_gpus or any(map(os.path.exists, _DRIVERS))):
         _advise(request)
+
+
+def _checked_graph(figure: FigureRequest, data: DataSpec) -> tuple[list[AnyPoint], Graph]:
+    """As of build_graph. InputError, too, where a round would prune nothing, or all."""
+    points, graph = build_graph(figure.figure, figure.settings, data)
+    if any(n.kind == "prune" for n in graph.nodes):
+        check_rounds(figure.settings, data)
+    return points, graph
 
 
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -176,15 +192,17 @@ def run(request: Request) -> bool:
     """Computes the nodes that the store lacks, then draws, judges and reports. Returns False if a node failed."""
     began = time.monotonic()
     check_logs(request.log)
+    for figure in request.figures:  # before a folder is created
+        figure.images.source()
     for figure in request.figures:
-        figure.images.source()  # raises for missing data before a folder is created
+        _checked_graph(figure, figure.images.planned(request.store))
+    # On a cluster this process only coordinates, so it leaves a GPU of its own machine to Ray.
+    devices = ["cpu"] if request.ray else _devices(request.device)
+    _check_compute(request, devices[0])
     for figure in request.figures:
         _check_writable(figure.out)
     store = RunStore(request.store)
     _keep_caches_in(store.cache())
-    # On a cluster this process only coordinates, so it leaves a GPU of its own machine to Ray.
-    devices = ["cpu"] if request.ray else _devices(request.device)
-    _check_compute(request, devices[0])
     # Without --workers: one per GPU, which a single training can fill; on a CPU one per usable core, up to 8, since
     # each needs memory of about 1 GB (bench/NOTES.md).
     workers = request.workers or (len(devices) if devices[0] != "cpu" else min(8, len(os.sched_getaffinity(0))))
@@ -252,9 +270,7 @@ def _prepare(request: Request, devices: list[str], workers: int) -> "tuple[list[
         copies = -(-workers // len(devices))
         manifest, folder, choice = figure.images.find(request.store, request.loader, devices[0], copies)
         data = data_spec(manifest, figure.settings)
-        points, graph = build_graph(figure.figure, figure.settings, data)
-        if any(n.kind == "prune" for n in graph.nodes):
-            check_rounds(figure.settings, data)
+        points, graph = _checked_graph(figure, data)
         # On a cluster each worker chooses the loader by its own device, which this process does not see.
         images[manifest.fingerprint] = Images(manifest, folder, request.loader if request.ray else choice.name)
         figures.append(_Figure(figure, data, choice.name, points, graph))

@@ -15,7 +15,6 @@ from fastprune.specs import (
     Rewind,
     StateRef,
     Train,
-    n_to_prune,
 )
 from fastprune.study.settings import Settings
 
@@ -130,23 +129,3 @@ def _criterion(name: str) -> str | CriterionRef:
 
     # The version is part of the key, because the function behind a name can change.
     return CriterionRef(name, criterion(name).version)
-
-
-def check_rounds(settings: Settings, data: DataSpec) -> None:
-    """InputError where a round would prune no weight, or every remaining one."""
-    import torch
-
-    from fastprune.pruning.coverage import conv_weights
-    from fastprune.training.models import build
-
-    # "meta" tensors have a shape but no memory: only the number of weights is needed.
-    with torch.device("meta"):
-        left = sum(weight.numel() for _, weight in conv_weights(build(settings.network(data))))
-    for round in range(1, settings.rounds + 1):
-        gone = n_to_prune(left, settings.fraction)
-        if not 0 < gone < left:
-            what = "nothing" if gone == 0 else "all"
-            raise InputError(
-                f"round {round} of {settings.rounds} would prune {what} of {left} weights: change --fraction"
-            )
-        left -= gone

@@ -1,11 +1,11 @@
 """The images that a figure trains on: where they are, how many its settings use, which loader reads them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastprune.errors import InputError
-from fastprune.loaders.catalog import peek
+from fastprune.loaders.catalog import peek, unread
 from fastprune.loaders.layout import DISTRIBUTED, scan
 from fastprune.loaders.manifest import Manifest, Subset
 from fastprune.loaders.synthetic import SyntheticData
@@ -51,31 +51,17 @@ class DataRequest:
         return SyntheticData(s.classes or 10, s.train_per_class or 500, s.val_per_class or 50, size=s.image_size)
 
     def planned(self, store: Path) -> DataSpec:
-        """The data that a plan assumes, without reading an image.
+        """The data that a plan assumes, without reading an image. InputError as of `data_spec`, and for missing data.
 
         Counts come from the manifest if the data are prepared, else from the folder's file names, else from the data
         set as distributed. The fingerprint is unknown unless there is a manifest.
         """
-        s = self.settings
         manifest = None if self.folder is None else peek(self.source(), store)
-        if manifest is not None:
-            return data_spec(manifest, s)
-        limits = {"train": s.train_per_class, "val": s.val_per_class}
-        if self.folder is None:
-            _, number, *each = DISTRIBUTED[s.dataset]
-            name, held = s.dataset, {split: (count,) * number for split, count in zip(limits, each, strict=True)}
-        else:
-            layout = scan(str(self.source()))
-            name, held = layout.name, {split: layout.per_class(split) for split in limits}
-        counts = {
-            split: sum(n if most is None else min(n, most) for n in held[split][: s.classes])
-            for split, most in limits.items()
-        }
-        classes = s.classes or len(held["train"])
-        # The fingerprint needs every pixel. A made-up one matches no node in the store, and the plan says so.
-        return DataSpec(
-            name, f"{UNKNOWN} {name}", classes, s.train_per_class, s.val_per_class, counts["train"], counts["val"]
-        )
+        if manifest is None:
+            # The fingerprint needs every pixel. A made-up one matches no node in the store, and the plan says so.
+            held = _as_distributed(self.settings.dataset) if self.folder is None else unread(scan(str(self.source())))
+            manifest = replace(held, fingerprint=f"{UNKNOWN} {held.name}")
+        return data_spec(manifest, self.settings)
 
     def find(self, store: Path, loader: str, device: str, copies: int) -> "tuple[Manifest, Path | None, LoaderChoice]":
         """Manifest and folder of the data set, which is prepared if it is not yet, and the loader that will read it.
@@ -89,8 +75,25 @@ class DataRequest:
         return manifest, folder, choose_loader(manifest, folder, loader, device=device, copies=copies)
 
 
+def _as_distributed(dataset: str) -> Manifest:
+    """What is known of a data set without its folder."""
+    _, number, train, val = DISTRIBUTED[dataset]
+    return Manifest(
+        name=dataset,
+        fingerprint="",
+        classes=tuple(map(str, range(number))),
+        train_per_class=(train,) * number,
+        val_per_class=(val,) * number,
+        height=0,
+        width=0,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
+
+
 def data_spec(manifest: Manifest, settings: Settings) -> DataSpec:
-    """The part of a data set that the settings use. InputError for fewer than two classes, or images than a batch."""
+    """The part of a data set that the settings use. InputError for fewer than two classes, more than it has, or fewer
+    images than a batch."""
     part = Subset(settings.classes, settings.train_per_class, settings.val_per_class)
     train, val = (part.count(manifest, split) for split in ("train", "val"))
     # The last partial batch is dropped, so an epoch would have no step.

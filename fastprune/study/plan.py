@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fastprune.console import duration
 from fastprune.errors import InputError
-from fastprune.specs import DataSpec, ModelSpec, Prune, Runnable, Train
+from fastprune.specs import DataSpec, ModelSpec, Prune, Runnable, Train, n_to_prune
 from fastprune.store import RunStore
 from fastprune.study.data import UNKNOWN
 from fastprune.study.graph import Cost, Graph, Schedule, merge_graphs
@@ -28,11 +28,17 @@ class Planned:
 
 
 def print_plan(
-    figures: Sequence[Planned], store: RunStore, *, images_per_second: float | None = None, gpus: Sequence[int] = ()
+    figures: Sequence[Planned],
+    store: RunStore,
+    *,
+    images_per_second: float | None = None,
+    workers: int = 1,
+    gpus: Sequence[int] = (),
 ) -> None:
     """Prints what would run and what it would cost; writes nothing.
 
-    images_per_second: to assume; None: those measured in the store. gpus: numbers of GPUs to simulate.
+    images_per_second: of one worker, to assume; None: those measured in the store. workers: how many compute at once.
+    gpus: numbers of GPUs to simulate.
     """
     for figure in figures:
         print(figure.about)
@@ -40,7 +46,7 @@ def print_plan(
     whole = merge_graphs(f.graph for f in figures)
     if len(figures) > 1:
         _print_sharing(figures, whole)
-    _print_cost(whole, store, images_per_second, gpus)
+    _print_cost(whole, store, images_per_second, workers, gpus)
 
 
 def _print_trainings(figure: Planned, *, brief: bool) -> None:
@@ -76,7 +82,7 @@ def _print_sharing(figures: Sequence[Planned], whole: Graph) -> None:
             print(f"  {name:<12} {'':>15}   shares {', '.join(with_others)}")
 
 
-def _print_cost(graph: Graph, store: RunStore, given: float | None, gpus: Sequence[int]) -> None:
+def _print_cost(graph: Graph, store: RunStore, given: float | None, workers: int, gpus: Sequence[int]) -> None:
     todo = graph.todo(store)
     cost, left = Cost.of(graph.nodes), Cost.of(todo)
     print(f"  prune steps  {cost.nodes - cost.trainings:>15,}")
@@ -87,13 +93,13 @@ def _print_cost(graph: Graph, store: RunStore, given: float | None, gpus: Sequen
         print("  Images that are not prepared yet have no fingerprint: none of their trainings counts as in the store.")
     print(f"  disk         {_size(bytes_on_disk(graph, todo)):>15}   for the nodes to do")
     rates = Rates(graph, store, given)
-    _print_time(todo, rates)
+    _print_time(graph, todo, rates, workers)
     if gpus:
         _print_clusters(gpus, graph, todo, _seconds(todo, rates, _prune_seconds(graph, store)))
 
 
-def _print_time(todo: list[Runnable], rates: "Rates") -> None:
-    seconds, unmeasured, used = 0.0, 0, set()
+def _print_time(graph: Graph, todo: list[Runnable], rates: "Rates", workers: int) -> None:
+    seconds, unmeasured, used = {node.key: 0.0 for node in todo}, 0, set()
     for node in todo:
         if isinstance(node, Train):
             rate = rates.of(node)
@@ -101,11 +107,14 @@ def _print_time(todo: list[Runnable], rates: "Rates") -> None:
                 unmeasured += 1
             else:
                 used.add(rate)
-                seconds += Cost.of([node]).images / rate
+                seconds[node.key] = Cost.of([node]).images / rate
     if used:
         at = " to ".join(f"{rate:,.0f}" for rate in sorted({min(used), max(used)}))
         source = "as given" if rates.given else "measured in this store"
-        print(f"  time left    {duration(seconds):>15}   on one worker, at {at} images/s {source}")
+        # A run waits for the mask that it trains under, so that more workers need not be as many times faster.
+        time = duration(simulate(graph, todo, seconds, workers).makespan)
+        on = "one worker" if workers == 1 else f"{workers} workers"
+        print(f"  time left    {time:>15}   on {on}, {'each ' * (workers > 1)}at {at} images/s {source}")
     if unmeasured:
         more = f" of {unmeasured:,} more trainings" if used else ""
         why = "no such run was measured in this store; to assume a rate, give --images-per-second R"
@@ -318,6 +327,19 @@ class NetworkSize:
         classifier = (inputs + 1) * model.classes
         # Each channel has a scale and a shift, and a running mean and a variance.
         return cls(len(convs), weights, weights + 2 * channels + classifier, 2 * channels)
+
+
+def check_rounds(settings: Settings, data: DataSpec) -> None:
+    """InputError where a round would prune no weight, or every remaining one."""
+    left = NetworkSize.of(settings.network(data)).weights
+    for round in range(1, settings.rounds + 1):
+        gone = n_to_prune(left, settings.fraction)
+        if not 0 < gone < left:
+            what = "nothing" if gone == 0 else "all"
+            raise InputError(
+                f"round {round} of {settings.rounds} would prune {what} of {left} weights: change --fraction"
+            )
+        left -= gone
 
 
 def bytes_on_disk(graph: Graph, nodes: Iterable[Runnable]) -> int:

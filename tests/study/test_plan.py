@@ -98,6 +98,19 @@ def test_the_plan_says_how_long_and_where_the_chain_decides(tmp_path, capsys):
     assert after[6].strip() == "that short only with 49 GPUs or more"
 
 
+@pytest.mark.parametrize(
+    ("workers", "said"),
+    [
+        ([], "46 h 03 min   on one worker, at 100,000 images/s as given"),
+        (["--workers", "1"], "46 h 03 min   on one worker, at 100,000 images/s as given"),
+        (["--workers", "64"], "56 min 45 s   on 64 workers, each at 100,000 images/s as given"),
+    ],
+)
+def test_the_time_left_is_that_of_the_workers(workers, said, tmp_path, capsys):
+    """The numbers of the test above: 64 wait for the longest chain."""
+    assert said in next(line for line in planned(capsys, tmp_path, *PLAN, *workers) if "time left" in line)
+
+
 def test_a_training_takes_as_long_as_those_of_the_nearest_density():
     """Dense at 100 and 300 images/s, and after one round, where a share of 0.8 is left, at 800."""
     chains = Chains(CHAINS.settings.override(fraction=0.2), DATA, 0)
