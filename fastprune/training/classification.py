@@ -142,7 +142,7 @@ def open_images(request: TrainRequest, device: torch.device, *, show: bool, loca
         about += f"\nNote: torchvision's transforms read the images, for {', '.join(augment.asked)}"
     if request.repeats > 1 and local_world_size == 1 and Ranks.from_environment().world_size == 1:
         about += "\nNote: --ra-sampler has no effect in one process, as in the reference"
-    if not source.resumes:
+    if not source.resumes and not request.test_only:
         about += "\nNote: FFCV's crops are not seeded, a resumed run differs; --loader torchvision resumes to the bit"
     inputs = Inputs(
         manifest.name,
@@ -382,6 +382,8 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
             say(advice)
         for line in start.lines:
             say(line)
+        if request.test_only and request.resume is None and request.weights is None:
+            say("note: these weights are random: give --resume CHECKPOINT, or --weights NAME")
         say(_sparsity(trainer, request.prune))
     if request.test_only:
         averaged = request.ema is not None
@@ -393,7 +395,20 @@ def _trained(request: TrainRequest, trainer: Trainer, images: Images, ranks: Ran
             say_test(found, "EMA" if averaged else "")
         return True
     train = images.train(request, ranks.rank, ranks.world_size, trainer.images)
+    if first and (line := _dropped(len(train), images.source.manifest.train_count, request, ranks.world_size)):
+        say(line)
     return _fit(trainer, train, val, request, start, ranks, images)
+
+
+def _dropped(batches: int, count: int, request: TrainRequest, world_size: int) -> str:
+    """A line on the images that an epoch of so many batches drops, "" where they are few. count: training images."""
+    used = batches * request.optimizer.batch_size * world_size
+    if request.repeats > 1 or not 0 < used < 0.9 * count:  # without any batch the Trainer says so
+        return ""
+    return (
+        f"note: an epoch trains on {used} of the {count} images, others each time, as the last batch, which is not "
+        "full, is dropped: a smaller --batch-size drops fewer"
+    )
 
 
 def _fit(

@@ -1007,3 +1007,26 @@ def test_an_image_folder_is_cropped_even_where_all_images_have_one_size(loader, 
     assert "cropped to 32 x 32 (validation: resized to 36, cropped to 32)" in said
     assert f"loader {loader} (asked for)" in said
     assert ("\nNote: FFCV's crops are not seeded, a resumed run differs; --loader" in said) == (loader == "ffcv")
+    # Validation draws no crops.
+    again = ["--test-only", "--resume", str(tmp_path / "checkpoint.pth")]
+    assert main(["--data-path", str(tmp_path / "images"), *given, *again]) == 0
+    said = capsys.readouterr().out
+    assert "Note" not in said
+    assert "random" not in said
+
+
+def test_weights_that_are_random_are_said_to_be_where_they_are_tested(folder, tmp_path, capsys):
+    assert main(flags(folder, tmp_path, "--test-only")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "note: these weights are random: give --resume CHECKPOINT, or --weights NAME" in lines
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("batch_size", "used"), [(12, None), (17, None), (19, 19), (36, None)])
+def test_an_epoch_says_how_many_images_it_drops_if_they_are_many(folder, tmp_path, capsys, batch_size, used):
+    """Of 36: 17 at a time drop two, 19 at a time 17."""
+    assert main(flags(folder, tmp_path, "--epochs", "1", "-b", str(batch_size), "--lr", "0.001")) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: an epoch trains on")]
+    assert len(said) == (used is not None)
+    if used:
+        assert said[0].startswith(f"note: an epoch trains on {used} of the 36 images, others each time, ")

@@ -186,7 +186,7 @@ def test_a_plan_counts_the_images_of_the_folder_without_reading_them(tmp_path):
             (tmp_path / "animals" / split / name).mkdir(parents=True)
             for i in range(count + (name == "c")):
                 (tmp_path / "animals" / split / name / f"{i}.jpg").touch()
-    settings = preset(load("A3").protocol, "paper")
+    settings = preset(load("A3").protocol, "paper").override(batch_size=8)
     figure = FigureRequest(load("A3"), "paper", settings, str(tmp_path / "animals"), tmp_path / "out")
     data = figure.images.planned(tmp_path / "store")
     assert (data.name, data.classes, data.train_count, data.val_count) == ("animals", 3, 22, 7)
