@@ -122,10 +122,22 @@ def scan(folder: str | os.PathLike[str]) -> Layout:
             return _scan_miniplaces(root)
         if (root / "train").is_dir():
             return _scan_classes(root)
+    if above := _data_set_above(folder):
+        raise InputError(f"{folder} is a part of a data set: give the whole, {above}")
     raise InputError(
         f"{folder} holds neither Tiny ImageNet (train/<wnid>/images and val/val_annotations.txt), nor MiniPlaces "
         "(images/train, images/val, train.txt and val.txt), nor train/<class>/ and val/<class>/ with images"
     )
+
+
+def _data_set_above(folder: Path) -> Path | None:
+    """The folder of the data set of which `folder` is a split or a class, None if it is none."""
+    for whole in (folder / "..", folder / ".." / ".."):
+        split = folder.resolve().relative_to(whole.resolve()).parts[:1]
+        if split and split[0] in SPLITS and all((whole / name).is_dir() for name in SPLITS):
+            plain = os.path.normpath(whole)
+            return Path(plain) if Path(plain).resolve() == whole.resolve() else whole.resolve()
+    return None
 
 
 @contextmanager

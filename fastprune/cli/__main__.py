@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 import fastprune
-from fastprune.cli.command import BAD_INPUT, DONE, INTERRUPTED, run_command
+from fastprune.cli.command import BAD_INPUT, DONE, INTERRUPTED, close_to, run_command
 from fastprune.console import version_of
 from fastprune.errors import InputError
 
@@ -56,7 +56,8 @@ def about() -> str:
 def _help(arguments: Sequence[str]) -> int:
     """Prints the commands. InputError if the first argument asks for anything else."""
     if arguments and arguments[0] not in ("-h", "--help"):
-        raise InputError(f"unknown command {arguments[0]!r}: choose one of {', '.join(COMMANDS)}")
+        near = close_to(arguments[0], COMMANDS)
+        raise InputError(f"unknown command {arguments[0]!r}: choose one of {', '.join(COMMANDS)}{near}")
     lines = "\n".join(f"  {name:<14}{text}" for name, text in COMMANDS.items())
     print(_HELP.format(lines), file=sys.stdout if arguments else sys.stderr)
     return DONE if arguments else BAD_INPUT

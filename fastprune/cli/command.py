@@ -1,13 +1,15 @@
 """What all commands share: exit codes, one-line errors, signals, output streams."""
 
 import argparse
+import difflib
 import io
+import itertools
 import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,13 +52,39 @@ def to_path(text: str) -> Path:
     return Path(expanded(text))
 
 
+def close_to(word: str, known: Iterable[str]) -> str:
+    """ ": did you mean X?" for the one of `known` that is most like `word`, "" where none is."""
+    found = difflib.get_close_matches(word, known, 1, 0.68)
+    return f": did you mean {found[0]}?" if found else ""
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises InputError for bad usage."""
+    """An ArgumentParser that raises InputError for bad usage, and names a flag that is like an unknown one."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
 
     # argparse exits by itself with several lines of usage; every error of ours is one line from one place.
 
     def error(self, message: str) -> NoReturn:
+        # First, since argparse would complain of a flag that is missing where it is misspelt.
+        known = self._flags()
+        for word in itertools.takewhile(lambda word: word != "--", self._given):
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                raise InputError(f"unrecognized arguments: {flag}{close_to(flag, known)} (see --help)")
         raise InputError(f"{message} (see --help)")
+
+    def _flags(self) -> set[str]:
+        """The flags of this parser and of its subcommands."""
+        flags = set(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                flags |= {flag for parser in action.choices.values() for flag in parser._option_string_actions}
+        return flags
 
 
 def add_figure_module(parser: argparse.ArgumentParser) -> None:

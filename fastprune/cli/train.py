@@ -13,7 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastprune.cli.command import COMPUTE_HELP, DONE, FAILED, Parser, checked, expanded, run_command, to_path
+from fastprune.cli.command import (
+    COMPUTE_HELP,
+    DONE,
+    FAILED,
+    Parser,
+    checked,
+    close_to,
+    expanded,
+    run_command,
+    to_path,
+)
 from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS
 from fastprune.loaders.transforms import INTERPOLATIONS, POLICIES, Augment
@@ -396,7 +406,8 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
         if value != default and str(value).lower() != str(default).lower():
             refused.append(f"{flag} is not supported: {why}")
     if args.opt.lower() not in OPTIMIZERS:
-        refused.append(f"--opt {args.opt} is not supported: choose one of {', '.join(OPTIMIZERS)}")
+        near = close_to(args.opt.lower(), OPTIMIZERS)
+        refused.append(f"--opt {args.opt} is not supported: choose one of {', '.join(OPTIMIZERS)}{near}")
     if refused:
         raise InputError("; ".join(refused))
 

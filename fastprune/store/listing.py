@@ -57,6 +57,10 @@ def existing_store(root: Path) -> None:
     """InputError unless there is a store of this format at `root`."""
     check_format(root)
     if not (root / "store.json").is_file():
+        if any(root.glob("*/summary.json")):
+            raise InputError(
+                f"{root} holds results, which --out names, and no store: give the folder of their runs as --store DIR"
+            )
         raise InputError(f"no store at {root}; name its folder with --store DIR")
 
 

@@ -32,6 +32,8 @@ def place(tmp_path_factory) -> Path:
     write_tensors(root / "net.fastprune", {}, {"format": 1, "ops": []})
     (root / "imports.py").write_text("import nothing_there\n")
     (root / "syntax.py").write_text("def (\n")
+    (root / "figures" / "A2").mkdir(parents=True)
+    (root / "figures" / "A2" / "summary.json").write_text("{}")
     for split in ("train", "val"):
         for label in "ab":
             for folder in ("photos", "spoilt"):
@@ -81,6 +83,23 @@ MISTAKES = {
     "compile bad.pth --out network.onnx": "bad.pth is no checkpoint",
     "compile no/checkpoint.pth --out network.onnx": "no such checkpoint: no/checkpoint.pth",
     "compile 0123 --out network.pt": "NAME.pth",
+    # slips
+    "reproduce --figure A2": "unrecognized arguments: --figure: did you mean --fig?",
+    "reproduce --fig=A2 --presets=cpu": "unrecognized arguments: --presets: did you mean --preset?",
+    "train --data photos": "unrecognized arguments: --data: did you mean --data-path?",
+    "train --data-path photos --batchsize=4": "did you mean --batch-size?",
+    "train --data-path photos --sparsty 0.9": "did you mean --sparsity?",
+    "train --data-path photos --pretrained": "unrecognized arguments: --pretrained (see --help)",
+    "train --data-path photos --opt adam": "choose one of sgd, sgd_nesterov, adamw, rmsprop: did you mean adamw?",
+    "train --data-path photos --opt lion": "--opt lion is not supported: choose one of sgd,",
+    "store ls --stor runs": "unrecognized arguments: --stor: did you mean --store?",
+    "trian --data-path photos": "store, doctor: did you mean train?",
+    "train --data-path photos/train": "photos/train is a part of a data set: give the whole, photos",
+    "train --data-path photos/val/a": "photos/val/a is a part of a data set: give the whole, photos",
+    "reproduce --fig A2 --data photos/train/": "photos/train is a part of a data set",
+    "prepare --source photos/val --out x": "photos/val is a part of a data set",
+    "report --store figures": "figures holds results, which --out names, and no store: give the folder of their runs",
+    "store ls --store figures": "figures holds results, which --out names, and no store",
     # paths and data
     "reproduce --fig A2 --preset quick": "--data DIR",
     "reproduce --fig A2 --preset quick --data nowhere": "no such data folder: nowhere",
