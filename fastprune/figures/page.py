@@ -18,9 +18,11 @@ from fastprune.console import duration
 from fastprune.errors import InputError
 from fastprune.figures.claims import SIMILAR_POINTS
 from fastprune.figures.drawing import figure_svg
+from fastprune.figures.figure import FIGURES
 from fastprune.figures.report import panel_table, recorded_drawing
 from fastprune.figures.results import Row, depth_key, natural_key, read_csv, write_output
 from fastprune.store.listing import Found, Listing, computed
+from fastprune.study.settings import Settings
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -109,6 +111,7 @@ def _template() -> "Template":
         # "<" alone could end the script element that holds the data.
         "data": lambda x: Markup(json.dumps(x, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")),
         "strip": strip,
+        "filled": filled,
     }
     return environment.from_string(_part("page.html"))
 
@@ -155,12 +158,46 @@ class _Shown:
         return float(max(cost["mean"] for cost in self.rounds))
 
     @property
+    def settings(self) -> dict[str, Any]:
+        return used_settings(self.results.summary)
+
+    @property
     def verdicts(self) -> dict[str, int]:
         """How many claims hold, fail or are undecided; those that occur."""
         counts = dict.fromkeys(("holds", "fails", "undecided"), 0)
         for claim in self.results.summary["claims"]:
             counts[claim["verdict"]] += 1
         return {verdict: count for verdict, count in counts.items() if count}
+
+
+def used_settings(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """By name, the settings that had an effect on a figure; epochs as its trainings used them, scaled."""
+    given, unused = summary["settings"], {"by_hand", "protocol_epochs"}
+    figure = FIGURES.get(str(summary["figure"]))
+    if figure is not None:  # a user's module may not be loaded here
+        unused |= {name for name in given if figure.ignores(name)}
+    if summary["data"].get("name") != "synthetic":
+        unused.add("image_size")
+    try:
+        s = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except TypeError:  # another version wrote them
+        return {name: value for name, value in given.items() if name not in unused}
+    schedule = s.schedule(1.0)
+    scaled = {
+        "milestones": schedule.milestones,
+        "warmup_epochs": schedule.warmup_epochs,
+        "prune_epochs": s.stops,
+        "rewind_epoch": s.late_epoch,
+    }
+    unused |= {"rewind_epoch"} if s.rewind != "late" else set()
+    unused |= {"milestones"} if s.decay != "multistep" else set()
+    unused |= {"gamma"} if s.decay == "cosine" else set()
+    return {name: scaled.get(name, value) for name, value in given.items() if name not in unused}
+
+
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that say something: not None, and not empty."""
+    return {name: value for name, value in values.items() if value is not None and value not in ("", (), [], {})}
 
 
 def command_of(summary: Mapping[str, Any]) -> str:

@@ -18,7 +18,17 @@ from fastprune.figures import load, reproduce
 from fastprune.figures.axes import Drawing, DrawnPanel
 from fastprune.figures.claims import judge
 from fastprune.figures.figure import points_of
-from fastprune.figures.page import NAME, Results, inline, page, results_in, strip, write_page
+from fastprune.figures.page import (
+    NAME,
+    Results,
+    filled,
+    inline,
+    page,
+    results_in,
+    strip,
+    used_settings,
+    write_page,
+)
 from fastprune.figures.report import summarize, write_all
 from fastprune.figures.results import Row, read_csv
 from fastprune.specs import DataSpec
@@ -71,6 +81,35 @@ def made_up():
 @pytest.fixture(scope="module")
 def text(made_up) -> str:
     return page([made_up], None)
+
+
+def shown_settings(figure: str, **changes) -> dict:
+    settings = preset(load(figure).protocol, "smoke", load(figure).presets).override(**changes)
+    summary = {"figure": figure, "settings": asdict(settings), "data": {"name": "synthetic"}}
+    return filled(used_settings(json.loads(json.dumps(summary))))
+
+
+def test_settings_are_those_that_had_an_effect_as_the_run_used_them():
+    """At smoke a run has 4 epochs of the protocol's 110: its milestones, 50 75 90, and the prune epochs of A6 scale."""
+    shown = shown_settings("A2")
+    protocol = load("A2").protocol
+    assert list(shown["milestones"]) == [round(m * 4 / protocol.epochs) for m in protocol.milestones]
+    assert not {"by_hand", "protocol_epochs", "prune_epochs", "sparsities", "rewind_epoch"} & shown.keys()
+    assert "image_size" in shown  # of generated images
+    assert list(shown_settings("A2", milestones=(1, 3))["milestones"]) == [1, 3]
+    assert shown_settings("A2", rewind="late", rewind_epoch=2)["rewind_epoch"] == 2
+    assert not {"milestones", "gamma"} & shown_settings("A2", decay="cosine").keys()
+    assert list(shown_settings("A6")["prune_epochs"]) == [1, 2, 3, 4]
+    # Of a figure that is not registered here, and of another version's settings, what is known is left out.
+    summary = {"figure": "mine", "settings": {"epochs": 3, "older": 1, "by_hand": []}, "data": {"name": "images"}}
+    assert used_settings(summary) == {"epochs": 3, "older": 1}
+
+
+def test_the_page_shows_no_empty_setting(text):
+    settings = text[text.index("<dt>Settings</dt>") : text.index("<dt>Data</dt>")]
+    assert "<dt>epochs</dt>" in settings
+    assert "<dd></dd>" not in settings
+    assert "None" not in text[text.index("<dt>Settings</dt>") : text.index("To cite the software")]
 
 
 def test_the_table_has_each_run_with_the_values_of_the_rows(made_up, text):
