@@ -56,11 +56,10 @@ def gpu() -> Finding:
         count = torch.cuda.device_count()
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         return Finding("GPU", OK, f"{count} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB")
-    without = "presets quick and paper take days or weeks; preset cpu takes hours"
+    without = "--preset cpu fits (hours a seed); quick and paper would take days or weeks"
     if torch.version.cuda is None:
-        return Finding(
-            "GPU", MISSING, f"torch is a build for CPUs: {without}", "uv pip install --torch-backend auto -U torch"
-        )
+        says = f"torch is a build for CPUs; where there is no GPU, {without}"
+        return Finding("GPU", MISSING, says, "uv pip install --torch-backend auto -U torch")
     return Finding("GPU", MISSING, f"torch sees none: {without}")
 
 

@@ -61,8 +61,9 @@ def test_a_build_of_torch_for_cpus_is_told_from_a_machine_without_a_gpu(monkeypa
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "a build for CPUs" in doctor.gpu().says
     assert "--torch-backend" in doctor.gpu().mend
+    assert "--preset cpu fits" in doctor.gpu().says
     monkeypatch.setattr(torch.version, "cuda", "13.2")
-    assert doctor.gpu().says.startswith("torch sees none")
+    assert doctor.gpu().says.startswith("torch sees none: --preset cpu fits")
     assert doctor.gpu().mend == ""
 
 
