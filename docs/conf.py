@@ -1,8 +1,9 @@
 """The documentation site: `make docs` builds it with Sphinx. Sources are the repository's own Markdown files.
 
 They are plain Markdown, to be read on a forge as well, and so the source folder is the repository: README, CONTRIBUTING
-and bench/NOTES.md are pages, and every relative link is checked as it stands. A comment such as
-`<!-- flags of train -->` becomes a table from the code. Nothing that a built page needs is fetched from elsewhere.
+and bench/NOTES.md are pages, and every relative link is checked as it stands. A line that ends with a comment such as
+`<!-- flags of train -->` tells readers of the source where to look, and becomes a table from the code. Nothing that a
+built page needs is fetched from elsewhere.
 """
 
 import argparse
@@ -68,8 +69,8 @@ def read(app: Sphinx, page: str, content: list[str]) -> None:
     """A page's source as Sphinx is to see it: a notebook as Markdown, comments as tables."""
     if str(app.env.doc2path(page)).endswith(".ipynb"):
         content[0] = "\n\n".join(cells(json.loads(content[0])))
-    content[0] = re.sub(r"<!-- flags of (\w+) -->", lambda found: flags(found[1]), content[0])
-    content[0] = re.sub(r"<!-- claims -->", lambda found: claims(), content[0])
+    content[0] = re.sub(r"(?m)^.*<!-- flags of (\w+) -->", lambda found: flags(found[1]), content[0])
+    content[0] = re.sub(r"(?m)^.*<!-- claims -->", lambda found: claims(), content[0])
 
 
 def cells(notebook: dict[str, Any]) -> Iterator[str]:

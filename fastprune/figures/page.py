@@ -179,7 +179,8 @@ def used_settings(summary: Mapping[str, Any]) -> dict[str, Any]:
     if summary["data"].get("name") != "synthetic":
         unused.add("image_size")
     try:
-        s = Settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        kept: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in given.items()}
+        s = Settings(**kept)
     except TypeError:  # another version wrote them
         return {name: value for name, value in given.items() if name not in unused}
     schedule = s.schedule(1.0)

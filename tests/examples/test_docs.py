@@ -11,15 +11,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastprune
 from fastprune.cli import compile as compile_network
 from fastprune.cli import train
 from fastprune.cli.__main__ import COMMANDS
 from fastprune.figures import FIGURES
+from fastprune.loaders import Crop, find_or_prepare, open_data
 from fastprune.pruning import criteria
+from fastprune.training.about import About, History, Inputs
+from fastprune.training.classification import MEAN, STD
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -146,7 +151,21 @@ def run_commands(code: str) -> None:
             assert compile_network.main(command[2:]) == 0
 
 
-HERE: dict[str, Callable[[Path], None]] = {"docs/clusters.md": mask_of_a_store}
+INPUTS = Inputs("photos", tuple("abcdefghij"), 64, 64, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), resize=72)
+
+
+def a_checkpoint_and_a_photo(folder: Path) -> None:
+    (folder / "sparse").mkdir()
+    about = About(INPUTS, History(), 10, 0.5, None, {})
+    torch.save({"model": {}, "about": about.plain()}, folder / "sparse/checkpoint.pth")
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.jpg")
+
+
+HERE: dict[str, Callable[[Path], None]] = {
+    "docs/clusters.md": mask_of_a_store,
+    "docs/deploy.md": a_checkpoint_and_a_photo,
+}
 
 
 def after_readme(names: dict[str, Any], folder: Path, out: str) -> None:
@@ -201,6 +220,12 @@ def after_deploy(names: dict[str, Any], folder: Path, out: str) -> None:
     assert (folder / "net.fastprune").stat().st_size < 0.045 * dense
     agree(names["model"], onnx_network(folder / "net.onnx"))
     assert not (folder / "net.onnx.data").exists()
+    assert names["name"] in INPUTS.classes
+    with Image.open(folder / "photo.jpg") as photo:
+        resized = np.asarray(photo.resize((86, 72), Image.Resampling.BILINEAR))  # 72 x 96 / 80 = 86.4
+    expected = (resized[4:68, 11:75] / 255 - np.array(INPUTS.mean)) / np.array(INPUTS.std)
+    prepared = names["prepare"](Image.open(folder / "photo.jpg"))
+    assert (prepared - torch.from_numpy(expected).permute(2, 0, 1)).abs().max() <= 1e-5
 
 
 def after_tutorial(names: dict[str, Any], folder: Path, out: str) -> None:
@@ -211,7 +236,16 @@ def after_tutorial(names: dict[str, Any], folder: Path, out: str) -> None:
     model = import_module("torchvision").models.resnet18(num_classes=3).eval()
     model.load_state_dict(weights)
     agree(model, names["fast"], onnx_network(folder / "photos.onnx"))
-    assert names["logits"].shape == (8, 3)
+    assert names["classes"] == ["blue", "green", "red"]
+    # As the loader prepares it: val/red/0.jpg is the first image of the last class.
+    manifest, place = find_or_prepare(folder / "photos", folder / "runs", loader="torchvision", any_size=True)
+    source = open_data(manifest, place, loader="torchvision", crop=Crop(64, 72, 64, MEAN, STD), workers=0)
+    images, labels = next(iter(source.val(batch_size=manifest.val_count)))
+    first = labels.tolist().index(2)
+    image = Image.open(folder / "photos/val/red/0.jpg").convert("RGB")
+    # The loader scales by 1 / std where torchvision divides: a rounding or two in float32.
+    assert (names["prepare"](image) - images[first]).abs().max() <= 1e-5
+    assert torch.equal(names["logits"], names["fast"](names["prepare"](image)[None]))
     assert (folder / "photos-net/README.md").is_file()
 
 

@@ -37,6 +37,13 @@ def test_every_command_has_its_flags_on_the_site():
     assert re.findall(r"<!-- flags of (\w+) -->", PAGES) == list(COMMANDS)
 
 
+def test_a_line_that_ends_with_a_comment_becomes_a_table(conf):
+    app, content = SimpleNamespace(env=SimpleNamespace(doc2path=lambda page: f"{page}.md")), [""]
+    content[0] = "# Commands\n\nLook at --help. <!-- flags of doctor -->\n\nElsewhere. <!-- claims -->\n\nThe end."
+    conf.read(app, "page", content)
+    assert content[0] == f"# Commands\n\n{conf.flags('doctor')}\n\n{conf.claims()}\n\nThe end."
+
+
 def test_flags_are_those_of_the_parser(conf):
     table = conf.flags("compile")
     assert "| `--half` | store kept weights in 16 bits (.fastprune) |" in table
