@@ -101,9 +101,9 @@ def test_the_plan_says_how_long_and_where_the_chain_decides(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("workers", "said"),
     [
-        ([], "46 h 03 min   on one worker, at 100,000 images/s as given"),
-        (["--workers", "1"], "46 h 03 min   on one worker, at 100,000 images/s as given"),
-        (["--workers", "64"], "56 min 45 s   on 64 workers, each at 100,000 images/s as given"),
+        ([], "46 h 04 min   on one worker, at 100,000 images/s as given"),
+        (["--workers", "1"], "46 h 04 min   on one worker, at 100,000 images/s as given"),
+        (["--workers", "64"], "57 min   on 64 workers, each at 100,000 images/s as given"),
     ],
 )
 def test_the_time_left_is_that_of_the_workers(workers, said, tmp_path, capsys):
