@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -189,6 +189,36 @@ class GpuOptions:
     fused_norm: bool = False
     gradient_table: bool = False
     fused_loss: bool = False
+
+    def __str__(self) -> str:
+        """As --gpu-options takes it."""
+        return ",".join(f"{name}={'on' if on else 'off'}" for name, on in asdict(self).items())
+
+    @classmethod
+    def of(cls, text: str) -> "GpuOptions":
+        """The options that str() gave. ValueError for any other text; an option that it does not name is off."""
+        return cls(**forced_options(text))
+
+
+def forced_options(text: str) -> dict[str, bool]:
+    """What a text forces, by option: nothing for "auto", all for "on" or "off", else as "fused_norm=on,fused_loss=off".
+
+    ValueError for other text.
+    """
+    names = [f.name for f in fields(GpuOptions)]
+    if text == "auto":
+        return {}
+    if text in ("on", "off"):
+        return dict.fromkeys(names, text == "on")
+    forced: dict[str, bool] = {}
+    for part in text.split(","):
+        name, _, state = part.strip().partition("=")
+        if name not in names:
+            raise ValueError(f"unknown GPU option {name!r}: choose from {', '.join(names)}, or auto, on, off for all")
+        if state not in ("on", "off") or name in forced:
+            raise ValueError(f"{text!r}: give each option once, as {name}=on or {name}=off")
+        forced[name] = state == "on"
+    return forced
 
 
 def key_of(kind: str, semantics: int, identity: dict[str, Any]) -> str:

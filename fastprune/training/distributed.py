@@ -7,16 +7,35 @@ ranks prune to the same mask.
 # No DistributedDataParallel: it buckets gradients into buffers of its own, which FlatParams has already, and broadcasts
 # the model's buffers, masks included, at every forward.
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this rank counts as the only one: it neither sends nor waits."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
 
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _alone else 1
+
+
+def rank() -> int:
+    """Number of this rank, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def all_reduce_mean(*buffers: Tensor) -> None:
@@ -33,9 +52,9 @@ def all_reduce_sum(buffer: Tensor) -> None:
         dist.all_reduce(buffer)
 
 
-def of_rank_0(*numbers: float) -> list[float]:
-    """The numbers that rank 0 has."""
-    found = torch.tensor(numbers, dtype=torch.float64)
+def of_rank_0(*numbers: float, device: torch.device | None = None) -> list[float]:
+    """The numbers that rank 0 has. device: the ranks' own, which NCCL needs."""
+    found = torch.tensor(numbers, dtype=torch.float64, device=device)
     if world_size() > 1:
         dist.broadcast(found, 0)
     return found.tolist()

@@ -1,9 +1,13 @@
 """The training loop: one Trainer runs any number of dense and masked trainings, in place, compiled once."""
 
+import copy
+import hashlib
+import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +23,15 @@ from fastprune.pruning.masks import Mask
 from fastprune.pruning.pruner import Pruner
 from fastprune.specs import COMPUTES, PRECISIONS, EmaSpec, GpuOptions, OptimizerSpec, ScheduleSpec
 from fastprune.training.compute import Compute, Dense, autocast
-from fastprune.training.distributed import all_reduce_mean, all_reduce_sum, broadcast_statistics, of_rank_0
+from fastprune.training.distributed import (
+    all_reduce_mean,
+    all_reduce_sum,
+    alone,
+    broadcast_statistics,
+    of_rank_0,
+    rank,
+    world_size,
+)
 from fastprune.training.ema import Ema
 from fastprune.training.flat import FlatOptimizer, FlatParams
 from fastprune.training.step import (
@@ -32,11 +44,15 @@ from fastprune.training.step import (
     check_labels,
     padded,
 )
+from fastprune.training.tuning import Choice, Choices, StepTimer, choose, machine
 
 if TYPE_CHECKING:
     from fastprune.sparse.choice import Chooser
 
 _HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_HERE = Choices()
+"""The choices of all Trainers of this process that are given none."""
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -64,6 +80,14 @@ class Trainer:
     is faster. "sparse": kept weights alone, in float32 on a CPU. "auto": for each training the cheaper of the last two,
     by a rule on mask and shapes. Outside `fit` a Trainer evaluates densely. They differ by rounding; resume a training
     with `fit(compute=trainer.computed)`. `computed` says how the last training computed, `reason` why not sparsely.
+
+    gpu_options: which of our own kernels a captured step on a GPU uses. A GpuOptions decides all; a mapping, such as
+    {"fused_norm": True}, some. The others are chosen at the first batch of a training, by timing steps of a copy of the
+    Trainer with and without each, once for a device type, versions and shapes, and kept in `choices` (by default in
+    this process). Without graphs, and with torch's deterministic algorithms, which give the same bits in each process,
+    nothing is timed and the others are off. `gpu_options` says what is used; resume a training with
+    `fit(gpu_options=trainer.gpu_options)`. They have no effect on a CPU.
+
     `ema` is the moving average of weights and buffers that `fit(ema=)` asks for, None without one.
 
     Under torch.distributed, gradients are averaged over all ranks, each of which reads its own batches. Batch-norm
@@ -84,11 +108,14 @@ class Trainer:
         exclude: Selectors | None = None,
         compute: str = "auto",
         on_prune: Callable[[Pruner], None] | None = None,
-        gpu_options: GpuOptions | None = None,
+        gpu_options: GpuOptions | Mapping[str, bool] | None = None,
+        choices: Choices | None = None,
+        verbose: bool = True,
     ) -> None:
-        """compile: True, False, or the name of a torch.compile backend. on_prune: as of Pruner. ValueError for an
-        unknown precision or `compute`, for a model with nothing to prune, and for trained parameters that are not
-        float32; TypeError for what is no module."""
+        """compile: True, False, or the name of a torch.compile backend. on_prune: as of Pruner. verbose: says
+        on stderr how many weights are zero already. ValueError for an unknown precision or `compute`, for a model with
+        nothing to prune, and for trained parameters that are not float32. TypeError for what is no module, and for an
+        unknown GPU option."""
         if not isinstance(model, nn.Module):
             raise not_a_module(model, "a Trainer")
         for what, given, known in (("precision", precision, PRECISIONS), ("compute", compute, COMPUTES)):
@@ -100,12 +127,16 @@ class Trainer:
             # With its number, because the current device may be another one at a later step.
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.precision = precision
-        self.gpu_options = gpu_options or GpuOptions()
+        self._forced = asdict(gpu_options) if isinstance(gpu_options, GpuOptions) else dict(gpu_options or {})
+        self.gpu_options = GpuOptions(**self._forced)
+        self._choices = _HERE if choices is None else choices
+        self._tunes = on_gpu and graph is not False
+        self._kinds = kinds
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.pruner = Pruner(
             self.model, kinds=kinds, include=include, exclude=exclude, verbose=False, hooks=False, on_prune=on_prune
         )
-        if self.pruner.kept < self.pruner.total:
+        if verbose and self.pruner.kept < self.pruner.total:
             print(f"fastprune: {self.pruner.described()}", file=sys.stderr)
         self.flat = FlatParams(self.model, self.pruner.names, half_precision=_HALF[precision])
         self.pruner.share({s.name: s.view(self.flat.mask) for s in self.flat.segments}, self.flat.mask_changed)
@@ -120,26 +151,16 @@ class Trainer:
         half = _HALF[precision]
         self.images = half if on_gpu and half is not None else torch.float32
         """dtype in which a loader should deliver images: on a GPU autocast's, to which they would be cast anyway."""
-        self._network = _network(self.model, self.flat.half_views)
-        if compile:
-            backend = compile if isinstance(compile, str) else "inductor"
-            # torch counts recompilations over all Trainers of a process, and beyond its limit runs uncompiled.
-            dynamo = torch._dynamo.config
-            dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
-            # Static shapes: each shape of batch gets code of its own, as it gets a graph of its own.
-            self._network = torch.compile(self._network, dynamic=False, backend=backend)
-        lowers = not on_gpu and half is None and not compile
-        self._dense = {
-            name: Dense(model, self._network, self.flat, self.optimizer, self.scaler, half, lowers and name == "dense")
-            for name in ("plain", "dense")
-        }
+        self._compile = compile
+        self._networks: dict[bool, Callable[[Tensor], Tensor]] = {}
+        self._ways: dict[GpuOptions, dict[str, Dense]] = {}
         self._asked = compute
+        self._use(self.gpu_options)
         reasons = {"a GPU": on_gpu, f"precision {precision}": half is not None, "compiled": bool(compile)}
         self.not_sparse = next((why for why, holds in reasons.items() if holds), "")
         """Why this Trainer never computes sparsely, whatever the model; "" if it may."""
         self._chooser: Chooser | None = None
         self._compute: Compute | None = None  # of the training that runs
-        self._densely = self._dense["plain" if compute == "plain" else "dense"]  # unless a training says otherwise
         self.computed, self.reason = self._densely.name, ""
         self._hyper: dict[str, Any] = {}
         self._graphed: dict[tuple[Any, ...], GraphedStep] = {}
@@ -155,6 +176,38 @@ class Trainer:
         self._largest = 0  # batch of the present evaluation
         self._classes: int | None = None  # of the network's output; known after the first batch
         self._marked: dict[str, Tensor] = {}
+
+    def _use(self, options: GpuOptions) -> None:
+        """Computes with these options from here on. What was compiled and captured with others stays, for a training
+        that returns to them."""
+        self.gpu_options = options
+        if options not in self._ways:
+            on_gpu, half = self.device.type == "cuda", _HALF[self.precision]
+            lowers = not on_gpu and half is None and not self._compile
+            network = self._compiled(options)
+            self._ways[options] = {
+                name: Dense(
+                    self.model, network, self.flat, self.optimizer, self.scaler, half, lowers and name == "dense"
+                )
+                for name in ("plain", "dense")
+            }
+        self._dense = self._ways[options]
+        # Unless a training says otherwise.
+        self._densely = self._dense["plain" if self._asked == "plain" else "dense"]
+
+    def _compiled(self, options: GpuOptions) -> Callable[[Tensor], Tensor]:
+        """The network from images to logits, compiled if that is wanted."""
+        if options.fused_norm not in self._networks:
+            network = _network(self.model, self.flat.half_views)
+            if self._compile:
+                backend = self._compile if isinstance(self._compile, str) else "inductor"
+                # torch counts recompilations over all Trainers of a process, and beyond its limit runs uncompiled.
+                dynamo = torch._dynamo.config
+                dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
+                # Static shapes: each shape of batch gets code of its own, as it gets a graph of its own.
+                network = torch.compile(network, dynamic=False, backend=backend)
+            self._networks[options.fused_norm] = network
+        return self._networks[options.fused_norm]
 
     def state(self) -> dict[str, Tensor]:
         """The state that a run resumes from, but for the mask, as fresh CPU tensors.
@@ -313,6 +366,7 @@ class Trainer:
         compute: str | None = None,
         strict: bool = True,
         ema: EmaSpec | None = None,
+        gpu_options: GpuOptions | None = None,
     ) -> list[EpochMetrics]:
         """Trains epochs `start` + 1 to `stop` (counted from 1; default: the schedule's last), from the present state.
 
@@ -321,9 +375,10 @@ class Trainer:
         as on_batch, but it touches none of them, which costs a sparse training less. compute: for this training, in
         place of the Trainer's; strict=False: the Trainer's where that is not possible, as for a run that was begun
         elsewhere. ema: keeps a moving average and evaluates it, too; one that is there goes on, without `ema` it ends.
-        Training ends after an epoch that diverged. Returns the metrics of the epochs trained. ValueError for
-        labels outside the network's classes (of batches on a GPU only the first is checked), for a loader without a
-        batch, and for compute="sparse" where that is not possible. RuntimeError if a parameter was rebound.
+        gpu_options: of a training that goes on; those that the Trainer was given hold all the same. Training ends after
+        an epoch that diverged. Returns the metrics of the epochs trained. ValueError for labels outside the network's
+        classes (of batches on a GPU only the first is checked), for a loader without a batch, for compute="sparse"
+        where that is not possible, and for gradient_table with several ranks. RuntimeError if a parameter was rebound.
         """
         if compute is not None and compute not in COMPUTES:
             raise ValueError(f"unknown compute {compute!r}: choose one of {', '.join(COMPUTES)}")
@@ -340,6 +395,7 @@ class Trainer:
             "decays": self.flat.decays(self.model, optimizer),
             "clip_grad_norm": optimizer.clip_grad_norm,
         }
+        self._options_before, self._options_known = gpu_options, False
         if (ema is None) != (self.ema is None):
             self._set_ema(ema is not None)
         history = []
@@ -416,6 +472,58 @@ class Trainer:
             raise ValueError(f"compute='sparse' is not possible here: {why}")
         return self._densely, why
 
+    def _options(self, images: Tensor, labels: Tensor, lr: float) -> GpuOptions:
+        """The GPU options of a training that begins with this batch: forced, as before, or chosen here."""
+        ranks, forced = world_size(), dict(self._forced)
+        if ranks > 1:
+            # All ranks average one flat gradient.
+            if forced.get("gradient_table"):
+                raise ValueError("the GPU option gradient_table needs a single rank: leave it out, or set it to off")
+            forced["gradient_table"] = False
+        if self._options_before is not None:
+            return GpuOptions(**(asdict(self._options_before) | forced))
+        names = [name for name in asdict(GpuOptions()) if name not in forced]
+        if not names or not self._tunes or torch.are_deterministic_algorithms_enabled():
+            return GpuOptions(**forced)
+        options = GpuOptions()
+        if rank() == 0:
+            with alone():  # the other ranks take no part in a copy's steps: they wait below
+                options = self._choice(images, labels, lr, names, forced, ranks).options
+        if ranks == 1:  # nothing to wait for
+            return options
+        return GpuOptions(*map(bool, of_rank_0(*map(float, asdict(options).values()), device=self.device)))
+
+    def _choice(
+        self, images: Tensor, labels: Tensor, lr: float, names: list[str], forced: dict[str, bool], ranks: int
+    ) -> Choice:
+        """The kept choice of the options `names`, else one by timing steps of a copy on this batch."""
+        shapes = {name: list(t.shape) for name, t in self._tensors().items()}
+        hyper = {name: self._hyper[name] for name in ("name", "momentum", "nesterov", "clip_grad_norm")}
+        question = {
+            **machine(self.device),
+            "network": hashlib.sha256(json.dumps([type(self.model).__name__, shapes]).encode()).hexdigest()[:16],
+            **{"images": list(images.shape), "images_dtype": str(images.dtype)},
+            **{"labels": list(labels.shape), "labels_dtype": str(labels.dtype)},
+            **{"precision": self.precision, "compile": self._compile, "own_loss": self._loss is not None},
+            # Of an optimiser, what decides which passes a step consists of.
+            "optimizer": {name: value if isinstance(value, str) else bool(value) for name, value in hyper.items()},
+            **{"smoothing": self._smoothing > 0, "ranks": ranks > 1, "forced": forced},
+        }
+        timer = StepTimer(lambda: _CopiedSteps(self, images, labels, lr))
+
+        def timed() -> Choice:
+            with (
+                torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext(),
+                # What a model draws (dropout) must not depend on whether options were timed.
+                torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+            ):
+                try:
+                    return choose(names, forced, timer)
+                finally:
+                    timer.close()
+
+        return self._choices.get(question, timed)
+
     def why_not_sparse(self, optimizer: str) -> str:
         """Why this Trainer never computes sparsely under `optimizer`, one of OPTIMIZERS; "" if it may."""
         return self.not_sparse or ("" if optimizer == "sgd" else f"the sparse engine has no {optimizer}")
@@ -441,6 +549,9 @@ class Trainer:
             steps = len(train)
         rate, compute = None, None
         for step, (images, labels) in enumerate(train):
+            if not self._options_known:
+                self._use(self._options(images, labels, schedule.lr))
+                self._options_known = True
             if compute is None or not compute.takes(images):
                 compute = self._begin(images, schedule.epochs * len(train) if isinstance(train, Sized) else inf)
             # Written when it changes only: each write is a launch.
@@ -509,6 +620,12 @@ class Trainer:
             return f"computed {before} until its checkpoint, {self.computed} from here{why}"
         asked = self._dense[self._asked].name if self._asked in self._dense else self._asked
         return "" if asked in ("auto", before) else f"goes on {before}, as until its checkpoint, not {asked}"
+
+    def resumed_options(self, before: GpuOptions) -> str:
+        """A line for the user on a training that has begun with gpu_options=`before`; "" if it goes on with them."""
+        if self.gpu_options == before:
+            return ""
+        return f"used GPU options {before} until its checkpoint, {self.gpu_options} from here"
 
     def so_far(self) -> Snapshot:
         """The sums of the present epoch up to now, on this rank. Does not wait for the device; reading them does."""
@@ -587,7 +704,7 @@ class Trainer:
         # rate is in memory and needs none; an evaluation uses none of them.
         hyper = (self._smoothing, *(value for name, value in self._hyper.items() if name != "lr"))
         # By the step's name: a bound method in a key would keep this Trainer as long as itself.
-        key = (training, images.shape, images.dtype, labels.shape, hyper if training else None)
+        key = (training, self.gpu_options, images.shape, images.dtype, labels.shape, hyper if training else None)
         if key not in self._graphed:
             self._graphed[key] = GraphedStep(*self._pool)
         self._graphed[key](step, images, labels)
@@ -622,3 +739,57 @@ def _network(model: nn.Module, half_views: dict[str, Tensor]) -> Callable[[Tenso
         return functional_call(model, half_views, (images,)) if half_views else model(images)
 
     return compute
+
+
+class _CopiedSteps:
+    """A Rehearsal: training steps of a copy of `trainer` on one batch, on its device. They write nothing of its own."""
+
+    def __init__(self, trainer: Trainer, images: Tensor, labels: Tensor, lr: float) -> None:
+        names = set(trainer.pruner.names)
+        self._copy = own = Trainer(
+            copy.deepcopy(trainer.model),
+            device=trainer.device,
+            precision=trainer.precision,
+            compile=trainer._compile,
+            loss=trainer._loss,
+            kinds=trainer._kinds,
+            include=lambda name, _: name in names,
+            compute=trainer._densely.name,
+            gpu_options=GpuOptions(),
+            verbose=False,
+        )
+        own.set_mask(Mask(trainer.flat.mask, trainer.flat.segments))
+        own._hyper = {**trainer._hyper, "lr": own._lr}
+        own._smoothing = trainer._smoothing
+        own.flat.begin(own._hyper["name"])
+        # The schedule's peak: a warm-up may begin at 0, with which a step changes nothing.
+        own._lr.fill_(lr)
+        own.model.train()
+        own.save_rewind_point()
+        self._start = own.flat.weight.clone(), own.flat.other_params.clone()
+        self._batch = images, labels
+
+    def begin(self, options: GpuOptions) -> None:
+        own = self._copy
+        own._densely.push()
+        own.rewind()
+        own._sums.clear()
+        torch.manual_seed(0)
+        own._use(options)
+        own._densely.pull()
+
+    def step(self) -> None:
+        self._copy._run(self._copy._train_step, *self._batch)
+        self._copy._densely.stepped()
+
+    def changes(self) -> list[Tensor]:
+        flat = self._copy.flat
+        sums = self._copy._sums.sums.nan_to_num()  # of labels per pixel one is NaN
+        if flat.square is not None and flat.other_square is not None:
+            # AdamW's first step has the length of the learning rate, whatever the gradient.
+            return [flat.square.clone(), flat.other_square.clone(), sums]
+        places = zip((flat.weight, flat.other_params), self._start, strict=True)
+        return [*(now - start for now, start in places), sums]
+
+    def close(self) -> None:
+        self._copy.close()
