@@ -9,10 +9,12 @@ The key of a node is the hash of all its semantic fields, its parents' keys and 
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
+
+from fastprune.errors import InputError
 
 SEMANTICS = 3
 """Version of the meaning of the fields, and of what training and pruning compute from them. Part of every key."""
@@ -219,6 +221,13 @@ def forced_options(text: str) -> dict[str, bool]:
             raise ValueError(f"{text!r}: give each option once, as {name}=on or {name}=off")
         forced[name] = state == "on"
     return forced
+
+
+def check_gpu_options(forced: Mapping[str, bool], device: str | None) -> None:
+    """InputError where options are forced on for a CPU. device: None if it is not known."""
+    if device == "cpu" and any(forced.values()):
+        given = ",".join(f"{name}=on" for name, on in forced.items() if on)
+        raise InputError(f"--gpu-options {given} requires a GPU, and this run is on the CPU: leave it out")
 
 
 def key_of(kind: str, semantics: int, identity: dict[str, Any]) -> str:

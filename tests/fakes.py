@@ -1,16 +1,20 @@
 """A data set of tensors in place of images, and a View that remembers: what tests of the engine share."""
 
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from fastprune.specs import Prune, Train
+from fastprune.specs import GpuOptions, Prune, Train
 from fastprune.store import RunStore
 from fastprune.study.chains import Chains, MaskRecipe
 from fastprune.study.compute import WorkConfig
 from fastprune.study.graph import Graph
 from fastprune.study.run import Outcome, run
 from fastprune.study.workers import InPlaceWorker
+from fastprune.training import tuning
+from fastprune.training.trainer import Trainer
 
 
 class Images:
@@ -50,6 +54,37 @@ class Epochs:
 def run_here(graph: Graph, config: WorkConfig, view: Any) -> Outcome:
     """Runs the graph in this process."""
     return run(graph, RunStore(config.store), [InPlaceWorker(graph, config)], view)
+
+
+def made_up_options(monkeypatch) -> SimpleNamespace:
+    """Stand-ins for the kernels of GPU options, which scale the loss, and a clock that knows them: two are faster.
+
+    kernels: by option, a function of the loss. ms: by option, what it adds to a step of 2 ms. ran: the options of the
+    steps that were timed.
+    """
+    names = list(asdict(GpuOptions()))
+    found = SimpleNamespace(
+        kernels=dict(zip(names, (lambda x: x * 0.97, lambda x: x, lambda x: x * 1.05), strict=True)),
+        ms=dict(zip(names, (-0.2, 0.1, -0.1), strict=True)),
+        ran=[],
+    )
+    original = Trainer._mean_loss
+
+    def mean_loss(self, logits, labels, smoothing):
+        loss = original(self, logits, labels, smoothing)
+        for name, on in asdict(self.gpu_options).items():
+            loss = found.kernels[name](loss) if on else loss
+        return loss
+
+    def clock(step):
+        step()
+        found.ran.append(step.__self__._copy.gpu_options)
+        return 2.0 + sum(found.ms[name] for name, on in asdict(found.ran[-1]).items() if on)
+
+    monkeypatch.setattr(Trainer, "_mean_loss", mean_loss)
+    monkeypatch.setattr(tuning, "device_milliseconds", clock)
+    monkeypatch.setattr(tuning, "STEPS", 3)
+    return found
 
 
 class Silent:

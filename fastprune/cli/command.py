@@ -10,11 +10,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastprune.console import printable
 from fastprune.errors import InputError
+from fastprune.specs import GpuOptions, forced_options
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -22,6 +24,20 @@ COMPUTE_HELP = (
     "how a CPU trains: as torch does (plain), with small convs as GEMMs (dense), on kept weights alone (sparse, fp32 "
     "only), or by the cheaper of the last two (auto, the default); they differ by rounding"
 )
+
+GPU_OPTIONS_HELP = (
+    "kernels of our own in a step on a GPU: auto (default: each is used where it is measured to be faster), on or off "
+    f"for all, or a list such as fused_norm=on,fused_loss=off of {', '.join(asdict(GpuOptions()))}"
+)
+
+
+def gpu_options(text: str) -> str:
+    """An argparse type: a text that forced_options takes."""
+    try:
+        forced_options(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def checked(convert: Callable[[str], Any], holds: Callable[[Any], bool], what: str) -> Callable[[str], Any]:

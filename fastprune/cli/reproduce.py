@@ -13,10 +13,12 @@ from fastprune.cli.command import (
     COMPUTE_HELP,
     DONE,
     FAILED,
+    GPU_OPTIONS_HELP,
     Parser,
     add_figure_module,
     checked,
     expanded,
+    gpu_options,
     run_command,
     to_path,
 )
@@ -24,7 +26,7 @@ from fastprune.errors import InputError
 from fastprune.figures import EXTRA, FIGURES, PAPER, load
 from fastprune.figures.reproduce import FigureRequest, Request, plan, redraw, run
 from fastprune.loaders.choice import LOADERS
-from fastprune.specs import COMPUTES
+from fastprune.specs import COMPUTES, forced_options
 from fastprune.study.plugins import load_modules
 from fastprune.study.settings import PRESETS, Settings, flag_of, flags, preset
 from fastprune.training.scalars import LOGS
@@ -95,6 +97,7 @@ def parser() -> argparse.ArgumentParser:
         "--loader", choices=LOADERS, default="auto", help="how images are read (default: the fastest available)"
     )
     run.add_argument("--compute", choices=COMPUTES, default="auto", help=COMPUTE_HELP)
+    run.add_argument("--gpu-options", type=gpu_options, default="auto", metavar="WHICH", help=GPU_OPTIONS_HELP)
     run.add_argument("--device", help="cpu, cuda (every GPU) or cuda:N (default: every GPU, else the CPU)")
     run.add_argument(
         "--workers",
@@ -183,6 +186,7 @@ def _main(args: argparse.Namespace, command: str) -> int:
         store=args.store,
         loader=args.loader,
         compute=args.compute,
+        gpu_options=forced_options(args.gpu_options),
         device=args.device,
         workers=args.workers,
         checkpoint_seconds=args.checkpoint_seconds,

@@ -17,17 +17,19 @@ from fastprune.cli.command import (
     COMPUTE_HELP,
     DONE,
     FAILED,
+    GPU_OPTIONS_HELP,
     Parser,
     checked,
     close_to,
     expanded,
+    gpu_options,
     run_command,
     to_path,
 )
 from fastprune.errors import InputError
 from fastprune.loaders.choice import LOADERS
 from fastprune.loaders.transforms import INTERPOLATIONS, POLICIES, Augment
-from fastprune.specs import COMPUTES, EmaSpec, OptimizerSpec, ScheduleSpec
+from fastprune.specs import COMPUTES, EmaSpec, OptimizerSpec, ScheduleSpec, forced_options
 from fastprune.training.request import (
     PRUNE_SCHEDULES,
     PruneSchedule,
@@ -263,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
         "--loader", choices=LOADERS, default="auto", help="how images are read (default: the fastest available)"
     )
     own.add_argument("--compute", choices=COMPUTES, default="auto", help=COMPUTE_HELP)
+    own.add_argument("--gpu-options", type=gpu_options, default="auto", metavar="WHICH", help=GPU_OPTIONS_HELP)
     own.add_argument(
         "--store", type=to_path, metavar="DIR", help="folder for prepared images, in its data/ (default runs)"
     )
@@ -370,6 +373,7 @@ def request_of(args: argparse.Namespace) -> TrainRequest:
         print_freq=args.print_freq,
         deterministic=args.use_deterministic_algorithms,
         compute=args.compute,
+        gpu_options=forced_options(args.gpu_options),
         ema=EmaSpec(args.model_ema_decay, args.model_ema_steps) if args.model_ema else None,
         mixup=args.mixup_alpha,
         cutmix=args.cutmix_alpha,

@@ -8,9 +8,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +25,7 @@ from fastprune.figures.collect import collect, remark
 from fastprune.figures.figure import AnyPoint, Figure, build_graph
 from fastprune.figures.report import draw_again, summarize, terminal_summary, write_all
 from fastprune.figures.results import Row
-from fastprune.specs import DataSpec
+from fastprune.specs import DataSpec, check_gpu_options
 from fastprune.store import RunStore
 from fastprune.store.listing import computed, existing_store
 from fastprune.store.needs import Needs, named, read_needs, record_figure
@@ -68,17 +68,18 @@ class FigureRequest:
 class Request:
     """One call of reproduce.py.
 
-    compute: one of COMPUTES. device: "cpu", "cuda" or "cuda:N"; None: every GPU, else the CPU. workers: how many runs
-    compute at once; None: by the device. images_per_second: to plan with; None: those measured. planned_gpus: numbers
-    of GPUs to plan for. ray: run on the Ray cluster at ray_address. gpus_per_run: on Ray; None: one if there are GPUs.
-    modules: the user's modules to import. log: some of training.scalars.LOGS. command: the command line, to be
-    recorded. open: whether to show the page.
+    compute: one of COMPUTES. gpu_options: those that are forced on or off, by name. device: "cpu", "cuda" or "cuda:N";
+    None: every GPU, else the CPU. workers: how many runs compute at once; None: by the device. images_per_second: to
+    plan with; None: those measured. planned_gpus: numbers of GPUs to plan for. ray: run on the Ray cluster at
+    ray_address. gpus_per_run: on Ray; None: one if there are GPUs. modules: the user's modules to import. log: some of
+    training.scalars.LOGS. command: the command line, to be recorded. open: whether to show the page.
     """
 
     figures: tuple[FigureRequest, ...]
     store: Path
     loader: str = "auto"
     compute: str = "auto"
+    gpu_options: Mapping[str, bool] = field(default_factory=dict)
     device: str | None = None
     workers: int | None = None
     checkpoint_seconds: float = 60.0
@@ -143,7 +144,10 @@ def _advise(request: Request) -> None:
 
 
 def _check_compute(request: Request, device: str | None) -> None:
-    """InputError for --compute sparse where it is known not to be possible. device: None if it is not known."""
+    """InputError for --compute sparse, and for --gpu-options that are on, where they are known not to be possible.
+    device: None if it is not known."""
+    if not request.ray:  # each worker knows its device
+        check_gpu_options(request.gpu_options, device)
     if request.compute != "sparse":
         return
     if device not in (None, "cpu"):
@@ -400,11 +404,14 @@ def _summary(
 
 def _computed_on(figure: _Figure, store: RunStore) -> dict[str, Any]:
     """The devices that trained the figure's networks, in this call or an earlier one, and how many trainings computed
-    in which way; empty where none is recorded."""
+    in which way and with which GPU options; empty where none is recorded."""
     there = [store.node(n)["provenance"] for n in figure.graph.trainings if store.has(n)]
     names = sorted({str(made["device"]) for made in there if "device" in made})
-    ways = Counter(filter(None, map(computed, there)))
-    return ({"device": ", ".join(names)} if names else {}) | ({"compute": dict(sorted(ways.items()))} if ways else {})
+    found: dict[str, Any] = {"device": ", ".join(names)} if names else {}
+    for what in ("compute", "gpu_options"):
+        if ways := Counter(filter(None, (computed(made, what) for made in there))):
+            found[what] = dict(sorted(ways.items()))
+    return found
 
 
 def _devices(asked: str | None) -> list[str]:
@@ -449,6 +456,7 @@ def _execute(
         checkpoint_epochs=request.checkpoint_epochs,
         modules=request.modules,
         compute=request.compute,
+        gpu_options=request.gpu_options,
     )
 
     def by(workers: "list[Worker]") -> "Outcome":

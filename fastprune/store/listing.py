@@ -267,15 +267,15 @@ def _row(r: dict[str, Any]) -> tuple[str, ...]:
     return (r["key"][:8], r["kind"], what, result, cost, r["device"], size(r["bytes"]), date(r["at"]))
 
 
-def computed(made: dict[str, Any]) -> str:
+def computed(made: dict[str, Any], what: str = "compute") -> str:
     """How a training was computed: "sparse", or "dense and sparse" if its parts differ; "" if that is not recorded.
 
-    made: its provenance.
+    made: its provenance. what: the entry of it, "compute" or "gpu_options".
     """
     # Nothing checks the fields of provenance: a foreign node may hold anything.
     parts = made.get("parts")
     entries = [made, *(parts if isinstance(parts, list) else [])]
-    ways = [entry.get("compute") for entry in entries if isinstance(entry, dict)]
+    ways = [entry.get(what) for entry in entries if isinstance(entry, dict)]
     return " and ".join(sorted({way for way in ways if isinstance(way, str)}))
 
 

@@ -230,9 +230,10 @@ def _compare(theirs: Path, ours: Path, merged: Merged) -> None:
         differ = ["node.json"]
     if differ:
         by = f"ours by {_by(our_node)}, theirs by {_by(their_node)}"
-        here, there = computed(our_node.provenance), computed(their_node.provenance)
-        if here and there and here != there:
-            by += f"; computed {here} here, {there} there: numbers differ by rounding"
+        for what in ("compute", "gpu_options"):
+            here, there = computed(our_node.provenance, what), computed(their_node.provenance, what)
+            if here and there and here != there:
+                by += f"; computed {here} here, {there} there: numbers differ by rounding"
         merged.conflicts.append(f"{ours.name}: {', '.join(differ)} differs ({by}); ours is kept")
         return
     missing = sorted(their_sums.keys() - our_sums.keys() - _PROVENANCE)

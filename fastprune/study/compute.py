@@ -30,6 +30,7 @@ from fastprune.specs import (
     COMPUTES,
     ChannelSelection,
     DataSpec,
+    GpuOptions,
     Init,
     ModelSpec,
     Prune,
@@ -38,6 +39,7 @@ from fastprune.specs import (
     Runnable,
     StateRef,
     Train,
+    check_gpu_options,
     n_to_prune,
 )
 from fastprune.store import RequestedOutputs, RunStore, lpr_name, write_csv
@@ -46,6 +48,7 @@ from fastprune.study.provenance import environment
 from fastprune.training.models import build, initial_model
 from fastprune.training.step import EpochMetrics
 from fastprune.training.trainer import Trainer
+from fastprune.training.tuning import CHOICES, Choices
 
 
 class Report(Protocol):
@@ -74,7 +77,8 @@ class WorkConfig:
     images: by fingerprint. threads: intra-op threads on a CPU. show: progress on stderr while a data set is opened. A
     run writes a checkpoint at the first end of an epoch `checkpoint_seconds` after the last one, and every
     `checkpoint_epochs` epochs. modules: the user's own, imported first. compute: of the Trainers; a resumed run goes on
-    as until its checkpoint.
+    as until its checkpoint. gpu_options: those that are forced on or off, by name; of the others, a resumed run has
+    what its checkpoint was made with.
     """
 
     # No field may change a result: none of them is in a node's key.
@@ -87,6 +91,7 @@ class WorkConfig:
     checkpoint_epochs: int | None = None
     modules: tuple[str, ...] = ()
     compute: str = "auto"
+    gpu_options: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,6 +115,12 @@ class _Progress:
     def before(self) -> str | None:
         """How the run was computed until its checkpoint; None without one, or if an older version wrote it."""
         return self.parts[-1].get("compute") if self.parts else None
+
+    @property
+    def options(self) -> GpuOptions | None:
+        """The GPU options that the checkpoint was made with; None without one, or without a GPU."""
+        text = self.parts[-1].get("gpu_options") if self.parts else None
+        return None if text is None else GpuOptions.of(text)
 
     def lpr_history(self, trainer: Trainer) -> None:
         """Appends the LPR that a prune of the present weights would give. The trainer is not changed."""
@@ -138,6 +149,7 @@ class _Progress:
         progress = cls(begin, [EpochMetrics(**m) for m in facts["history"]], histories, parts)
         if progress.before not in (None, *COMPUTES):
             raise ValueError(f"computed by {progress.before!r}")
+        _ = progress.options  # raises for unknown ones
         return progress
 
 
@@ -148,6 +160,7 @@ class NodeComputer:
         load_modules(config.modules)
         self.config = config
         self.store = RunStore(config.store)
+        self._choices = Choices(config.store / CHOICES)
         # oneDNN keeps compiled code for the last 1,024 shapes of convs. Each channel selection brings about 60 new
         # shapes, so that the memory of a warm worker would grow with each.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
@@ -194,7 +207,7 @@ class NodeComputer:
         self, trainer: Trainer, node: Train, outputs: RequestedOutputs, progress: _Progress, report: Report
     ) -> None:
         """Trains the remaining epochs; appends them to `progress`, writes checkpoints and outputs of passed epochs."""
-        saved_at, before = time.monotonic(), progress.before
+        saved_at, before, options = time.monotonic(), progress.before, progress.options
         how: str | None = None
 
         def on_batch(images: int) -> None:
@@ -202,6 +215,8 @@ class NodeComputer:
             if how is None:  # the first batch has decided how the run computes
                 how = trainer.described()
                 if before is not None and (line := trainer.resumed(before)):
+                    print(f"training {node.key[:8]} {line}", file=sys.stderr)
+                if options is not None and (line := trainer.resumed_options(options)):
                     print(f"training {node.key[:8]} {line}", file=sys.stderr)
             report(progress.epoch, images, how)
 
@@ -235,6 +250,7 @@ class NodeComputer:
             on_epoch=on_epoch,
             compute=before,
             strict=before is None,
+            gpu_options=options,
         )
 
     def _publish(self, node: Train, outputs: RequestedOutputs, progress: _Progress, trainer: Trainer) -> dict[str, Any]:
@@ -333,7 +349,15 @@ class NodeComputer:
         yield self._trainers[which]
 
     def _new_trainer(self, model: nn.Module, node: Train) -> Trainer:
-        trainer = Trainer(model, device=self.config.device, precision=node.precision, compute=self.config.compute)
+        check_gpu_options(self.config.gpu_options, self.config.device)
+        trainer = Trainer(
+            model,
+            device=self.config.device,
+            precision=node.precision,
+            compute=self.config.compute,
+            gpu_options=self.config.gpu_options,
+            choices=self._choices,
+        )
         if self.config.compute == "sparse" and trainer.not_sparse:  # holds for all nodes: the run ends
             raise InputError(f"--compute sparse is not possible here: {trainer.not_sparse}")
         return trainer
@@ -366,6 +390,8 @@ class NodeComputer:
 
     def _environment(self, node: Train, trainer: Trainer) -> dict[str, Any]:
         how = {"compute": trainer.computed} | ({"not_sparse": trainer.reason} if trainer.reason else {})
+        if trainer.recorded_options is not None:
+            how["gpu_options"] = trainer.recorded_options
         return environment(self._loader(node), [self.config.device]) | how
 
 

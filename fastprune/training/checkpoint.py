@@ -9,6 +9,7 @@
     mask       None for dense, or bool tensors by parameter name: True keeps
     scaler     state of the gradient scaler with fp16, else empty
     compute    how it was computed: plain, dense or sparse; a resumed run goes on so
+    gpu_options  on a GPU, the options it was made with, as --gpu-options takes them; a resumed run goes on with them
     args       flags of train.py
     about      images, accuracy, cost, commands and versions of the training: fastprune.training.about, as plain values
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from fastprune.errors import InputError
 from fastprune.files import check_kind, write_atomically
 from fastprune.pruning.masks import Mask, masks_of_zeros
-from fastprune.specs import COMPUTES, OptimizerSpec
+from fastprune.specs import COMPUTES, GpuOptions, OptimizerSpec
 from fastprune.training.about import About
 from fastprune.training.flat import decay_groups
 from fastprune.training.models import build_model
@@ -51,7 +52,8 @@ class Checkpoint:
 
     state: for Trainer.load_state. epochs: number of finished epochs, None for plain weights. mask: on the CPU, None for
     dense. flags: those of the run that wrote it; empty if the file has none. taken: the mask is no entry of the file,
-    its weights show it. compute, about: how it was computed, and more on it; None if the file does not say.
+    its weights show it. compute, about, gpu_options: how it was computed, and more on it; None if the file does not
+    say.
     """
 
     state: dict[str, Tensor]
@@ -61,6 +63,7 @@ class Checkpoint:
     taken: bool = False
     compute: str | None = None
     about: About | None = None
+    gpu_options: GpuOptions | None = None
 
 
 def save_checkpoint(
@@ -88,6 +91,8 @@ def save_checkpoint(
         "args": dict(flags),
         "about": about.plain(),
     }
+    if trainer.recorded_options is not None:
+        content["gpu_options"] = trainer.recorded_options
     if trainer.ema is not None:
         averaged = {f"module.{name}": t for name, t in trainer.state_dict(averaged=True).items()}
         content["model_ema"] = {"n_averaged": state["ema"], **averaged}
@@ -126,11 +131,13 @@ def load_checkpoint(path: Path, trainer: Trainer, name: str, optimizer: Optimize
         if compute not in (None, *COMPUTES):
             raise ValueError(f"computed by {compute!r}")
         about = _about(content)
+        text = content.get("gpu_options") if model is not content else None
+        options = None if text is None else GpuOptions.of(text)
     except InputError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} is damaged or foreign ({type(error).__name__}: {error})") from error
-    return Checkpoint(state, epochs, mask, flags, shown and mask is not None, compute, about)
+    return Checkpoint(state, epochs, mask, flags, shown and mask is not None, compute, about, options)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fastprune.errors import InputError
 from fastprune.loaders import Crop, DataSource, Manifest, find_or_prepare, open_data
 from fastprune.pruning.masks import Mask
 from fastprune.pruning.schedules import cubic, geometric_to
-from fastprune.specs import ScheduleSpec
+from fastprune.specs import GpuOptions, ScheduleSpec, check_gpu_options
 from fastprune.training.about import About, History, Inputs, hardware
 from fastprune.training.checkpoint import fitting_mask, load_checkpoint, replace_file, save_checkpoint, trainer_mask
 from fastprune.training.models import build_model
@@ -32,6 +32,7 @@ from fastprune.training.request import PruneSchedule, TrainRequest, prune_schedu
 from fastprune.training.scalars import ScalarLog, open_log
 from fastprune.training.step import EpochMetrics, Evaluation, Snapshot
 from fastprune.training.trainer import Batches, Trainer
+from fastprune.training.tuning import CHOICES, Choices
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for images whose own are not known
 
@@ -303,13 +304,14 @@ class Ranks(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a run starts. epochs: that are done. compute: how they were computed, None for a new run. lines: what was
-    done. history: of what led here."""
+    """Where a run starts. epochs: that are done. compute, options: how they were computed, None for a new run. lines:
+    what was done. history: of what led here."""
 
     epochs: int
     compute: str | None
     lines: list[str]
     history: History
+    options: GpuOptions | None = None
 
 
 def run(request: TrainRequest) -> bool:
@@ -350,6 +352,8 @@ def _trainer(model: nn.Module, device: torch.device, request: TrainRequest) -> T
             kinds=what if named else "all",
             include=None if named else what,
             compute=request.compute,
+            gpu_options=request.gpu_options,
+            choices=Choices((request.store or _STORE) / CHOICES),
         )
     except ValueError as error:
         more = "" if request.prune else "; --prune all covers other layers, too"
@@ -450,6 +454,8 @@ def _fit(
             say(how)
         if goes_on is not None and (line := trainer.resumed(goes_on)):
             print(f"train.py: {line}", file=sys.stderr)
+        if goes_on is not None and begin.options and (line := trainer.resumed_options(begin.options)):
+            print(f"train.py: {line}", file=sys.stderr)
         goes_on = None
         log.batch(count)
 
@@ -501,6 +507,7 @@ def _fit(
                     compute=decided,
                     strict=decided is None,
                     ema=request.adjusted_ema(ranks.world_size),
+                    gpu_options=begin.options,
                 )
             if history and history[-1].diverged:
                 break
@@ -577,6 +584,7 @@ def choose_device(request: TrainRequest, ranks: Ranks) -> torch.device:
         torch.cuda.set_device(device)
         if request.precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16: add --amp-dtype fp16")
+    check_gpu_options(request.gpu_options, device.type)
     if request.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
         torch.use_deterministic_algorithms(True)
@@ -589,7 +597,7 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> Start:
     A checkpoint goes on from its own epoch. Only where --sparsity or --mask ask for another mask than it has, a new run
     begins from its weights, at --start-epoch and without momentum.
     """
-    lines, start, before, held = [], request.start_epoch, None, None
+    lines, start, before, held, options = [], request.start_epoch, None, None, None
     # What pretrained weights have cost is not known.
     history = History.begun_from(None) if request.weights else History()
     if request.resume is not None:
@@ -601,6 +609,7 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> Start:
             trainer.set_mask(held)
         if same and found.epochs is not None:
             start, before, history = found.epochs, found.compute, History.resumed(past)
+            options = found.gpu_options
             lines.append(f"Resumed {request.resume}, {start} epochs done")
             changed = [n for n in _RESULT if n in found.flags and found.flags[n] != request.flags.get(n)]
             if request.ema is not None and trainer.ema is None and not request.test_only:
@@ -622,7 +631,7 @@ def prepare(trainer: Trainer, request: TrainRequest, ranks: int = 1) -> Start:
         trainer.set_mask(fitting_mask(Mask.load(request.mask).tensors(), trainer, request.mask))
     elif request.sparsity is not None and request.prune_schedule is None:
         _prune(trainer, request.sparsity)
-    return Start(start, before, lines, history)
+    return Start(start, before, lines, history, options)
 
 
 def _is_held(request: TrainRequest, trainer: Trainer, held: Mask | None, flags: Mapping[str, Any]) -> bool:

@@ -37,6 +37,7 @@ class TrainRequest:
     train_crop, val_resize, val_crop: pixels, None where not asked for.  workers: None for what is useful.
     resume, mask, output, store: None where not given.  prune: conv, all or a pattern of names, None where not asked
     for.  sparsity: of the weights that `prune` covers together, in [0, 1), or None.  compute: one of COMPUTES.
+    gpu_options: those that are forced on or off, by name.
     ema: its decay as given, see `adjusted_ema`.  mixup, cutmix: alphas, 0 for none.  augment: None for crops and flips.
     repeats: of --ra-sampler, 1 without.  prune_schedule: None to prune before training.  log: some of LOGS.
     flags, command, versions: all flags as plain values, the command line, and name -> version of what computes, for the
@@ -67,6 +68,7 @@ class TrainRequest:
     print_freq: int = 10
     deterministic: bool = False
     compute: str = "auto"
+    gpu_options: Mapping[str, bool] = field(default_factory=dict)
     ema: EmaSpec | None = None
     mixup: float = 0.0
     cutmix: float = 0.0

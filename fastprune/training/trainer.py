@@ -621,6 +621,11 @@ class Trainer:
         asked = self._dense[self._asked].name if self._asked in self._dense else self._asked
         return "" if asked in ("auto", before) else f"goes on {before}, as until its checkpoint, not {asked}"
 
+    @property
+    def recorded_options(self) -> str | None:
+        """The GPU options in use as text, for checkpoints and provenance; None on a CPU that was given none."""
+        return str(self.gpu_options) if self.device.type == "cuda" or self.gpu_options != GpuOptions() else None
+
     def resumed_options(self, before: GpuOptions) -> str:
         """A line for the user on a training that has begun with gpu_options=`before`; "" if it goes on with them."""
         if self.gpu_options == before:

@@ -23,6 +23,9 @@ from fastprune.console import printable, version_of
 from fastprune.files import flush
 from fastprune.specs import GpuOptions
 
+CHOICES = "choices"
+"""The name of the folder of a store in which choices are kept."""
+
 STEPS = 20
 """Replays of a captured step that are timed with an option, in turn with as many without."""
 

@@ -58,6 +58,10 @@ MISTAKES = {
     "reproduce --fig A2 --criterion nothing": "--figure-module",
     "reproduce --fig A2 --loader fast": "choose from 'auto'",
     "reproduce --fig A2 --compute fast": "choose from 'auto'",
+    "reproduce --fig A2 --gpu-options fast": "unknown GPU option 'fast': choose from fused_norm",
+    "reproduce --fig A2 --gpu-options fused_norm=1": "give each option once, as fused_norm=on or fused_norm=off",
+    "reproduce --fig A2 --device cpu --gpu-options on": "fused_loss=on requires a GPU",
+    "reproduce --fig A2 --plan --device cpu --gpu-options fused_norm=on": "--gpu-options fused_norm=on requires a GPU",
     "reproduce --fig A2 --precision fp8": "choose from 'fp32'",
     "reproduce --fig A2 --figure-module missing_module": "No module named 'missing_module'",
     "train --data-path photos --model resnet19": "resnet18",
@@ -154,6 +158,8 @@ MISTAKES = {
     "reproduce --fig A2 --device cuda:99": "this machine has",
     "train --data-path photos --device cuda:99": "--device cpu trains without one",
     "train --data-path photos --compute sparse --device cuda:99": "cuda:99",
+    "train --data-path photos --gpu-options fused_norm=on,fused_nose=off": "unknown GPU option 'fused_nose'",
+    "train --data-path photos --device cpu --gpu-options fused_loss=on": "fused_loss=on requires a GPU",
 }
 
 

@@ -149,9 +149,10 @@ def test_show(store, capsys):
 
 def test_show_says_how_a_training_was_computed(tmp_path, capsys):
     root = RunStore(tmp_path / "store")
-    put(root, TRAIN, compute="dense", not_sparse="the sparse engine does not know aten.gelu")
+    put(root, TRAIN, compute="dense", not_sparse="the sparse engine does not know aten.gelu", gpu_options="a=on")
     lines = run(capsys, "show", TRAIN.key, "--store", root.root)[1].splitlines()
     assert {"  compute: dense", "  not_sparse: the sparse engine does not know aten.gelu"} <= {*lines}
+    assert "  gpu_options: a=on" in lines
 
 
 def test_a_key_that_none_or_several_have(store, capsys):

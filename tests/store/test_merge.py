@@ -180,6 +180,12 @@ def test_a_conflict_is_told_and_ours_is_kept(tmp_path, capsys):
         ({}, {"compute": "sparse"}, None),  # an older version did not record it
         ({"compute": ["sparse"], "parts": 3}, {"compute": "dense"}, None),  # foreign
         (
+            {"compute": "plain", "gpu_options": "fused_norm=on"},
+            {"compute": "plain", "gpu_options": "fused_norm=off"},
+            "computed fused_norm=on here, fused_norm=off there",
+        ),
+        ({"compute": "plain", "gpu_options": "fused_norm=on"}, {"compute": "plain"}, None),  # on a CPU
+        (
             {"compute": "sparse", "parts": [{"compute": "plain"}, {"compute": "sparse"}]},
             {"compute": "sparse"},
             "computed plain and sparse here, sparse there",

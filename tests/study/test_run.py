@@ -19,7 +19,8 @@ from fastprune.study.chains import Chains
 from fastprune.study.compute import NodeComputer, WorkConfig
 from fastprune.study.graph import Graph, Schedule
 from fastprune.study.settings import preset
-from tests.fakes import Images, Silent, eval_runs, find_runs, masks, run_here
+from fastprune.training.trainer import Trainer
+from tests.fakes import Images, Silent, eval_runs, find_runs, made_up_options, masks, run_here
 
 SETTINGS = preset(A2.protocol, "smoke").override(seeds=1, rounds=2, fraction=0.6, epochs=3, batch_size=8)
 DATA = DataSpec("fake", "f" * 64, 4, None, None, 24, 8)
@@ -168,6 +169,84 @@ def test_what_a_checkpoint_says_and_this_machine_cannot_do(config, capsys, preci
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == bool(said)
+
+
+@pytest.fixture
+def options(monkeypatch):
+    """On a CPU, Trainers that choose GPU options as on a GPU."""
+    original = Trainer.__init__
+
+    def on_a_gpu(self, *args, **how):
+        original(self, *args, **how)
+        self._tunes = True
+
+    monkeypatch.setattr(Trainer, "__init__", on_a_gpu)
+    return made_up_options(monkeypatch)
+
+
+USED = "fused_norm=on,gradient_table=off,fused_loss=on"
+
+
+def test_gpu_options_are_timed_once_and_then_those_of_the_store(config, options, capsys):
+    nodes = eval_runs(chains(width=4), None, 0.5)[:2]
+    run_here(Graph.of(nodes), config, Silent())
+    timed = len(options.ran)
+    assert timed == 3 * 2 * 3
+    assert capsys.readouterr().err.count("GPU options") == 1
+    assert [len(list(path.iterdir())) for path in (config.store / "choices").iterdir()] == [1]
+    other = eval_runs(chains(width=4), None, 0.3)[0]
+    run_here(Graph.of([other]), config, Silent())  # by another worker
+    assert len(options.ran) == timed
+    said = capsys.readouterr().err
+    assert said.endswith(f"(kept in {config.store / 'choices'})\n")
+    assert said.count("\n") == 1
+    assert [RunStore(config.store).node(n)["provenance"]["gpu_options"] for n in [*nodes, other]] == [USED] * 3
+
+
+def test_a_resumed_run_has_the_gpu_options_of_its_checkpoint_to_the_bit(config, options, tmp_path, capsys):
+    node = eval_runs(chains(width=4), None, 0.5)[0]
+    interrupted(node, config)
+    shutil.rmtree(config.store / "choices")
+    options.ms["fused_norm"] = 1.0  # another machine, on which it is slower
+    capsys.readouterr()
+    made = resumed(node, config)
+    assert [part["gpu_options"] for part in made["parts"]] == [USED] * 2
+    assert capsys.readouterr().err == ""
+    options.ms["fused_norm"] = -1.0
+    whole = replace(config, store=tmp_path / "whole")
+    assert resumed(node, whole)["gpu_options"] == USED
+    assert contents(RunStore(whole.store)) == contents(RunStore(config.store))
+
+
+@pytest.mark.parametrize(
+    ("says", "forced", "used", "said"),
+    [
+        (USED, {"fused_norm": False}, "fused_norm=off,gradient_table=off,fused_loss=on", " until its checkpoint, "),
+        (None, {}, USED, "GPU options for batches"),  # of an older version, or of a CPU
+        ("fused_nose=on", {}, USED, "unusable checkpoint"),
+    ],
+)
+def test_gpu_options_that_are_forced_unknown_or_not_said(config, options, capsys, says, forced, used, said):
+    node = eval_runs(chains(width=4), None, 0.5)[0]
+    interrupted(node, config)
+    path = RunStore(config.store).partial_path(node, "checkpoint")
+    tensors, facts = read_tensors(path)
+    assert facts["parts"][-1].pop("gpu_options") == USED
+    facts["parts"][-1] |= {} if says is None else {"gpu_options": says}
+    write_tensors(path, tensors, facts)
+    capsys.readouterr()
+    assert resumed(node, replace(config, gpu_options=forced))["gpu_options"] == used
+    assert said in capsys.readouterr().err
+
+
+def test_gpu_options_are_no_part_of_a_key_and_not_for_a_cpu(config):
+    node = eval_runs(chains(width=4), None, 0.5)[0]
+    run_here(Graph.of([node]), replace(config, gpu_options={"fused_norm": False}), Silent())
+    assert "gpu_options" not in RunStore(config.store).node(node)["provenance"]
+    assert not (config.store / "choices").exists()
+    other = eval_runs(chains(width=4), None, 0.3)[0]
+    with pytest.raises(InputError, match="--gpu-options fused_norm=on requires a GPU"):
+        run_here(Graph.of([other]), replace(config, gpu_options={"fused_norm": True}), Silent())
 
 
 def test_sparse_where_no_node_can_be_ends_the_run(config):

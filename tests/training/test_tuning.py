@@ -7,7 +7,6 @@ import threading
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +15,9 @@ from torch import nn
 from fastprune.pruning.masks import Mask
 from fastprune.specs import GpuOptions, OptimizerSpec, ScheduleSpec, forced_options
 from fastprune.training import trainer as trainer_module
-from fastprune.training import tuning
 from fastprune.training.trainer import Trainer
 from fastprune.training.tuning import Choice, Choices, choose
-from tests.fakes import Epochs
+from tests.fakes import Epochs, made_up_options
 from tests.training.test_capture import Replays
 
 NAMES = list(asdict(GpuOptions()))
@@ -213,29 +211,8 @@ class Small(nn.Module):
 
 @pytest.fixture
 def stand_ins(monkeypatch):
-    """A made-up device: options scale the loss a little, or do what `kernels` says, and a clock that knows them."""
-    original, ran = Trainer._mean_loss, []
-    kernels = dict.fromkeys(NAMES, lambda loss: loss)
-    kernels["fused_loss"] = lambda loss: loss * 1.05
-    kernels["fused_norm"] = lambda loss: loss * 0.97
-
-    def mean_loss(self, logits, labels, smoothing):
-        loss = original(self, logits, labels, smoothing)
-        for name, on in asdict(self.gpu_options).items():
-            loss = kernels[name](loss) if on else loss
-        return loss
-
-    def clock(step):
-        step()
-        used = step.__self__._copy.gpu_options
-        ran.append(used)
-        return 2.0 - 0.2 * used.fused_norm - 0.1 * used.fused_loss + 0.1 * used.gradient_table
-
-    monkeypatch.setattr(Trainer, "_mean_loss", mean_loss)
     monkeypatch.setattr(trainer_module, "GraphedStep", Replays)
-    monkeypatch.setattr(tuning, "device_milliseconds", clock)
-    monkeypatch.setattr(tuning, "STEPS", 3)
-    return SimpleNamespace(kernels=kernels, ran=ran)
+    return made_up_options(monkeypatch)
 
 
 def trainer_of(options=None, *, precision="fp32", choices=None, tunes=True, model=None) -> Trainer:
@@ -421,3 +398,48 @@ def test_a_trainer_that_has_timed_goes_with_its_last_user(stand_ins):
 def test_an_unknown_option_is_an_error():
     with pytest.raises(TypeError, match="fused_nose"):
         Trainer(Small(), gpu_options={"fused_nose": True})
+
+
+def test_several_ranks_have_no_table_of_gradients(stand_ins, monkeypatch):
+    """Made up, in one process: rank 1 times nothing, and has what rank 0 found."""
+    monkeypatch.setattr(trainer_module, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match="gradient_table needs a single rank"):
+        fit(trainer_of({"gradient_table": True}))
+    stand_ins.ms["gradient_table"] = -1.0
+    trainer = trainer_of()
+    fit(trainer)
+    assert trainer.gpu_options == USED
+    assert not any(options.gradient_table for options in stand_ins.ran)
+    fit(trainer, gpu_options=GpuOptions(True, True, True))
+    assert trainer.gpu_options == USED
+    stand_ins.ran.clear()
+    monkeypatch.setattr(trainer_module, "rank", lambda: 1)
+    monkeypatch.setattr(trainer_module, "of_rank_0", lambda *_, device: [0.0, 0.0, 1.0])
+    fit(trainer)
+    assert trainer.gpu_options == GpuOptions(fused_loss=True)
+    assert stand_ins.ran == []
+
+
+def rank_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        stand_ins = made_up_options(patch)
+        trainer = trainer_of(choices=Choices(Path(folder, str(rank))))
+        trainer._pool = None
+        fit(trainer)
+    state = trainer.state()
+    torch.save((state, str(trainer.gpu_options), len(stand_ins.ran)), Path(folder, f"{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_rank_0_times_alone_and_all_have_its_choice(tmp_path):
+    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first[1] == second[1] == str(USED)
+    assert first[2] > 0
+    assert second[2] == 0
+    assert not (tmp_path / "1").exists()
+    for name, value in first[0].items():
+        assert torch.equal(value, second[0][name]), name
