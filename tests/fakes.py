@@ -57,7 +57,8 @@ def run_here(graph: Graph, config: WorkConfig, view: Any) -> Outcome:
 
 
 def made_up_options(monkeypatch) -> SimpleNamespace:
-    """Stand-ins for the kernels of GPU options, which scale the loss, and a clock that knows them: two are faster.
+    """Trainers on a CPU choose GPU options as on a GPU, with stand-ins for their kernels, which scale the loss, and a
+    clock that knows them: two are faster.
 
     kernels: by option, a function of the loss. ms: by option, what it adds to a step of 2 ms. ran: the options of the
     steps that were timed.
@@ -68,7 +69,11 @@ def made_up_options(monkeypatch) -> SimpleNamespace:
         ms=dict(zip(names, (-0.2, 0.1, -0.1), strict=True)),
         ran=[],
     )
-    original = Trainer._mean_loss
+    original, make = Trainer._mean_loss, Trainer.__init__
+
+    def on_a_gpu(self, *args, **how):
+        make(self, *args, **how)
+        self._tunes = True
 
     def mean_loss(self, logits, labels, smoothing):
         loss = original(self, logits, labels, smoothing)
@@ -83,7 +88,9 @@ def made_up_options(monkeypatch) -> SimpleNamespace:
 
     monkeypatch.setattr(Trainer, "_mean_loss", mean_loss)
     monkeypatch.setattr(tuning, "device_milliseconds", clock)
-    monkeypatch.setattr(tuning, "STEPS", 3)
+    monkeypatch.setattr(Trainer, "__init__", on_a_gpu)
+    monkeypatch.setattr(tuning, "STEPS", 2)
+    monkeypatch.setattr(tuning, "_WARM", 2)
     return found
 
 

@@ -34,6 +34,7 @@ from fastprune.training.checkpoint import replace_file
 from fastprune.training.classification import MEAN, STD, Epochs, TrainLog, mixing, sparsity_at
 from fastprune.training.request import PruneSchedule
 from fastprune.training.step import EpochMetrics, Evaluation
+from tests.fakes import made_up_options
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "shufflenet_v2_x0_5"
@@ -746,6 +747,41 @@ def test_a_checkpoint_goes_on_as_it_was_computed(folder, tmp_path, capsys):
     assert load(tmp_path / "old" / "checkpoint.pth")["compute"] == "dense"
     line = refused(capsys, flags(folder, tmp_path, "--resume", str(tmp_path / "odd.pth")))
     assert line.endswith("is damaged or foreign (ValueError: computed by 'abacus')")
+
+
+def test_a_checkpoint_goes_on_with_its_gpu_options(folder, tmp_path, capsys, monkeypatch):
+    """As on a GPU. Pruned between the epochs: a run has the same options under all its masks."""
+    options, used = made_up_options(monkeypatch), "fused_norm=on,gradient_table=off,fused_loss=on"
+    rest = ["--sparsity", "0.5", "--prune-schedule", "cubic", "--prune-end-epoch", "1", "--compute", "plain"]
+    contents: list[dict] = []
+    save = classify.save_checkpoint
+
+    def save_and_keep(path, *args):
+        save(path, *args)
+        contents.append(load(path))
+
+    monkeypatch.setattr(classify, "save_checkpoint", save_and_keep)
+    assert main(flags(folder, tmp_path, *rest, "--store", str(tmp_path / "a"))) == 0
+    assert capsys.readouterr().err.count("GPU options for batches of 12 x 3 x 32 x 32: fused_norm on (1.800 ms") == 1
+    first, whole = contents
+    assert (first["epoch"], first["gpu_options"], whole["gpu_options"]) == (0, used, used)
+    assert whole["args"]["gpu_options"] == "auto"
+    assert len(list((tmp_path / "a" / "choices").iterdir())) == 1
+
+    torch.save(first, tmp_path / "first.pth")
+    options.ms["fused_norm"] = 1.0  # slower on another machine, which has another store
+    again = flags(folder, tmp_path, *rest, "--store", str(tmp_path / "b"), "--resume", str(tmp_path / "first.pth"))
+    assert main(again) == 0
+    assert capsys.readouterr().err == ""
+    equal(load(tmp_path / "checkpoint.pth"), whole)
+    assert load(tmp_path / "checkpoint.pth")["gpu_options"] == used
+
+    assert main([*again, "--gpu-options", "fused_norm=off"]) == 0
+    now = used.replace("norm=on", "norm=off")
+    line = f"train.py: used GPU options {used} until its checkpoint, {now} from here\n"
+    assert capsys.readouterr().err == line
+    torch.save(first | {"gpu_options": "fused_nose=on"}, tmp_path / "first.pth")
+    assert "is damaged or foreign (ValueError: unknown GPU option 'fused_nose'" in refused(capsys, again)
 
 
 def test_what_cannot_be_computed_sparsely(folder, tmp_path, dense, capsys):
