@@ -789,12 +789,13 @@ class _CopiedSteps:
 
     def changes(self) -> list[Tensor]:
         flat = self._copy.flat
-        sums = self._copy._sums.sums.nan_to_num()  # of labels per pixel one is NaN
+        sums = self._copy._sums.sums
+        totals = [sums[:1], sums[2:3]]  # of the loss, and of images
         if flat.square is not None and flat.other_square is not None:
             # AdamW's first step has the length of the learning rate, whatever the gradient.
-            return [flat.square.clone(), flat.other_square.clone(), sums]
+            return [flat.square.sqrt(), flat.other_square.sqrt(), *totals]
         places = zip((flat.weight, flat.other_params), self._start, strict=True)
-        return [*(now - start for now, start in places), sums]
+        return [*(now - start for now, start in places), *totals]
 
     def close(self) -> None:
         self._copy.close()

@@ -30,12 +30,13 @@ STEPS = 20
 """Replays of a captured step that are timed with an option, in turn with as many without."""
 
 _GAIN = 0.01
-"""An option is used if a step takes at least this fraction less with it. Medians of replays on a GPU vary by less."""
+"""An option is used if a step takes at least this fraction less with it: for less, other bits are not worth it."""
 
-_APART = 0.1
-"""How far the first step with an option may be from that without, over how far that one goes.
+_APART = 0.25
+"""By how much the length and the loss of the first step with an option may differ from those without.
 
-Rounding in bf16 parts two gradients by some hundredths, a wrong mask or sum by a third or more (test_device.py).
+Not the step itself: of an untrained ResNet-50 the gradients in bf16 and fp32 have nothing in common but their length,
+which differs by up to 10 %, and the loss by 3 % (measured on a CPU). So this finds what is grossly wrong, no more.
 """
 
 _WARM = 5
@@ -187,15 +188,15 @@ class Rehearsal(Protocol):
         """A training step."""
 
     def changes(self) -> list[Tensor]:
-        """What the steps since `begin` have changed, as differences; fresh vectors."""
+        """What the steps since `begin` have changed, as vectors whose lengths hardly depend on rounding."""
 
     def close(self) -> None:
         """Frees the copy."""
 
 
 class StepTimer:
-    """A Measure: times the steps of a rehearsal. An option fails if its step does, or if its results are not those of
-    the step without it, but for rounding.
+    """A Measure: times the steps of a rehearsal. An option fails if its step does, or if it changes more or less than
+    the step without it, beyond rounding.
 
     rehearse: makes a rehearsal. clock: runs a step, and gives the device's milliseconds.
     """
@@ -205,7 +206,7 @@ class StepTimer:
     ) -> None:
         self._rehearse, self._clock = rehearse, clock or device_milliseconds
         self._rehearsal: Rehearsal | None = None
-        self._first: dict[GpuOptions, list[Tensor]] = {}  # changes by the first step, of those that are captured
+        self._first: dict[GpuOptions, list[float]] = {}  # what the first step changes, with those that are captured
 
     def __call__(self, without: GpuOptions, added: GpuOptions) -> Timing:
         # The one place that takes an exception for an answer: an option that fails is no reason to end a run that does
@@ -213,7 +214,7 @@ class StepTimer:
         try:
             rehearsal = self._rehearsal = self._rehearsal or self._rehearse()
         except Exception as error:
-            return f"not timed, the model cannot be copied: {_reason(error)}"
+            return f"not timed, no copy of the model can be made: {_reason(error)}"
         try:
             expected = self._prepared(rehearsal, without)
         except torch.OutOfMemoryError as error:  # a copy needs a little more than the run
@@ -221,8 +222,9 @@ class StepTimer:
             return f"not timed: {_reason(error)}"
         try:
             found = self._prepared(rehearsal, added)
-            if not all(map(_agree, found, expected)):
-                return "its step differs from torch's by more than rounding"
+            # In fp16 a first step whose gradients overflow is skipped: then both lengths are zero. A NaN is no number.
+            if not all(abs(a - b) <= _APART * b for a, b in zip(found, expected, strict=True)):
+                return "its step differs by more than rounding"
             times: dict[GpuOptions, list[float]] = {without: [], added: []}
             for _ in range(STEPS):  # in turn, so that both see the same clock rate and the same neighbours
                 for options, those in times.items():
@@ -234,15 +236,15 @@ class StepTimer:
             self.close()
             return _reason(error)
 
-    def _prepared(self, rehearsal: Rehearsal, options: GpuOptions) -> list[Tensor]:
-        """Compiles and captures a step; returns what the first one changes."""
+    def _prepared(self, rehearsal: Rehearsal, options: GpuOptions) -> list[float]:
+        """Compiles and captures a step; returns the lengths of what the first one changes."""
         if options not in self._first:
             rehearsal.begin(options)
             rehearsal.step()
-            changes = rehearsal.changes()
+            lengths = [change.double().norm().item() for change in rehearsal.changes()]
             for _ in range(_WARM - 1):
                 rehearsal.step()
-            self._first[options] = changes
+            self._first[options] = lengths
         return self._first[options]
 
     def close(self) -> None:
@@ -261,12 +263,6 @@ def device_milliseconds(step: Callable[[], None]) -> float:
     ended.record()
     ended.synchronize()
     return float(began.elapsed_time(ended))
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether both are the same but for rounding. A NaN agrees with nothing."""
-    # In fp16 a first step may be skipped, whose gradients overflow: then both are zero.
-    return bool((found.double() - expected).norm() <= _APART * expected.double().norm())
 
 
 def _reason(error: Exception) -> str:
