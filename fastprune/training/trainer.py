@@ -767,6 +767,7 @@ class _CopiedSteps:
         own._hyper = {**trainer._hyper, "lr": own._lr}
         own._smoothing = trainer._smoothing
         own.flat.begin(own._hyper["name"])
+        own.optimizer.param_groups[0].update(own._hyper)
         # The schedule's peak: a warm-up may begin at 0, with which a step changes nothing.
         own._lr.fill_(lr)
         own.model.train()

@@ -117,10 +117,8 @@ class Choices:
         self._known: dict[str, Choice] = {}
 
     def get(self, question: Mapping[str, Any], make: Callable[[], Choice]) -> Choice:
-        """The kept choice, else that of `make`, which is kept then. Prints a line when this process first has it.
-
-        OSError if the folder cannot be written.
-        """
+        """The kept choice, else that of `make`, which is kept then. Prints a line when this process first has it, which
+        also says if the folder cannot be written."""
         content = json.dumps(question, sort_keys=True)
         key = hashlib.sha256(content.encode()).hexdigest()[:32]
         if key not in self._known:
@@ -128,8 +126,11 @@ class Choices:
             by = f" (kept in {self._folder})"
             if found is None:
                 found, by = make(), ""
-                if self._folder is not None and not self._publish(key, content, found):
-                    found, by = self._read(key, content) or found, " (another process was faster)"
+                try:
+                    if self._folder is not None and not self._publish(key, content, found):
+                        found, by = self._read(key, content) or found, " (another process was faster)"
+                except OSError as error:  # a run that writes elsewhere needs no store
+                    by = f" (not kept in {self._folder}: {error.strerror})"
             self._known[key] = found
             images = " x ".join(map(str, question.get("images", ())))
             print(printable(f"fastprune: GPU options for batches of {images}: {found}{by}"), file=sys.stderr)
@@ -149,7 +150,7 @@ class Choices:
             if json.dumps(found["question"], sort_keys=True) != question:
                 raise ValueError("it answers another question")
             return Choice.of(found)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             why = printable(f"fastprune: {path} is damaged ({type(error).__name__}: {error}); options are timed anew")
@@ -158,7 +159,7 @@ class Choices:
             return None
 
     def _publish(self, key: str, question: str, choice: Choice) -> bool:
-        """Whether this process was the first."""
+        """Whether this process was the first. OSError if the folder cannot be written."""
         path = self._path(key)
         # A folder, as a node in the store: a rename replaces no folder that has files, so that a choice never changes.
         aside = path.with_name(f".{key}.{secrets.token_hex(4)}")
