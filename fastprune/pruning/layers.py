@@ -30,6 +30,14 @@ class _Masked(nn.Module):
         made.register_buffer("mask", torch.ones_like(layer.weight, dtype=torch.bool))  # type: ignore[arg-type]
         return made
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch.ao.quantization finds layers by their exact class: it would leave this one as it is, in silence.
+        if name == "qconfig" and value is not None:
+            raise ValueError(
+                f"a {type(self).__name__} cannot be quantised: Pruner(model).finalize() makes masked layers plain ones"
+            )
+        super().__setattr__(name, value)
+
 
 class MaskedConv2d(_Masked, nn.Conv2d):
     """A conv that computes with where(mask, weight, +0); with a mask of ones it equals nn.Conv2d bit for bit.

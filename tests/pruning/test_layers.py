@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -115,6 +116,26 @@ def test_masked_layers_are_traced_whole(how):
     if how in ("fx", "script", "trace", "compile"):  # which read the very mask
         torch.testing.assert_close(made(x), model(x))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("prepare", ["prepare", "prepare_qat"])
+def test_quantisation_does_not_pass_masked_layers_by_in_silence(prepare):
+    ao = pytest.importorskip("torch.ao.quantization")
+    model = masked(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)))
+    model.train(prepare == "prepare_qat")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.qconfig = ao.get_default_qat_qconfig("x86")
+        with pytest.raises(ValueError, match=r"a MaskedConv2d cannot be quantised: Pruner\(model\)\.finalize\(\) makes"):
+            getattr(ao, prepare)(model, inplace=True)
+        assert type(model[0]) is MaskedConv2d
+        kept = model[0].mask
+        Pruner(model, verbose=False).finalize()
+        getattr(ao, prepare)(model, inplace=True)
+    assert isinstance(model[0], nn.Conv2d)
+    assert torch.equal(model[0].weight != 0, kept)
+    assert hasattr(model[0], "weight_fake_quant" if prepare == "prepare_qat" else "activation_post_process")
+    MaskedConv2d(1, 1, 1).qconfig = None  # as torch marks what is not to be quantised
 
 
 def test_subclasses_are_left_alone_and_refused():
