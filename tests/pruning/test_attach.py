@@ -136,6 +136,26 @@ def test_a_kept_weight_is_updated_as_without_masks():
         assert not torch.equal(p, q) or mask.all()
 
 
+@pytest.mark.parametrize("name", ["Lamb", "Lars", "Lookahead"])
+def test_timms_optimizers(name):
+    """LAMB and LARS scale a layer's step by its norm; Lookahead writes weights after the optimiser that it holds."""
+    made = pytest.importorskip("timm.optim")
+    model = network()
+    inner = {
+        "Lamb": lambda p: made.Lamb(p, lr=0.1),
+        "Lars": lambda p: made.Lars(p, lr=0.1, momentum=0.9),
+        "Lookahead": lambda p: torch.optim.AdamW(p, lr=0.1),
+    }[name](model.parameters())
+    optimizer = made.Lookahead(inner) if name == "Lookahead" else inner
+    pruner = Pruner(model, verbose=False)
+    pruner.attach(optimizer)
+    train(model, optimizer)
+    pruner.prune(0.6)
+    train(model, optimizer, 5)
+    check(pruner, inner)
+    assert "fastprune.masks" in optimizer.state_dict()
+
+
 def test_lbfgs_never_moves_pruned_weights():
     model = network()
     model[1] = nn.Identity()
@@ -790,7 +810,7 @@ def ema_of(model: nn.Module, **kwargs) -> swa_utils.AveragedModel:
     return swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.5), **kwargs)
 
 
-@pytest.mark.parametrize("kind", ["SWA", "EMA", "avg_fn", "buffers", "buffers, masked layers"])
+@pytest.mark.parametrize("kind", ["SWA", "EMA", "avg_fn", "buffers", "masked layers", "buffers, masked layers"])
 @pytest.mark.parametrize("made", ["before", "after"])
 def test_averages_follow_the_masks(kind, made):
     model = network()
@@ -801,7 +821,8 @@ def test_averages_follow_the_masks(kind, made):
         "EMA": ema_of,
         "avg_fn": lambda m: swa_utils.AveragedModel(m, avg_fn=swa_utils.get_ema_avg_fn(0.5)),
         "buffers": lambda m: ema_of(m, use_buffers=True),
-        "buffers, masked layers": lambda m: swa_utils.AveragedModel(m, use_buffers=False),
+        "masked layers": ema_of,
+        "buffers, masked layers": lambda m: ema_of(m, use_buffers=True),
     }[kind]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     pruner = Pruner(model, verbose=False)

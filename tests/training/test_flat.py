@@ -158,11 +158,11 @@ def test_saved_packed_in_logical_order_it_loads_into_torchvisions_model(tmp_path
     assert len(one.getvalue()) < 2 * 4 * loaded["conv1.weight"].numel()  # not the whole buffer
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_convs_that_read_the_copy_equal_masked_convs_under_autocast(precision):
     """The Trainer's way against a user's own loop, step by step, to the bit."""
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    ours = Trainer(flat_of()._model, precision=precision)
+    low = {"fp32": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    ours = Trainer(flat_of()._model, precision=precision, compute="plain")
     theirs = mask_layers(copy.deepcopy(ours.model), linear=False)
     mask = ours.prune(0.5)
     Pruner(theirs, kinds="conv", verbose=False).set_masks(mask)
@@ -176,7 +176,7 @@ def test_convs_that_read_the_copy_equal_masked_convs_under_autocast(precision):
         history = ours.fit(batch, batch, OptimizerSpec(8, weight_decay=1e-3), ScheduleSpec(0.1, 1, (), 0.1))
         theirs.train()
         sgd.zero_grad()
-        with torch.autocast("cpu", low):
+        with torch.autocast("cpu", low, enabled=precision != "fp32"):
             loss = F.cross_entropy(theirs(images), labels)
         scaler.scale(loss).backward()
         scaler.step(sgd)
@@ -231,7 +231,7 @@ def test_a_model_without_convs_trains_when_asked():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", ["attention", "recurrent"])
+@pytest.mark.parametrize("kind", ["attention", "recurrent", "bias"])
 def test_other_layers_than_convs_train_under_masks(precision, kind):
     class Net(nn.Module):
         def __init__(self):
@@ -246,6 +246,8 @@ def test_other_layers_than_convs_train_under_masks(precision, kind):
 
     torch.manual_seed(0)
     model = Net()
+    for bias in (model.attention.in_proj_bias, model.attention.out_proj.bias):
+        nn.init.normal_(bias)  # by default 0, and so the first to go, whole
     trainer = Trainer(model, kinds=kind, precision=precision)
     trainer.prune(0.5)
     before = trainer.state_dict()
