@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 """Kinds of layers by name, each with all subclasses. Convs are of one to three dimensions, transposed ones included."""
 
 Kinds = str | type[nn.Module] | Iterable[str | type[nn.Module]]
-"""Names in KINDS, "all" for all of them, or classes of modules."""
+"""Names in KINDS, "all" for all of them, "bias" for the biases of such layers, or classes of modules."""
 
 Selector = str | nn.Module | Callable[[str, nn.Parameter], bool]
 """A pattern of names as in fnmatch (of the parameter, or of a module that contains it), a module, or a predicate. A
@@ -72,11 +72,14 @@ def coverage(
 
     Changes nothing. A weight that several layers share is covered once, by its first name in the model; one under a
     hook of torch.nn.utils.prune by the name that it has without. Frozen parameters are not covered. A class in `kinds`
-    stands for its own parameters of two dimensions and more. ValueError for unknown kinds, for a selector that selects
-    none of their weights, and for a weight that is not initialised yet, complex, sharded over processes (DTensor), or
-    computed from other parameters (by weight_norm, spectral_norm or a parametrization).
+    stands for its own parameters of two dimensions and more, "bias" for the biases of all layers of KINDS. ValueError
+    for unknown kinds, for a selector that selects none of their weights, and for a weight that is not initialised yet,
+    complex, sharded over processes (DTensor), or computed from other parameters (by weight_norm, spectral_norm or a
+    parametrization).
     """
-    classes = _classes(kinds)
+    given = [kinds] if isinstance(kinds, (str, type)) else list(kinds)
+    classes = _classes([kind for kind in given if kind != "bias"])
+    biased = _classes(["all"]) if "bias" in given else ()
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}
     hooked = torch_pruned(model)
@@ -89,7 +92,7 @@ def coverage(
     left: dict[int, None] = {}
     seen: list[str] = []
     for module_name, module in model.named_modules():
-        for own in _weights(module, classes):
+        for own in (*_weights(module, classes), *_biases(module, biased)):
             full = f"{module_name}.{own}" if module_name else own
             parameter = module._parameters.get(own)
             if parameter is None and id(module._parameters.get(f"{own}_orig")) in hooked:
@@ -148,9 +151,9 @@ def _numel(parameter: nn.Parameter) -> int:
     return 0 if isinstance(parameter, UninitializedParameter) else parameter.numel()
 
 
-def _classes(kinds: Kinds) -> tuple[type[nn.Module], ...]:
+def _classes(kinds: Iterable[str | type[nn.Module]]) -> tuple[type[nn.Module], ...]:
     found: list[type[nn.Module]] = []
-    for kind in [kinds] if isinstance(kinds, (str, type)) else kinds:
+    for kind in kinds:
         if kind == "all":
             found += [cls for classes in KINDS.values() for cls in classes]
         elif isinstance(kind, str) and kind in KINDS:
@@ -158,7 +161,7 @@ def _classes(kinds: Kinds) -> tuple[type[nn.Module], ...]:
         elif isinstance(kind, type) and issubclass(kind, nn.Module):
             found.append(kind)
         else:
-            raise ValueError(f"unknown kind {kind!r}: give all, {', '.join(KINDS)}, or a class of modules")
+            raise ValueError(f"unknown kind {kind!r}: give all, {', '.join(KINDS)}, bias, or a class of modules")
     return tuple(found)
 
 
@@ -189,6 +192,14 @@ def _weights(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterato
                 yield name
         if is_parametrized(module):
             yield from module.parametrizations  # type: ignore[misc]
+
+
+def _biases(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> Iterator[str]:
+    """Names of the module's own biases, if it is of one of the classes."""
+    if isinstance(module, classes):
+        own = [name.removesuffix("_orig") for name, p in module._parameters.items() if p is not None]
+        own += module.parametrizations if is_parametrized(module) else []  # type: ignore[arg-type]
+        yield from (name for name in own if "bias" in name)
 
 
 def _why_not(module: nn.Module, module_name: str, own: str) -> str:

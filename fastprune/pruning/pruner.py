@@ -35,9 +35,10 @@ class Pruner:
     """Prunes a model: keeps a mask beside each weight, and pruned weights at exactly +0.
 
     model: any module; wrappers of DDP and torch.compile are looked through. kinds: "all" (convs, linear layers,
-    attention, recurrent layers, with all subclasses of these), some of "conv", "linear", "attention", "recurrent", or
-    classes of modules. include, exclude: which of their weights, by name pattern (of the parameter or of a module that
-    contains it), module, or predicate of name and parameter. Tied weights are covered once, frozen ones never.
+    attention, recurrent layers, with all subclasses of these), some of "conv", "linear", "attention", "recurrent",
+    "bias" (the biases of all of these, which "all" leaves out), or classes of modules. include, exclude: which of their
+    weights, by name pattern (of the parameter or of a module that contains it), module, or predicate of name and
+    parameter. Tied weights are covered once, frozen ones never.
 
     adopt_zeros: weights of the model that are exactly 0, as in a pruned checkpoint, count as pruned, if there are at
     least 0.01 % in layers that are not all zeros (those alone are how some models initialise a head). Masks under hooks

@@ -167,9 +167,27 @@ def test_a_loras_base_is_frozen_and_stays():
     assert torch.equal(model[0].weight, before)
 
 
+def test_biases_where_they_are_asked_for():
+    model = Mixed()
+    model.stem[0].bias.requires_grad = False
+    model.plain = nn.Linear(2, 2, bias=False)
+    biases = ["attn.in_proj_bias", "attn.out_proj.bias", "rnn.bias_ih_l0", "rnn.bias_hh_l0", "head.bias"]
+    assert names(model, "bias") == biases  # not of the norm
+    assert coverage(model, "bias").frozen == ("stem.0.bias",)
+    assert set(names(model, iter(["all", "bias"]))) == {*names(model), *biases}
+    assert names(model, ["linear", "bias"], include="head") == ["head.weight", "head.bias"]
+    assert names(nn.LSTMCell(3, 4), ("bias",)) == ["bias_ih", "bias_hh"]
+    parametrizations.orthogonal(model.plain)
+    torch.nn.utils.parametrize.register_parametrization(model.head, "bias", nn.Tanh())
+    with pytest.raises(ValueError, match=r"^head\.bias is computed from other parameters \(Tanh\)"):
+        coverage(model, "bias")
+
+
 @pytest.mark.parametrize("kinds", ["convs", ["conv", "lin"], [3], int, [torch.Tensor]])
 def test_unknown_kinds(kinds):
-    with pytest.raises(ValueError, match=r"unknown kind .*: give all, conv, linear, attention, recurrent, or a class"):
+    with pytest.raises(
+        ValueError, match=r"unknown kind .*: give all, conv, linear, attention, recurrent, bias, or a class"
+    ):
         coverage(Mixed(), kinds)
 
 

@@ -126,7 +126,9 @@ def test_quantisation_does_not_pass_masked_layers_by_in_silence(prepare):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.qconfig = ao.get_default_qat_qconfig("x86")
-        with pytest.raises(ValueError, match=r"a MaskedConv2d cannot be quantised: Pruner\(model\)\.finalize\(\) makes"):
+        with pytest.raises(
+            ValueError, match=r"a MaskedConv2d cannot be quantised: Pruner\(model\)\.finalize\(\) makes"
+        ):
             getattr(ao, prepare)(model, inplace=True)
         assert type(model[0]) is MaskedConv2d
         kept = model[0].mask

@@ -6,8 +6,8 @@ Each test here names the one there that it stands for. These have no equivalent:
 - test_pruning_container: there are no containers; masks compose by being nested.
 - test_remove_pruning_exception: `finalize` of a Pruner that has pruned nothing is no error.
 
-The subtests with a bias fall away: a Pruner covers weights of two dimensions and more. Structured pruning by a norm is
-pruning by scores that are equal in each slice, see `prune_slices`.
+As there, some go over weight and bias of two modules. Structured pruning by a norm is pruning by scores
+that are equal in each slice, see `prune_slices`.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastprune import Pruner, criteria
 
 MODULES = {"linear": lambda: nn.Linear(5, 7), "conv3d": lambda: nn.Conv3d(2, 2, 2)}
-module = pytest.mark.parametrize("module", MODULES)
+each = pytest.mark.parametrize(("module", "name"), [(m, n) for m in MODULES for n in ("weight", "bias")])
 ROWS = torch.tensor([[1.0, 2.0, 3.0, 4.0], [-4.0, -3.0, -2.0, -1.0]])
 IMPORTANCE = torch.tensor([[4.0, 2.0, 1.0, 3.0], [-3.0, -1.0, -2.0, -4.0]])
 EIGHT = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
@@ -31,6 +31,12 @@ PRIOR = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 1]])
 
 def pruner_of(model: nn.Module, **options: Any) -> Pruner:
     return Pruner(model, verbose=False, **options)
+
+
+def module_and_pruner(module: str, name: str) -> tuple[nn.Module, Pruner]:
+    """A module, and a Pruner of its parameter `name`."""
+    model = MODULES[module]()
+    return model, pruner_of(model, kinds=["all", "bias"], include=name)
 
 
 def linear(weight: Tensor) -> nn.Linear:
@@ -97,23 +103,23 @@ def test_compute_nparams_to_prune(options, size, count):
 # Random pruning
 
 
-@module
-def test_random_pruning_sizes(module):
-    model = MODULES[module]()
-    shape = model.weight.shape
-    pruner = pruner_of(model)
+@each
+def test_random_pruning_sizes(module, name):
+    model, pruner = module_and_pruner(module, name)
+    shape = getattr(model, name).shape
     pruner.prune(0.1, criterion="random")
-    assert pruner.masks["weight"].shape == model.weight.shape == shape
+    assert list(pruner.masks) == [name]
+    assert pruner.masks[name].shape == getattr(model, name).shape == shape
     assert pruner.total - pruner.kept == round(0.1 * shape.numel())
 
 
-@module
-def test_random_pruning_new_weight(module):
-    model = MODULES[module]()
-    before = model.weight.detach().clone()
-    pruner = pruner_of(model)
-    pruner.prune(0.1, criterion="random")
-    assert torch.equal(model.weight, before * pruner.masks["weight"])
+@each
+def test_random_pruning_new_weight(module, name):
+    model, pruner = module_and_pruner(module, name)
+    before = getattr(model, name).detach().clone()
+    pruner.prune(0.5, criterion="random")
+    assert 0 < pruner.kept < pruner.total
+    assert torch.equal(getattr(model, name), before * pruner.masks[name])
 
 
 def forward_and_backward(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,14 +350,14 @@ def test_remove_pruning_forward():
     assert torch.equal(layer(torch.ones(1, 5)), before)
 
 
-@module
-def test_remove_pruning(module):
+@each
+def test_remove_pruning(module, name):
     """`finalize` leaves a plain module: names as they were, no hooks, no masks, gradients whole again."""
-    model = MODULES[module]()
+    model, pruner = module_and_pruner(module, name)
     plain = set(vars(MODULES[module]()))
-    pruner = pruner_of(model)
     pruner.prune(0.5, criterion="random")
-    pruned = model.weight.detach().clone()
+    parameter = getattr(model, name)
+    pruned = parameter.detach().clone()
     assert set(dict(model.named_parameters())) == {"weight", "bias"}
     assert not dict(model.named_buffers())
     assert pruner.finalize() is model
@@ -360,18 +366,17 @@ def test_remove_pruning(module):
     assert set(vars(model)) == plain
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
-    assert torch.equal(model.weight, pruned)
-    model.weight.square().sum().backward()
-    (2 * model.weight).sum().backward()
-    assert (model.weight.grad[pruned == 0] == 2).all()
+    assert getattr(model, name) is parameter
+    assert torch.equal(parameter, pruned)
+    (2 * parameter).sum().backward()
+    assert (parameter.grad == 2).all()
 
 
-@module
-def test_pruning_rollback(module):
+@each
+def test_pruning_rollback(module, name):
     """What fails leaves no half-pruned state behind."""
-    model = MODULES[module]()
+    model, pruner = module_and_pruner(module, name)
     before = copy.deepcopy(model.state_dict())
-    pruner = pruner_of(model)
 
     def broken(weights):
         raise Exception("HA!")
@@ -383,19 +388,19 @@ def test_pruning_rollback(module):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@module
-def test_random_pruning_pickle(module):
-    model = MODULES[module]()
-    pruner = pruner_of(model)
-    pruner.prune(0.1, criterion="random")
+@each
+def test_random_pruning_pickle(module, name):
+    model, pruner = module_and_pruner(module, name)
+    pruner.prune(0.5, criterion="random")
     again = pickle.loads(pickle.dumps(model))
     assert type(again) is type(model)
-    assert torch.equal(again.weight, model.weight)
+    assert torch.equal(getattr(again, name), getattr(model, name))
     both = pickle.loads(pickle.dumps(pruner))
-    assert torch.equal(both.masks["weight"], pruner.masks["weight"])
+    assert torch.equal(both.masks[name], pruner.masks[name])
     assert both.model is not model
-    both.model.weight.sum().backward()
-    assert torch.equal(both.model.weight.grad, pruner.masks["weight"].float())
+    parameter = getattr(both.model, name)
+    parameter.sum().backward()
+    assert torch.equal(parameter.grad, pruner.masks[name].float())
 
 
 def tower() -> nn.Sequential:
