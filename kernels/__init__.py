@@ -5,6 +5,8 @@ file `<operation>_reference` is the specification in plain torch, on any device 
 clarity and not for speed. Tests compare with it, and a change that makes a kernel faster must not touch it.
 """
 
+from fastprune.kernels.batch_norm import batch_norm
+from fastprune.kernels.batch_norm_pool import batch_norm_pool
 from fastprune.kernels.crop import crop_flip_normalize
 from fastprune.kernels.keep_top import keep_top, keep_top_each, kth_smallest_magnitude
 from fastprune.kernels.masked_cast import masked_cast, masked_weight
@@ -15,6 +17,8 @@ from fastprune.kernels.segments import Segment
 
 __all__ = [
     "Segment",
+    "batch_norm",
+    "batch_norm_pool",
     "crop_flip_normalize",
     "keep_top",
     "keep_top_each",

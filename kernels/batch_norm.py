@@ -1,0 +1,496 @@
+"""Training-mode batch norm, residual sum and ReLU over channels-last activations, forward and backward in two launches each.
+
+Statistics need every value before the first result, so two passes over the activations are the floor. In units of one
+activation map, and with one launch for each line:
+
+| operation | reads | writes |
+| --- | --- | --- |
+| statistics | x | |
+| normalise | x, residual | y |
+| sums of gradients | dy of each branch, x, y with ReLU after a residual | with a residual or two branches: their sum g, masked by ReLU |
+| gradient of x | g (or dy), x | dx |
+
+g is the residual's gradient, and saves the second pass two reads. Without a residual ReLU's mask is computed from x, which
+both passes read anyway. A basic block's first batch norm moves 3 units forward and 5 backward, its second, with residual
+and two branches, 4 and 8; one of a downsampling 3 and 5. bench/NOTES.md has ResNet-18's layers.
+"""
+
+# Sums are the same to the bit in each run: every program writes its partial sums, and the last one to finish combines
+# them in a fixed order. Which one that is, an integer counter says: the only atomic operation here.
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastprune.kernels.dispatch import on_its_device, tl, triton, uses_triton
+
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    branches: int = 1,
+) -> Any:
+    """relu(batch_norm(x) + residual) in training mode, in x's dtype [B, C, H, W], channels-last; differentiable once.
+
+    x: float32, bf16 or fp16 [B, C, H, W], channels-last, of more than one position B x H x W.  weight, bias: float32
+    [C].  running_mean, running_var: float32 [C], mutated as torch's batch_norm does: new = (1 - momentum) old +
+    momentum batch, of the unbiased variance.  residual: like x, or None.  relu: whether ReLU follows.  branches: 2 gives a
+    tuple of the result and an alias of it, for two consumers. Their gradients are then summed in registers, and not by a
+    pass of its own.
+
+    Everything is computed in float32 and rounded once. NaN and inf spread over their channel.  Traceable by
+    torch.compile(fullgraph=True).  On a CPU: torch's own operations.  On a GPU calls share memory by stream: a CUDA graph
+    that was captured on a stream must not be replayed at the same time as another that was captured on the same one.
+    ValueError for other dtypes, sizes and layouts.
+    """
+    check_batch_norm(x, weight, bias, running_mean, running_var, residual)
+    if branches not in (1, 2):
+        raise ValueError(f"branches is {branches}, expected 1 or 2")
+    if not uses_triton(x):
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
+        y = y if residual is None else y + residual
+        y = F.relu(y) if relu else y
+        return (y, y) if branches == 2 else y
+    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu, branches)
+
+
+def batch_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """relu(batch_norm(x) + residual), in x's dtype, computed in weight's; differentiable. Mutates the running statistics.
+
+    Arguments as of `batch_norm`, in any floating dtype and layout; not checked.
+    """
+    wide = x.to(weight.dtype)
+    mean = wide.mean((0, 2, 3))
+    centred = wide - mean[:, None, None]
+    var = centred.square().mean((0, 2, 3))
+    count = x.numel() // x.shape[1]
+    with torch.no_grad():
+        running_mean.copy_((1 - momentum) * running_mean + momentum * mean)
+        running_var.copy_((1 - momentum) * running_var + momentum * var * (count / (count - 1)))
+    y = centred / (var + eps).sqrt()[:, None, None] * weight[:, None, None] + bias[:, None, None]
+    y = y if residual is None else y + residual
+    return (y.relu() if relu else y).to(x.dtype)
+
+
+def check_batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, residual: Tensor | None = None
+) -> None:
+    if x.dtype not in FLOAT_TYPES:
+        raise ValueError(f"x is {x.dtype}, expected one of {FLOAT_TYPES}")
+    for name, t in (("x", x), ("residual", x if residual is None else residual)):
+        if t.ndim != 4 or not t.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"{name} must be [B, C, H, W] and channels-last, got {tuple(t.shape)} of {t.stride()}")
+        if t.shape != x.shape or t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(
+                f"{name} ({t.dtype} {tuple(t.shape)} on {t.device}) does not match x ({x.dtype} {tuple(x.shape)} on "
+                f"{x.device})"
+            )
+    channels = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, t in channels.items():
+        if t.dtype != torch.float32 or t.shape != x.shape[1:2] or not t.is_contiguous() or t.device != x.device:
+            raise ValueError(
+                f"{name} must be float32 [{x.shape[1]}], contiguous, on {x.device}; got {t.dtype} {tuple(t.shape)} of "
+                f"{t.stride()} on {t.device}"
+            )
+    if x.shape[0] * x.shape[2] * x.shape[3] < 2:
+        raise ValueError(f"batch norm in training needs more than one position a channel, got {tuple(x.shape)}")
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, residual, momentum, eps, relu, branches):
+        mean, rstd = batch_statistics(x, running_mean, running_var, momentum, eps)
+        y = _normalise(x, residual, mean, rstd, weight, bias, relu)
+        # y is kept as the next layer's input anyway; without a residual ReLU's mask is computed from x.
+        ctx.save_for_backward(x, y if relu and residual is not None else None, mean, rstd, weight, bias)
+        ctx.relu, ctx.has_residual = relu, residual is not None
+        return (y, y.view_as(y)) if branches == 2 else y
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, y, mean, rstd, weight, bias = ctx.saved_tensors
+        dys = [dy.contiguous(memory_format=torch.channels_last) for dy in dys]
+        first, second = dys if len(dys) == 2 else (dys[0], None)
+        from_x = ctx.relu and y is None
+        # What the second pass or the residual needs beyond dy itself is written by the first.
+        keep = second is not None or y is not None
+        dweight, dbias, *kept = gradient_sums(first, second, x, y, mean, rstd, weight, bias, from_x, keep)
+        g = kept[0] if keep else first
+        dx = _input_gradient(g, x, mean, rstd, weight, bias, dweight, dbias, from_x and not keep)
+        return dx, dweight, dbias, None, None, g if ctx.has_residual else None, None, None, None, None
+
+
+# The operations that a compiler sees, each of them one launch
+#
+# They are opaque to it (custom_op, not triton_op). A counter must be zero before each launch of a reduction, and is zero
+# after it. As an argument that a launch mutates, a compiled graph would carry it from layer to layer, in the backward
+# graph as well, and copy it where it cannot prove that it need not; each copy is a launch. Here it belongs to the
+# operation, and no graph knows it. Nor could a triton_op be traced when interpreted: tracing would run its kernel.
+
+
+@cache
+def _counters(device: torch.device, stream: int, tiles: int) -> Tensor:
+    """int32 [tiles], zero between launches. One for each stream: launches on one follow one another."""
+    return torch.zeros(tiles, dtype=torch.int32, device=device)
+
+
+def _counters_for(x: Tensor, tiles: int) -> Tensor:
+    return _counters(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0, tiles)
+
+
+@torch.library.custom_op("fastprune::batch_statistics", mutates_args=("running_mean", "running_var"))
+@on_its_device
+def batch_statistics(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / sqrt(variance + eps)) of each channel, float32 [C]; mutates the running statistics."""
+    n, C = x.numel() // x.shape[1], x.shape[1]
+    mean, rstd = torch.empty_like(running_mean), torch.empty_like(running_var)
+    programs, tiles = _reduction_grid(n, C)
+    partial = torch.empty(2 * programs * C, dtype=torch.float32, device=x.device)
+    _statistics_kernel[(programs, tiles)](
+        x, running_mean, running_var, mean, rstd, partial, _counters_for(x, tiles), n, momentum, eps, C=C,
+        EVEN=_even(n, C, *_REDUCTION), ROWS=_REDUCTION[0], COLUMNS=_REDUCTION[1], num_warps=_WARPS,
+    )  # fmt: skip
+    return mean, rstd
+
+
+@batch_statistics.register_fake
+def _(x, running_mean, running_var, momentum, eps):
+    return torch.empty_like(running_mean), torch.empty_like(running_var)
+
+
+@torch.library.custom_op("fastprune::batch_normalise", mutates_args=())
+@on_its_device
+def _normalise(
+    x: Tensor, residual: Tensor | None, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, relu: bool
+) -> Tensor:
+    """The result of batch_norm, from its statistics."""
+    n, C = x.numel() // x.shape[1], x.shape[1]
+    y = torch.empty_like(x)
+    grid, shape = _elementwise(n, C)
+    _normalise_kernel[grid](
+        x, x if residual is None else residual, y, mean, rstd, weight, bias, n, C=C,
+        RESIDUAL=residual is not None, RELU=relu, **shape,
+    )  # fmt: skip
+    return y
+
+
+@_normalise.register_fake
+def _(x, residual, mean, rstd, weight, bias, relu):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fastprune::batch_gradient_sums", mutates_args=())
+@on_its_device
+def gradient_sums(
+    dy: Tensor,
+    second: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    relu: bool,
+    keep: bool,
+) -> list[Tensor]:
+    """[dweight, dbias], float32 [C], and with `keep` g: dy + second, zero where ReLU was, in x's dtype.
+
+    ReLU's mask is computed from y if given, else from x if `relu`.
+    """
+    n, C = x.numel() // x.shape[1], x.shape[1]
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    kept = [torch.empty_like(x)] if keep else []
+    programs, tiles = _reduction_grid(n, C)
+    partial = torch.empty(2 * programs * C, dtype=torch.float32, device=x.device)
+    _gradient_sums_kernel[(programs, tiles)](
+        dy, dy if second is None else second, x, x if y is None else y, kept[0] if keep else x, mean, rstd, weight,
+        bias, dweight, dbias, partial, _counters_for(x, tiles), n, C=C, TWO=second is not None,
+        FROM_X=relu and y is None, FROM_Y=y is not None, KEEP=keep, EVEN=_even(n, C, *_REDUCTION),
+        ROWS=_REDUCTION[0], COLUMNS=_REDUCTION[1], num_warps=_WARPS,
+    )  # fmt: skip
+    return [dweight, dbias, *kept]
+
+
+@gradient_sums.register_fake
+def _(dy, second, x, y, mean, rstd, weight, bias, relu, keep):
+    return [torch.empty_like(weight), torch.empty_like(weight), *([torch.empty_like(x)] if keep else [])]
+
+
+@torch.library.custom_op("fastprune::batch_input_gradient", mutates_args=())
+@on_its_device
+def _input_gradient(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    relu: bool,
+) -> Tensor:
+    """The gradient of x. relu: whether g is still to be masked, by ReLU's mask from x."""
+    n, C = x.numel() // x.shape[1], x.shape[1]
+    dx = torch.empty_like(x)
+    grid, shape = _elementwise(n, C)
+    _input_gradient_kernel[grid](g, x, dx, mean, rstd, weight, bias, dweight, dbias, n, C=C, FROM_X=relu, **shape)
+    return dx
+
+
+@_input_gradient.register_fake
+def _(g, x, mean, rstd, weight, bias, dweight, dbias, relu):
+    return torch.empty_like(x)
+
+
+# Triton
+#
+# An activation map is rows of C values, one for each position. A thread of a tile has two runs of 16 bytes of bf16 of
+# each input. Reductions take 32 columns, 64 bytes a row: with fewer columns there are more tiles side by side, each with
+# a last program of its own, and those combine fewer partial sums (256 x 32 x 8 bytes) from the L2 cache.
+
+_WARPS = 8
+_REDUCTION = 128, 32
+_PROGRAMS = 512  # about four for each multiprocessor, all of them at once
+_PARTIALS = 256
+
+
+def _reduction_grid(n: int, C: int) -> tuple[int, int]:
+    """Programs that share the rows, and tiles of columns."""
+    tiles = triton.cdiv(C, _REDUCTION[1])
+    return max(1, min(triton.cdiv(n, _REDUCTION[0]), _PROGRAMS // tiles, _PARTIALS)), tiles
+
+
+def _elementwise(n: int, C: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and shape of a tile of 4,096 elements."""
+    columns = max(min(triton.next_power_of_2(C), 128), 8)
+    rows = 4096 // columns
+    shape = {"EVEN": _even(n, C, rows, columns), "ROWS": rows, "COLUMNS": columns, "num_warps": _WARPS}
+    return (triton.cdiv(n, rows), triton.cdiv(C, columns)), shape
+
+
+def _even(n: int, C: int, rows: int, columns: int) -> bool:
+    """Whether tiles cover [n, C] exactly: their accesses need no masks then."""
+    return n % rows == 0 and C % columns == 0
+
+
+@triton.jit
+def valid_in(tile, row, column, N, C: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr):
+    """Whether the elements of a tile exist: [ROWS, COLUMNS], or None if all do."""
+    if EVEN:
+        return None
+    else:
+        return ((tile * ROWS + row) < N)[:, None] & (column < C)[None, :]
+
+
+@triton.jit
+def load_wide(at, valid):
+    """float32; 0 where not valid."""
+    if valid is None:
+        return tl.load(at).to(tl.float32)
+    else:
+        return tl.load(at, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def channel(values, column, inside):
+    """A row of one value for each column."""
+    return tl.load(values + column, mask=inside, other=0.0)[None, :]
+
+
+@triton.jit
+def relu_gradient(grad, result):
+    """As torch's: a result of NaN passes its gradient on."""
+    return tl.where(result.to(tl.float32) <= 0, 0.0, grad)
+
+
+@triton.jit
+def _arrived_last(counter, number):
+    """Whether this program is the last of `number`. It then sees what they all have stored, and the counter is zero."""
+    # The stores of all threads come before the atomic operation of one of them, which publishes them.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == number - 1
+    tl.store(counter, 0, mask=last)
+    return last
+
+
+@triton.jit
+def _merge(count, centre, squares, row):
+    """One mean and sum of squared differences [1, COLUMNS] of groups, one in a row.
+
+    count: [ROWS, 1], above 0 in the first row.  centre, squares: [ROWS, COLUMNS].
+    """
+    # Relative to the first, so that equal means are merged exactly.
+    first = tl.sum(tl.where(row[:, None] == 0, centre, 0.0), 0)[None, :]
+    off = tl.where(count > 0, centre - first, 0.0)
+    middle = (tl.sum(off * count, 0) / tl.sum(count, 0))[None, :]
+    off -= middle
+    return first + middle, tl.sum(squares + off * off * count, 0)[None, :]
+
+
+@triton.jit
+def _statistics_kernel(
+    x, running_mean, running_var, mean, rstd, partial, counter, N, momentum, eps, C: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    p, programs, tile_column = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    row, column = tl.arange(0, ROWS), tile_column * COLUMNS + tl.arange(0, COLUMNS)
+    inside, at = column < C, (row * C)[:, None] + column[None, :]
+    tiles = tl.cdiv(N, ROWS)
+    # Welford's mean and sum of squared differences for each element of a tile, over all tiles of this program: exact
+    # where the mean is large against the deviation, and nothing is exchanged between threads until the end.
+    centre, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    count, step = tl.zeros([ROWS], tl.float32), tl.full([], 0.0, tl.float32)
+    for k in range(tl.cdiv(tiles - p, programs)):
+        tile = p + k * programs
+        valid = valid_in(tile, row, column, N, C, EVEN, ROWS)
+        value = load_wide(x + tile.to(tl.int64) * (ROWS * C) + at, valid)
+        step += 1.0
+        off = value - centre
+        if EVEN:
+            count += 1.0
+        else:
+            off = tl.where(valid, off, 0.0)
+            count += tl.where(tile * ROWS + row < N, 1.0, 0.0)
+        centre += off * tl.div_rn(1.0, step)
+        # The product is that of the differences from the mean before and after; the latter is this for an element that
+        # is not there, too.
+        squares += off * (off - off * tl.div_rn(1.0, step))
+    centre, squares = _merge(count[:, None], centre, squares, row)
+    there = partial + p * C + column[None, :]
+    tl.store(there, centre, mask=inside[None, :])
+    tl.store(there + programs * C, squares, mask=inside[None, :])
+    if _arrived_last(counter + tile_column, programs):
+        centre, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+        count = tl.zeros([ROWS], tl.float32)
+        for k in range(tl.cdiv(programs, ROWS)):
+            q = k * ROWS + row
+            valid = (q < programs)[:, None] & inside[None, :]
+            there = partial + (q * C)[:, None] + column[None, :]
+            other, other_squares = load_wide(there, valid), load_wide(there + programs * C, valid)
+            # The rows that program q had: those of its tiles, less what the last tile lacks.
+            rows = (tiles - q + programs - 1) // programs * ROWS
+            rows -= tl.where((tiles - 1) % programs == q, tiles * ROWS - N, 0)
+            more = tl.where(q < programs, rows, 0).to(tl.float32)
+            share = (more / tl.maximum(count + more, 1.0))[:, None]
+            off = tl.where(valid, other - centre, 0.0)
+            centre += off * share
+            squares += other_squares + off * off * (count[:, None] * share)
+            count += more
+        centre, squares = _merge(count[:, None], centre, squares, row)
+        var = squares / N
+        at = column[None, :]
+        inside = inside[None, :]
+        tl.store(mean + at, centre, mask=inside)
+        tl.store(rstd + at, tl.div_rn(1.0, tl.sqrt_rn(var + eps)), mask=inside)
+        old_mean = tl.load(running_mean + at, mask=inside, other=0.0)
+        old_var = tl.load(running_var + at, mask=inside, other=0.0)
+        tl.store(running_mean + at, (1 - momentum) * old_mean + momentum * centre, mask=inside)
+        tl.store(running_var + at, (1 - momentum) * old_var + momentum * (squares / (N - 1)), mask=inside)
+
+
+@triton.jit
+def _normalise_kernel(
+    x, residual, y, mean, rstd, weight, bias, N, C: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr,
+    EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row, column = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside, valid = column < C, valid_in(tile, row, column, N, C, EVEN, ROWS)
+    # 64-bit positions of tiles: an activation map may hold more than 2^31 elements.
+    start, at = tile.to(tl.int64) * (ROWS * C), (row * C)[:, None] + column[None, :]
+    scale = channel(rstd, column, inside) * channel(weight, column, inside)
+    result = (load_wide(x + start + at, valid) - channel(mean, column, inside)) * scale + channel(bias, column, inside)
+    if RESIDUAL:
+        result += load_wide(residual + start + at, valid)
+    if RELU:
+        result = tl.where(result < 0, 0.0, result)  # NaN stays
+    tl.store(y + start + at, result.to(y.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _gradient_sums_kernel(
+    dy, second, x, y, g, mean, rstd, weight, bias, dweight, dbias, partial, counter, N, C: tl.constexpr,
+    TWO: tl.constexpr, FROM_X: tl.constexpr, FROM_Y: tl.constexpr, KEEP: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    p, programs, tile_column = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    row, column = tl.arange(0, ROWS), tile_column * COLUMNS + tl.arange(0, COLUMNS)
+    inside, at = column < C, (row * C)[:, None] + column[None, :]
+    centre, scale = channel(mean, column, inside), channel(rstd, column, inside)
+    factor, shift = scale * channel(weight, column, inside), channel(bias, column, inside)
+    # Sums of g and of g (x - mean) for each element of a tile, over all tiles of this program.
+    plain, product = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(tl.cdiv(tl.cdiv(N, ROWS) - p, programs)):
+        tile = p + k * programs
+        start, valid = tile.to(tl.int64) * (ROWS * C), valid_in(tile, row, column, N, C, EVEN, ROWS)
+        grad, off = load_wide(dy + start + at, valid), load_wide(x + start + at, valid) - centre
+        if TWO:
+            grad += load_wide(second + start + at, valid)
+        if FROM_X:
+            grad = relu_gradient(grad, (off * factor + shift).to(x.dtype.element_ty))
+        if FROM_Y:
+            grad = relu_gradient(grad, load_wide(y + start + at, valid))
+        if KEEP:
+            # The sums are those of what the second pass reads.
+            short = grad.to(g.dtype.element_ty)
+            tl.store(g + start + at, short, mask=valid)
+            grad = short.to(tl.float32)
+        plain += grad
+        product += grad * off
+    there = partial + p * C + column
+    tl.store(there, tl.sum(plain, 0), mask=inside)
+    tl.store(there + programs * C, tl.sum(product, 0), mask=inside)
+    if _arrived_last(counter + tile_column, programs):
+        plain, product = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(tl.cdiv(programs, ROWS)):
+            q = k * ROWS + row
+            valid = (q < programs)[:, None] & inside[None, :]
+            there = partial + (q * C)[:, None] + column[None, :]
+            plain += load_wide(there, valid)
+            product += load_wide(there + programs * C, valid)
+        tl.store(dbias + column, tl.sum(plain, 0), mask=inside)
+        tl.store(dweight + column[None, :], tl.sum(product, 0)[None, :] * scale, mask=inside[None, :])
+
+
+@triton.jit
+def _input_gradient_kernel(
+    g, x, dx, mean, rstd, weight, bias, dweight, dbias, N, C: tl.constexpr, FROM_X: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    row, column = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside, valid = column < C, valid_in(tile, row, column, N, C, EVEN, ROWS)
+    start, at = tile.to(tl.int64) * (ROWS * C), (row * C)[:, None] + column[None, :]
+    scale = channel(rstd, column, inside)
+    factor = scale * channel(weight, column, inside)
+    grad, off = load_wide(g + start + at, valid), load_wide(x + start + at, valid) - channel(mean, column, inside)
+    if FROM_X:
+        grad = relu_gradient(grad, (off * factor + channel(bias, column, inside)).to(x.dtype.element_ty))
+    middle, slope = channel(dbias, column, inside) / N, channel(dweight, column, inside) * scale / N
+    result = factor * (grad - middle - off * slope)
+    tl.store(dx + start + at, result.to(dx.dtype.element_ty), mask=valid)
