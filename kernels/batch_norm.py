@@ -385,32 +385,40 @@ def _statistics_kernel(
     tl.store(there, centre, mask=inside[None, :])
     tl.store(there + programs * C, squares, mask=inside[None, :])
     if _arrived_last(counter + tile_column, programs):
-        centre, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-        count = tl.zeros([ROWS], tl.float32)
-        for k in range(tl.cdiv(programs, ROWS)):
-            q = k * ROWS + row
-            valid = (q < programs)[:, None] & inside[None, :]
-            there = partial + (q * C)[:, None] + column[None, :]
-            other, other_squares = load_wide(there, valid), load_wide(there + programs * C, valid)
-            # The rows that program q had: those of its tiles, less what the last tile lacks.
-            rows = (tiles - q + programs - 1) // programs * ROWS
-            rows -= tl.where((tiles - 1) % programs == q, tiles * ROWS - N, 0)
-            more = tl.where(q < programs, rows, 0).to(tl.float32)
-            share = (more / tl.maximum(count + more, 1.0))[:, None]
-            off = tl.where(valid, other - centre, 0.0)
-            centre += off * share
-            squares += other_squares + off * off * (count[:, None] * share)
-            count += more
-        centre, squares = _merge(count[:, None], centre, squares, row)
-        var = squares / N
-        at = column[None, :]
-        inside = inside[None, :]
-        tl.store(mean + at, centre, mask=inside)
-        tl.store(rstd + at, tl.div_rn(1.0, tl.sqrt_rn(var + eps)), mask=inside)
-        old_mean = tl.load(running_mean + at, mask=inside, other=0.0)
-        old_var = tl.load(running_var + at, mask=inside, other=0.0)
-        tl.store(running_mean + at, (1 - momentum) * old_mean + momentum * centre, mask=inside)
-        tl.store(running_var + at, (1 - momentum) * old_var + momentum * (squares / (N - 1)), mask=inside)
+        centre, squares = _combined_statistics(partial, column, programs, row, N, C, ROWS, COLUMNS)
+        old_mean = tl.load(running_mean + column[None, :], mask=inside[None, :], other=0.0)
+        old_var = tl.load(running_var + column[None, :], mask=inside[None, :], other=0.0)
+        new_mean = (1 - momentum) * old_mean + momentum * centre
+        new_var = (1 - momentum) * old_var + momentum * (squares / (N - 1))
+        scale = tl.div_rn(1.0, tl.sqrt_rn(squares / N + eps))
+        tl.store(mean + column[None, :], centre, mask=inside[None, :])
+        tl.store(rstd + column[None, :], scale, mask=inside[None, :])
+        tl.store(running_mean + column[None, :], new_mean, mask=inside[None, :])
+        tl.store(running_var + column[None, :], new_var, mask=inside[None, :])
+
+
+@triton.jit
+def _combined_statistics(
+    partial, column, programs, row, N, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Mean and sum of squared differences from it over all programs' rows, [1, COLUMNS] each."""
+    centre, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    count, tiles = tl.zeros([ROWS], tl.float32), tl.cdiv(N, ROWS)
+    for k in range(tl.cdiv(programs, ROWS)):
+        q = k * ROWS + row
+        valid = (q < programs)[:, None] & (column < C)[None, :]
+        there = partial + (q * C)[:, None] + column[None, :]
+        other, other_squares = load_wide(there, valid), load_wide(there + programs * C, valid)
+        # The rows that program q had: those of its tiles, less what the last tile lacks.
+        rows = (tiles - q + programs - 1) // programs * ROWS
+        rows -= tl.where((tiles - 1) % programs == q, tiles * ROWS - N, 0)
+        more = tl.where(q < programs, rows, 0).to(tl.float32)
+        share = (more / tl.maximum(count + more, 1.0))[:, None]
+        off = tl.where(valid, other - centre, 0.0)
+        centre += off * share
+        squares += other_squares + off * off * (count[:, None] * share)
+        count += more
+    return _merge(count[:, None], centre, squares, row)
 
 
 @triton.jit
@@ -466,15 +474,22 @@ def _gradient_sums_kernel(
     tl.store(there, tl.sum(plain, 0), mask=inside)
     tl.store(there + programs * C, tl.sum(product, 0), mask=inside)
     if _arrived_last(counter + tile_column, programs):
-        plain, product = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-        for k in range(tl.cdiv(programs, ROWS)):
-            q = k * ROWS + row
-            valid = (q < programs)[:, None] & inside[None, :]
-            there = partial + (q * C)[:, None] + column[None, :]
-            plain += load_wide(there, valid)
-            product += load_wide(there + programs * C, valid)
-        tl.store(dbias + column, tl.sum(plain, 0), mask=inside)
-        tl.store(dweight + column[None, :], tl.sum(product, 0)[None, :] * scale, mask=inside[None, :])
+        sums, products = _combined_sums(partial, column, programs, row, C, ROWS, COLUMNS)
+        tl.store(dbias + column, sums, mask=inside)
+        tl.store(dweight + column, products * tl.load(rstd + column, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _combined_sums(partial, column, programs, row, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sums of all programs' partial sums of both kinds, [COLUMNS] each."""
+    plain, product = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in range(tl.cdiv(programs, ROWS)):
+        q = k * ROWS + row
+        valid = (q < programs)[:, None] & (column < C)[None, :]
+        there = partial + (q * C)[:, None] + column[None, :]
+        plain += load_wide(there, valid)
+        product += load_wide(there + programs * C, valid)
+    return tl.sum(plain, 0), tl.sum(product, 0)
 
 
 @triton.jit

@@ -4,6 +4,13 @@ import re
 
 import pytest
 
+from fastprune.kernels.batch_norm import (
+    _gradient_sums_kernel,
+    _input_gradient_kernel,
+    _normalise_kernel,
+    _statistics_kernel,
+)
+from fastprune.kernels.batch_norm_pool import _normalise_and_pool_kernel, _pool_input_gradient_kernel
 from fastprune.kernels.crop import _crop_kernel
 from fastprune.kernels.dispatch import INTERPRETED
 from fastprune.kernels.keep_top import (
@@ -35,7 +42,45 @@ TIES = {**WHERE, "table": L, "state": L, "counts": L}
 WRITE = {**WHERE, **KNOWN, "new": B, "table": L, "counts": L}
 CROP = {"images": "*u8", "index": L, "crop_boxes": "*i32", "flip": B, "table": F, "norm": F, "out": "*bf16", "H": "i32",
         "W": "i32"}  # fmt: skip
+NORM = {"mean": F, "rstd": F, "weight": F, "bias": F}
+GRADIENTS = {"dweight": F, "dbias": F}
+STATISTICS = {"x": "*bf16", "running_mean": F, "running_var": F, "mean": F, "rstd": F, "partial": F,
+              "counter": "*i32", "N": "i32", "momentum": "fp32", "eps": "fp32"}  # fmt: skip
+NORMALISE = {"x": "*bf16", "residual": "*bf16", "y": "*bf16", **NORM, "N": "i32"}
+SUMS = {**dict.fromkeys(["dy", "second", "x", "y", "g"], "*bf16"), **NORM, **GRADIENTS, "partial": F,
+        "counter": "*i32", "N": "i32"}  # fmt: skip
+INPUT = {**dict.fromkeys(["g", "x", "dx"], "*bf16"), **NORM, **GRADIENTS, "N": "i32"}
+POOL = {"x": "*bf16", "y": "*bf16", "chosen": "*bf16", "place": "*i8", **NORM, "windows": "i32"}
+POOL_INPUT = {"dy": "*bf16", "place": "*i8", "x": "*bf16", "dx": "*bf16", "mean": F, "rstd": F, "weight": F,
+              **GRADIENTS, "windows": "i32", "N": "i32"}  # fmt: skip
+REDUCTION, ELEMENTWISE = {"ROWS": 128, "COLUMNS": 32}, {"ROWS": 64, "COLUMNS": 64}
+IMAGENET = {"C": 64, "H": 32, "W": 32, "COLUMNS": 64}
 CASES = {
+    "statistics": (_statistics_kernel, STATISTICS, {"C": 64, "EVEN": True, **REDUCTION}),
+    "statistics, uneven": (_statistics_kernel, STATISTICS, {"C": 72, "EVEN": False, **REDUCTION}),
+    "normalise": (
+        _normalise_kernel,
+        NORMALISE,
+        {"C": 64, "RESIDUAL": True, "RELU": True, "EVEN": True, **ELEMENTWISE},
+    ),
+    "gradient sums": (
+        _gradient_sums_kernel,
+        SUMS,
+        {"C": 64, "TWO": False, "FROM_X": True, "FROM_Y": False, "KEEP": False, "EVEN": True, **REDUCTION},
+    ),
+    "gradient sums, residual, two branches": (
+        _gradient_sums_kernel,
+        SUMS,
+        {"C": 64, "TWO": True, "FROM_X": False, "FROM_Y": True, "KEEP": True, "EVEN": True, **REDUCTION},
+    ),
+    "gradient sums, uneven": (
+        _gradient_sums_kernel,
+        SUMS,
+        {"C": 8, "TWO": True, "FROM_X": True, "FROM_Y": False, "KEEP": True, "EVEN": False, **REDUCTION},
+    ),
+    "input gradient": (_input_gradient_kernel, INPUT, {"C": 64, "FROM_X": True, "EVEN": True, **ELEMENTWISE}),
+    "normalise and pool": (_normalise_and_pool_kernel, POOL, {**IMAGENET, "ROWS": 64}),
+    "pool input gradient": (_pool_input_gradient_kernel, POOL_INPUT, {**IMAGENET, "ROWS": 32}),
     "masked_cast": (_masked_cast_kernel, {"weight": F, "mask": B, "out": "*bf16", "n": "i64"}, {"BLOCK": 2048}),
     "masked_sgd": (_masked_sgd_kernel, {**SGD, "lr": "fp32"}, {**SGD_ON, "LR_ON_DEVICE": False}),
     "masked_sgd, rate on the device": (_masked_sgd_kernel, {**SGD, "lr": F}, {**SGD_ON, "LR_ON_DEVICE": True}),
