@@ -145,10 +145,12 @@ class _BatchNorm(torch.autograd.Function):
 
 # The operations that a compiler sees, each of them one launch
 #
-# They are opaque to it (custom_op, not triton_op). A counter must be zero before each launch of a reduction, and is zero
-# after it. As an argument that a launch mutates, a compiled graph would carry it from layer to layer, in the backward
-# graph as well, and copy it where it cannot prove that it need not; each copy is a launch. Here it belongs to the
-# operation, and no graph knows it. Nor could a triton_op be traced when interpreted: tracing would run its kernel.
+# They are opaque to it: custom_op, not triton_op. A counter is zero before and after each launch of a reduction. Here it
+# belongs to the operation, is chosen by the stream that the launch goes to, and no graph knows of it. As an argument of a
+# triton_op, which it must be there, it is mutated by every layer, forward and backward: AOTAutograd of torch 2.15 fails on
+# that ("was invalid, but is output"); with one counter for each direction it traces, to a chain of copies through all
+# layers that the compiler must prove needless, as each would be a launch more. And an interpreted triton_op cannot be
+# traced, as tracing runs its kernel.
 
 
 @cache
@@ -169,11 +171,10 @@ def batch_statistics(
     """(mean, 1 / sqrt(variance + eps)) of each channel, float32 [C]; mutates the running statistics."""
     n, C = x.numel() // x.shape[1], x.shape[1]
     mean, rstd = torch.empty_like(running_mean), torch.empty_like(running_var)
-    programs, tiles = _reduction_grid(n, C)
-    partial = torch.empty(2 * programs * C, dtype=torch.float32, device=x.device)
-    _statistics_kernel[(programs, tiles)](
-        x, running_mean, running_var, mean, rstd, partial, _counters_for(x, tiles), n, momentum, eps, C=C,
-        EVEN=_even(n, C, *_REDUCTION), ROWS=_REDUCTION[0], COLUMNS=_REDUCTION[1], num_warps=_WARPS,
+    grid, shape = _reduction(n, C)
+    partial = torch.empty(2 * grid[0] * C, dtype=torch.float32, device=x.device)
+    _statistics_kernel[grid](
+        x, running_mean, running_var, mean, rstd, partial, _counters_for(x, grid[1]), n, momentum, eps, **shape
     )  # fmt: skip
     return mean, rstd
 
@@ -193,7 +194,7 @@ def _normalise(
     y = torch.empty_like(x)
     grid, shape = _elementwise(n, C)
     _normalise_kernel[grid](
-        x, x if residual is None else residual, y, mean, rstd, weight, bias, n, C=C,
+        x, x if residual is None else residual, y, mean, rstd, weight, bias, n,
         RESIDUAL=residual is not None, RELU=relu, **shape,
     )  # fmt: skip
     return y
@@ -225,13 +226,12 @@ def gradient_sums(
     n, C = x.numel() // x.shape[1], x.shape[1]
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     kept = [torch.empty_like(x)] if keep else []
-    programs, tiles = _reduction_grid(n, C)
-    partial = torch.empty(2 * programs * C, dtype=torch.float32, device=x.device)
-    _gradient_sums_kernel[(programs, tiles)](
+    grid, shape = _reduction(n, C)
+    partial = torch.empty(2 * grid[0] * C, dtype=torch.float32, device=x.device)
+    _gradient_sums_kernel[grid](
         dy, dy if second is None else second, x, x if y is None else y, kept[0] if keep else x, mean, rstd, weight,
-        bias, dweight, dbias, partial, _counters_for(x, tiles), n, C=C, TWO=second is not None,
-        FROM_X=relu and y is None, FROM_Y=y is not None, KEEP=keep, EVEN=_even(n, C, *_REDUCTION),
-        ROWS=_REDUCTION[0], COLUMNS=_REDUCTION[1], num_warps=_WARPS,
+        bias, dweight, dbias, partial, _counters_for(x, grid[1]), n, TWO=second is not None,
+        FROM_X=relu and y is None, FROM_Y=y is not None, KEEP=keep, **shape,
     )  # fmt: skip
     return [dweight, dbias, *kept]
 
@@ -258,7 +258,7 @@ def _input_gradient(
     n, C = x.numel() // x.shape[1], x.shape[1]
     dx = torch.empty_like(x)
     grid, shape = _elementwise(n, C)
-    _input_gradient_kernel[grid](g, x, dx, mean, rstd, weight, bias, dweight, dbias, n, C=C, FROM_X=relu, **shape)
+    _input_gradient_kernel[grid](g, x, dx, mean, rstd, weight, bias, dweight, dbias, n, FROM_X=relu, **shape)
     return dx
 
 
@@ -270,50 +270,44 @@ def _(g, x, mean, rstd, weight, bias, dweight, dbias, relu):
 # Triton
 #
 # An activation map is rows of C values, one for each position. A thread of a tile has two runs of 16 bytes of bf16 of
-# each input. Reductions take 32 columns, 64 bytes a row: with fewer columns there are more tiles side by side, each with
-# a last program of its own, and those combine fewer partial sums (256 x 32 x 8 bytes) from the L2 cache.
+# each input. Reductions take up to 32 columns, 64 bytes of bf16 a row: so there are several tiles side by side, each with a
+# last program of its own, which combines at most 128 x 32 x 2 partial sums from the L2 cache.
 
-_WARPS = 8
-_REDUCTION = 128, 32
-_PROGRAMS = 512  # about four for each multiprocessor, all of them at once
-_PARTIALS = 256
+_ELEMENTS, _WARPS = 4096, 8
+_PROGRAMS = 256  # about two on each multiprocessor, as many as registers allow: all of them at once
 
 
-def _reduction_grid(n: int, C: int) -> tuple[int, int]:
-    """Programs that share the rows, and tiles of columns."""
-    tiles = triton.cdiv(C, _REDUCTION[1])
-    return max(1, min(triton.cdiv(n, _REDUCTION[0]), _PROGRAMS // tiles, _PARTIALS)), tiles
-
-
-def _elementwise(n: int, C: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid and shape of a tile of 4,096 elements."""
-    columns = max(min(triton.next_power_of_2(C), 128), 8)
-    rows = 4096 // columns
-    shape = {"EVEN": _even(n, C, rows, columns), "ROWS": rows, "COLUMNS": columns, "num_warps": _WARPS}
+def _elementwise(n: int, C: int, widest: int = 128) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and shape of tiles of [n, C]. EVEN: they cover it exactly, and their accesses need no masks."""
+    columns = min(triton.next_power_of_2(C), widest)
+    rows = _ELEMENTS // columns
+    even = n % rows == 0 and C % columns == 0
+    shape = {"C": C, "EVEN": even, "ROWS": rows, "COLUMNS": columns, "num_warps": _WARPS}
     return (triton.cdiv(n, rows), triton.cdiv(C, columns)), shape
 
 
-def _even(n: int, C: int, rows: int, columns: int) -> bool:
-    """Whether tiles cover [n, C] exactly: their accesses need no masks then."""
-    return n % rows == 0 and C % columns == 0
+def _reduction(n: int, C: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and shape of a reduction: programs that share the tiles of some columns, at most one for each row of a tile."""
+    (tiles, across), shape = _elementwise(n, C, widest=32)
+    return (max(1, min(tiles, shape["ROWS"], _PROGRAMS // across)), across), shape
 
 
 @triton.jit
-def valid_in(tile, row, column, N, C: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr):
-    """Whether the elements of a tile exist: [ROWS, COLUMNS], or None if all do."""
+def load_wide(at, valid, EVEN: tl.constexpr = False):
+    """float32; 0 where not valid. EVEN: all are."""
     if EVEN:
-        return None
-    else:
-        return ((tile * ROWS + row) < N)[:, None] & (column < C)[None, :]
-
-
-@triton.jit
-def load_wide(at, valid):
-    """float32; 0 where not valid."""
-    if valid is None:
         return tl.load(at).to(tl.float32)
     else:
         return tl.load(at, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_narrow(at, value, valid, EVEN: tl.constexpr = False):
+    """Rounds to the memory's dtype."""
+    if EVEN:
+        tl.store(at, value.to(at.dtype.element_ty))
+    else:
+        tl.store(at, value.to(at.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -365,10 +359,10 @@ def _statistics_kernel(
     # where the mean is large against the deviation, and nothing is exchanged between threads until the end.
     centre, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     count, step = tl.zeros([ROWS], tl.float32), tl.full([], 0.0, tl.float32)
-    for k in range(tl.cdiv(tiles - p, programs)):
+    for k in tl.range(0, tl.cdiv(tiles - p, programs), num_stages=3):
         tile = p + k * programs
-        valid = valid_in(tile, row, column, N, C, EVEN, ROWS)
-        value = load_wide(x + tile.to(tl.int64) * (ROWS * C) + at, valid)
+        valid = ((tile * ROWS + row) < N)[:, None] & inside[None, :]
+        value = load_wide(x + tile.to(tl.int64) * (ROWS * C) + at, valid, EVEN)
         step += 1.0
         off = value - centre
         if EVEN:
@@ -385,7 +379,7 @@ def _statistics_kernel(
     tl.store(there, centre, mask=inside[None, :])
     tl.store(there + programs * C, squares, mask=inside[None, :])
     if _arrived_last(counter + tile_column, programs):
-        centre, squares = _combined_statistics(partial, column, programs, row, N, C, ROWS, COLUMNS)
+        centre, squares = _combined_statistics(partial, column, programs, row, N, C, ROWS)
         old_mean = tl.load(running_mean + column[None, :], mask=inside[None, :], other=0.0)
         old_var = tl.load(running_var + column[None, :], mask=inside[None, :], other=0.0)
         new_mean = (1 - momentum) * old_mean + momentum * centre
@@ -398,27 +392,16 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _combined_statistics(
-    partial, column, programs, row, N, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def _combined_statistics(partial, column, programs, row, N, C: tl.constexpr, ROWS: tl.constexpr):
     """Mean and sum of squared differences from it over all programs' rows, [1, COLUMNS] each."""
-    centre, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    count, tiles = tl.zeros([ROWS], tl.float32), tl.cdiv(N, ROWS)
-    for k in range(tl.cdiv(programs, ROWS)):
-        q = k * ROWS + row
-        valid = (q < programs)[:, None] & (column < C)[None, :]
-        there = partial + (q * C)[:, None] + column[None, :]
-        other, other_squares = load_wide(there, valid), load_wide(there + programs * C, valid)
-        # The rows that program q had: those of its tiles, less what the last tile lacks.
-        rows = (tiles - q + programs - 1) // programs * ROWS
-        rows -= tl.where((tiles - 1) % programs == q, tiles * ROWS - N, 0)
-        more = tl.where(q < programs, rows, 0).to(tl.float32)
-        share = (more / tl.maximum(count + more, 1.0))[:, None]
-        off = tl.where(valid, other - centre, 0.0)
-        centre += off * share
-        squares += other_squares + off * off * (count[:, None] * share)
-        count += more
-    return _merge(count[:, None], centre, squares, row)
+    valid = (row < programs)[:, None] & (column < C)[None, :]
+    there = partial + (row * C)[:, None] + column[None, :]
+    # The rows that each program had: those of its tiles, less what the last tile lacks.
+    tiles = tl.cdiv(N, ROWS)
+    rows = (tiles - row + programs - 1) // programs * ROWS
+    rows -= tl.where((tiles - 1) % programs == row, tiles * ROWS - N, 0)
+    count = tl.where(row < programs, rows, 0).to(tl.float32)
+    return _merge(count[:, None], load_wide(there, valid), load_wide(there + programs * C, valid), row)
 
 
 @triton.jit
@@ -428,16 +411,19 @@ def _normalise_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     row, column = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside, valid = column < C, valid_in(tile, row, column, N, C, EVEN, ROWS)
+    inside = column < C
+    valid = ((tile * ROWS + row) < N)[:, None] & inside[None, :]
     # 64-bit positions of tiles: an activation map may hold more than 2^31 elements.
     start, at = tile.to(tl.int64) * (ROWS * C), (row * C)[:, None] + column[None, :]
     scale = channel(rstd, column, inside) * channel(weight, column, inside)
-    result = (load_wide(x + start + at, valid) - channel(mean, column, inside)) * scale + channel(bias, column, inside)
+    result = (load_wide(x + start + at, valid, EVEN) - channel(mean, column, inside)) * scale + channel(
+        bias, column, inside
+    )
     if RESIDUAL:
-        result += load_wide(residual + start + at, valid)
+        result += load_wide(residual + start + at, valid, EVEN)
     if RELU:
         result = tl.where(result < 0, 0.0, result)  # NaN stays
-    tl.store(y + start + at, result.to(y.dtype.element_ty), mask=valid)
+    store_narrow(y + start + at, result, valid, EVEN)
 
 
 @triton.jit
@@ -453,43 +439,37 @@ def _gradient_sums_kernel(
     factor, shift = scale * channel(weight, column, inside), channel(bias, column, inside)
     # Sums of g and of g (x - mean) for each element of a tile, over all tiles of this program.
     plain, product = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(tl.cdiv(tl.cdiv(N, ROWS) - p, programs)):
+    for k in tl.range(0, tl.cdiv(tl.cdiv(N, ROWS) - p, programs), num_stages=3):
         tile = p + k * programs
-        start, valid = tile.to(tl.int64) * (ROWS * C), valid_in(tile, row, column, N, C, EVEN, ROWS)
-        grad, off = load_wide(dy + start + at, valid), load_wide(x + start + at, valid) - centre
+        start, valid = tile.to(tl.int64) * (ROWS * C), ((tile * ROWS + row) < N)[:, None] & inside[None, :]
+        grad, off = load_wide(dy + start + at, valid, EVEN), load_wide(x + start + at, valid, EVEN) - centre
         if TWO:
-            grad += load_wide(second + start + at, valid)
+            grad += load_wide(second + start + at, valid, EVEN)
         if FROM_X:
             grad = relu_gradient(grad, (off * factor + shift).to(x.dtype.element_ty))
         if FROM_Y:
-            grad = relu_gradient(grad, load_wide(y + start + at, valid))
+            grad = relu_gradient(grad, load_wide(y + start + at, valid, EVEN))
         if KEEP:
             # The sums are those of what the second pass reads.
-            short = grad.to(g.dtype.element_ty)
-            tl.store(g + start + at, short, mask=valid)
-            grad = short.to(tl.float32)
+            grad = grad.to(g.dtype.element_ty).to(tl.float32)
+            store_narrow(g + start + at, grad, valid, EVEN)
         plain += grad
         product += grad * off
     there = partial + p * C + column
     tl.store(there, tl.sum(plain, 0), mask=inside)
     tl.store(there + programs * C, tl.sum(product, 0), mask=inside)
     if _arrived_last(counter + tile_column, programs):
-        sums, products = _combined_sums(partial, column, programs, row, C, ROWS, COLUMNS)
+        sums, products = _combined_sums(partial, column, programs, row, C)
         tl.store(dbias + column, sums, mask=inside)
         tl.store(dweight + column, products * tl.load(rstd + column, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
-def _combined_sums(partial, column, programs, row, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _combined_sums(partial, column, programs, row, C: tl.constexpr):
     """The sums of all programs' partial sums of both kinds, [COLUMNS] each."""
-    plain, product = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(tl.cdiv(programs, ROWS)):
-        q = k * ROWS + row
-        valid = (q < programs)[:, None] & (column < C)[None, :]
-        there = partial + (q * C)[:, None] + column[None, :]
-        plain += load_wide(there, valid)
-        product += load_wide(there + programs * C, valid)
-    return tl.sum(plain, 0), tl.sum(product, 0)
+    valid = (row < programs)[:, None] & (column < C)[None, :]
+    there = partial + (row * C)[:, None] + column[None, :]
+    return tl.sum(load_wide(there, valid), 0), tl.sum(load_wide(there + programs * C, valid), 0)
 
 
 @triton.jit
@@ -499,13 +479,17 @@ def _input_gradient_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0)
     row, column = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside, valid = column < C, valid_in(tile, row, column, N, C, EVEN, ROWS)
+    inside = column < C
+    valid = ((tile * ROWS + row) < N)[:, None] & inside[None, :]
     start, at = tile.to(tl.int64) * (ROWS * C), (row * C)[:, None] + column[None, :]
     scale = channel(rstd, column, inside)
     factor = scale * channel(weight, column, inside)
-    grad, off = load_wide(g + start + at, valid), load_wide(x + start + at, valid) - channel(mean, column, inside)
+    grad, off = (
+        load_wide(g + start + at, valid, EVEN),
+        load_wide(x + start + at, valid, EVEN) - channel(mean, column, inside),
+    )
     if FROM_X:
         grad = relu_gradient(grad, (off * factor + channel(bias, column, inside)).to(x.dtype.element_ty))
     middle, slope = channel(dbias, column, inside) / N, channel(dweight, column, inside) * scale / N
     result = factor * (grad - middle - off * slope)
-    tl.store(dx + start + at, result.to(dx.dtype.element_ty), mask=valid)
+    store_narrow(dx + start + at, result, valid, EVEN)

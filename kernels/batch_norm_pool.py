@@ -26,6 +26,7 @@ from fastprune.kernels.batch_norm import (
     check_batch_norm,
     gradient_sums,
     load_wide,
+    store_narrow,
 )
 from fastprune.kernels.dispatch import on_its_device, tl, triton, uses_triton
 
@@ -81,10 +82,10 @@ def _pooled(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _grid(windows: int, C: int, elements: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and shape of a tile of so many elements, one row for each window."""
-    columns = max(min(triton.next_power_of_2(C), 64), 8)
-    rows = elements // columns
+def _grid(windows: int, C: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and shape of tiles of 2,048 elements, one row for each window: twice as many take all registers."""
+    columns = min(triton.next_power_of_2(C), 64)
+    rows = 2048 // columns
     return (triton.cdiv(windows, rows), triton.cdiv(C, columns)), {"ROWS": rows, "COLUMNS": columns, "num_warps": 8}
 
 
@@ -98,7 +99,7 @@ def _normalise_and_pool(
     y, chosen, place = (_pooled(x, dtype) for dtype in (x.dtype, x.dtype, torch.int8))
     _, C, H, W = x.shape
     windows = y.numel() // C
-    grid, shape = _grid(windows, C, 4096)
+    grid, shape = _grid(windows, C)
     _normalise_and_pool_kernel[grid](x, y, chosen, place, mean, rstd, weight, bias, windows, C=C, H=H, W=W, **shape)
     return y, chosen, place
 
@@ -124,7 +125,7 @@ def _pool_input_gradient(
     dx = torch.empty_like(x)
     _, C, H, W = x.shape
     windows = dy.numel() // C
-    grid, shape = _grid(windows, C, 2048)
+    grid, shape = _grid(windows, C)
     _pool_input_gradient_kernel[grid](
         dy, place, x, dx, mean, rstd, weight, dweight, dbias, windows, x.numel() // C, C=C, H=H, W=W, **shape
     )
@@ -168,12 +169,12 @@ def _normalise_and_pool_kernel(
         best, best_x = tl.where(better, key, best), tl.where(better, value, best_x)
         best_place = tl.where(better, i, best_place)
     result = (best_x - channel(mean, column, inside)) * scale + channel(bias, column, inside)
-    result = tl.where(result < 0, 0.0, result).to(y.dtype.element_ty)  # NaN stays
-    best_place = tl.where(result.to(tl.float32) <= 0, 9, best_place)
+    result = tl.where(result < 0, 0.0, result)  # NaN stays
+    best_place = tl.where(result.to(y.dtype.element_ty).to(tl.float32) <= 0, 9, best_place)
     at, valid = window.to(tl.int64)[:, None] * C + column[None, :], (window < windows)[:, None] & inside[None, :]
-    tl.store(y + at, result, mask=valid)
-    tl.store(chosen + at, best_x.to(chosen.dtype.element_ty), mask=valid)
-    tl.store(place + at, best_place.to(tl.int8), mask=valid)
+    store_narrow(y + at, result, valid)
+    store_narrow(chosen + at, best_x, valid)
+    store_narrow(place + at, best_place, valid)
 
 
 @triton.jit
@@ -227,4 +228,4 @@ def _gradient(dy, place, at, valid):
 def _finish(x, dx, at, valid, grad, centre, factor, middle, slope):
     """dx of some pixels from the gradients of their results: as in _input_gradient_kernel."""
     result = factor * (grad - middle - (load_wide(x + at, valid) - centre) * slope)
-    tl.store(dx + at, result.to(dx.dtype.element_ty), mask=valid)
+    store_narrow(dx + at, result, valid)
