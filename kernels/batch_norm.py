@@ -333,17 +333,11 @@ def _arrived_last(counter, number):
 
 
 @triton.jit
-def _merge(count, centre, squares, row):
-    """One mean and sum of squared differences [1, COLUMNS] of groups, one in a row.
-
-    count: [ROWS, 1], above 0 in the first row.  centre, squares: [ROWS, COLUMNS].
-    """
-    # Relative to the first, so that equal means are merged exactly.
-    first = tl.sum(tl.where(row[:, None] == 0, centre, 0.0), 0)[None, :]
-    off = tl.where(count > 0, centre - first, 0.0)
-    middle = (tl.sum(off * count, 0) / tl.sum(count, 0))[None, :]
-    off -= middle
-    return first + middle, tl.sum(squares + off * off * count, 0)[None, :]
+def _merge(count, centre, squares):
+    """Mean and sum of squared differences from it [1, COLUMNS] of groups, one in a row of [ROWS, COLUMNS]."""
+    middle = (tl.sum(centre * count, 0) / tl.sum(count, 0))[None, :]
+    off = tl.where(count > 0, centre - middle, 0.0)
+    return middle, tl.sum(squares + off * off * count, 0)[None, :]
 
 
 @triton.jit
@@ -355,8 +349,10 @@ def _statistics_kernel(
     row, column = tl.arange(0, ROWS), tile_column * COLUMNS + tl.arange(0, COLUMNS)
     inside, at = column < C, (row * C)[:, None] + column[None, :]
     tiles = tl.cdiv(N, ROWS)
-    # Welford's mean and sum of squared differences for each element of a tile, over all tiles of this program: exact
-    # where the mean is large against the deviation, and nothing is exchanged between threads until the end.
+    # Values are taken relative to the first of their channel, so that a large mean costs no digits. Then Welford's mean
+    # and sum of squared differences for each element of a tile, over all tiles of this program, so that a first value far
+    # from the others costs none either; nothing is exchanged between threads until the end.
+    first = channel(x, column, inside).to(tl.float32)
     centre, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     count, step = tl.zeros([ROWS], tl.float32), tl.full([], 0.0, tl.float32)
     for k in tl.range(0, tl.cdiv(tiles - p, programs), num_stages=3):
@@ -364,7 +360,7 @@ def _statistics_kernel(
         valid = ((tile * ROWS + row) < N)[:, None] & inside[None, :]
         value = load_wide(x + tile.to(tl.int64) * (ROWS * C) + at, valid, EVEN)
         step += 1.0
-        off = value - centre
+        off = (value - first) - centre
         if EVEN:
             count += 1.0
         else:
@@ -374,7 +370,7 @@ def _statistics_kernel(
         # The product is that of the differences from the mean before and after; the latter is this for an element that
         # is not there, too.
         squares += off * (off - off * tl.div_rn(1.0, step))
-    centre, squares = _merge(count[:, None], centre, squares, row)
+    centre, squares = _merge(count[:, None], centre, squares)
     there = partial + p * C + column[None, :]
     tl.store(there, centre, mask=inside[None, :])
     tl.store(there + programs * C, squares, mask=inside[None, :])
@@ -382,10 +378,10 @@ def _statistics_kernel(
         centre, squares = _combined_statistics(partial, column, programs, row, N, C, ROWS)
         old_mean = tl.load(running_mean + column[None, :], mask=inside[None, :], other=0.0)
         old_var = tl.load(running_var + column[None, :], mask=inside[None, :], other=0.0)
-        new_mean = (1 - momentum) * old_mean + momentum * centre
+        new_mean = (1 - momentum) * old_mean + momentum * (first + centre)
         new_var = (1 - momentum) * old_var + momentum * (squares / (N - 1))
         scale = tl.div_rn(1.0, tl.sqrt_rn(squares / N + eps))
-        tl.store(mean + column[None, :], centre, mask=inside[None, :])
+        tl.store(mean + column[None, :], first + centre, mask=inside[None, :])
         tl.store(rstd + column[None, :], scale, mask=inside[None, :])
         tl.store(running_mean + column[None, :], new_mean, mask=inside[None, :])
         tl.store(running_var + column[None, :], new_var, mask=inside[None, :])
@@ -393,7 +389,7 @@ def _statistics_kernel(
 
 @triton.jit
 def _combined_statistics(partial, column, programs, row, N, C: tl.constexpr, ROWS: tl.constexpr):
-    """Mean and sum of squared differences from it over all programs' rows, [1, COLUMNS] each."""
+    """Of all programs' rows, from what they stored."""
     valid = (row < programs)[:, None] & (column < C)[None, :]
     there = partial + (row * C)[:, None] + column[None, :]
     # The rows that each program had: those of its tiles, less what the last tile lacks.
@@ -401,7 +397,7 @@ def _combined_statistics(partial, column, programs, row, N, C: tl.constexpr, ROW
     rows = (tiles - row + programs - 1) // programs * ROWS
     rows -= tl.where((tiles - 1) % programs == row, tiles * ROWS - N, 0)
     count = tl.where(row < programs, rows, 0).to(tl.float32)
-    return _merge(count[:, None], load_wide(there, valid), load_wide(there + programs * C, valid), row)
+    return _merge(count[:, None], load_wide(there, valid), load_wide(there + programs * C, valid))
 
 
 @triton.jit
