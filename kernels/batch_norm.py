@@ -1,24 +1,24 @@
-"""Training-mode batch norm, residual sum and ReLU over channels-last activations, forward and backward in two launches each.
+"""Training-mode batch norm, residual sum and ReLU over channels-last activations: two launches forward, two backward.
 
-Statistics need every value before the first result, so two passes over the activations are the floor. In units of one
-activation map, and with one launch for each line:
+Statistics need every value before the first result, so two passes each way are the floor. One launch a line:
 
 | operation | reads | writes |
 | --- | --- | --- |
 | statistics | x | |
 | normalise | x, residual | y |
-| sums of gradients | dy of each branch, x, y with ReLU after a residual | with a residual or two branches: their sum g, masked by ReLU |
-| gradient of x | g (or dy), x | dx |
+| sums of gradients | dy of each branch, x, and y with ReLU after a residual | g, see below |
+| gradient of x | g or dy, x | dx |
 
-g is the residual's gradient, and saves the second pass two reads. Without a residual ReLU's mask is computed from x, which
-both passes read anyway. A basic block's first batch norm moves 3 units forward and 5 backward, its second, with residual
-and two branches, 4 and 8; one of a downsampling 3 and 5. bench/NOTES.md has ResNet-18's layers.
+g is the gradient of what ReLU takes, summed over branches: with two branches, or with ReLU after a residual, the first
+pass backward writes it, which saves the second one up to two reads, and it is the residual's gradient. Without a
+residual ReLU's mask is computed from x, which both passes read anyway. In activation maps, forward and backward: 3 and
+5 with ReLU or alone (a block's first, a downsampling's), 4 and 8 with residual, ReLU and two branches (a block's
+second). bench/NOTES.md has a ResNet-18's sum.
 """
 
 # Sums are the same to the bit in each run: every program writes its partial sums, and the last one to finish combines
 # them in a fixed order. Which one that is, an integer counter says: the only atomic operation here.
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -42,19 +42,19 @@ def batch_norm(
     eps: float,
     relu: bool,
     branches: int = 1,
-) -> Any:
+) -> Tensor | tuple[Tensor, ...]:
     """relu(batch_norm(x) + residual) in training mode, in x's dtype [B, C, H, W], channels-last; differentiable once.
 
     x: float32, bf16 or fp16 [B, C, H, W], channels-last, of more than one position B x H x W.  weight, bias: float32
     [C].  running_mean, running_var: float32 [C], mutated as torch's batch_norm does: new = (1 - momentum) old +
-    momentum batch, of the unbiased variance.  residual: like x, or None.  relu: whether ReLU follows.  branches: 2 gives a
-    tuple of the result and an alias of it, for two consumers. Their gradients are then summed in registers, and not by a
-    pass of its own.
+    momentum batch, of the unbiased variance.  residual: like x, or None.  relu: whether ReLU follows.  branches: 2
+    gives a tuple of the result and an alias of it, for two consumers. Their gradients are then summed in registers, and
+    not by a pass of its own.
 
     Everything is computed in float32 and rounded once. NaN and inf spread over their channel.  Traceable by
-    torch.compile(fullgraph=True).  On a CPU: torch's own operations.  On a GPU calls share memory by stream: a CUDA graph
-    that was captured on a stream must not be replayed at the same time as another that was captured on the same one.
-    ValueError for other dtypes, sizes and layouts.
+    torch.compile(fullgraph=True).  On a CPU: torch's own operations.  On a GPU calls share memory by stream: a CUDA
+    graph that was captured on a stream must not be replayed at the same time as another that was captured on the same
+    one. ValueError for other dtypes, sizes and layouts.
     """
     check_batch_norm(x, weight, bias, running_mean, running_var, residual)
     if branches not in (1, 2):
@@ -78,7 +78,8 @@ def batch_norm_reference(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """relu(batch_norm(x) + residual), in x's dtype, computed in weight's; differentiable. Mutates the running statistics.
+    """relu(batch_norm(x) + residual), in x's dtype, computed in weight's; differentiable. Mutates running_mean
+    and running_var.
 
     Arguments as of `batch_norm`, in any floating dtype and layout; not checked.
     """
@@ -145,12 +146,12 @@ class _BatchNorm(torch.autograd.Function):
 
 # The operations that a compiler sees, each of them one launch
 #
-# They are opaque to it: custom_op, not triton_op. A counter is zero before and after each launch of a reduction. Here it
-# belongs to the operation, is chosen by the stream that the launch goes to, and no graph knows of it. As an argument of a
-# triton_op, which it must be there, it is mutated by every layer, forward and backward: AOTAutograd of torch 2.15 fails on
-# that ("was invalid, but is output"); with one counter for each direction it traces, to a chain of copies through all
-# layers that the compiler must prove needless, as each would be a launch more. And an interpreted triton_op cannot be
-# traced, as tracing runs its kernel.
+# They are opaque to it: custom_op, not triton_op. A counter is zero before and after each launch of a reduction. Here
+# it belongs to the operation, is chosen by the stream that the launch goes to, and no graph knows of it. As an argument
+# of a triton_op, which it must be there, it is mutated by every layer, forward and backward: AOTAutograd of torch 2.15
+# fails on that ("was invalid, but is output"); with one counter for each direction it traces, to a chain of copies
+# through all layers that the compiler must prove needless, as each would be a launch more. And an interpreted triton_op
+# cannot be traced, as tracing runs its kernel.
 
 
 @cache
@@ -270,8 +271,8 @@ def _(g, x, mean, rstd, weight, bias, dweight, dbias, relu):
 # Triton
 #
 # An activation map is rows of C values, one for each position. A thread of a tile has two runs of 16 bytes of bf16 of
-# each input. Reductions take up to 32 columns, 64 bytes of bf16 a row: so there are several tiles side by side, each with a
-# last program of its own, which combines at most 128 x 32 x 2 partial sums from the L2 cache.
+# each input. Reductions take up to 32 columns, 64 bytes of bf16 a row: so there are several tiles side by side, each
+# with a last program of its own, which combines at most 128 x 32 x 2 partial sums from the L2 cache.
 
 _ELEMENTS, _WARPS = 4096, 8
 _PROGRAMS = 256  # about two on each multiprocessor, as many as registers allow: all of them at once
@@ -287,7 +288,8 @@ def _elementwise(n: int, C: int, widest: int = 128) -> tuple[tuple[int, int], di
 
 
 def _reduction(n: int, C: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid and shape of a reduction: programs that share the tiles of some columns, at most one for each row of a tile."""
+    """Grid and shape of a reduction: programs that share the tiles of some columns, at most one for each row of a
+    tile."""
     (tiles, across), shape = _elementwise(n, C, widest=32)
     return (max(1, min(tiles, shape["ROWS"], _PROGRAMS // across)), across), shape
 
@@ -350,8 +352,8 @@ def _statistics_kernel(
     inside, at = column < C, (row * C)[:, None] + column[None, :]
     tiles = tl.cdiv(N, ROWS)
     # Values are taken relative to the first of their channel, so that a large mean costs no digits. Then Welford's mean
-    # and sum of squared differences for each element of a tile, over all tiles of this program, so that a first value far
-    # from the others costs none either; nothing is exchanged between threads until the end.
+    # and sum of squared differences for each element of a tile, over all tiles of this program, so that a first value
+    # far from the others costs none either; nothing is exchanged between threads until the end.
     first = channel(x, column, inside).to(tl.float32)
     centre, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS, COLUMNS], tl.float32)
     count, step = tl.zeros([ROWS], tl.float32), tl.full([], 0.0, tl.float32)

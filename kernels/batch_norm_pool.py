@@ -10,9 +10,9 @@ launch for each line:
 | sums of gradients | dy, the chosen values: 2 | |
 | gradient of x | dy, places, x: 5.5 | dx: 4 |
 
-22 in all. Recomputing what each window chose instead takes nine values and their comparisons for each window, four windows
-for four pixels, in both passes backward: about 150 instructions a value pooled, more time than the 1.5 units that are
-written and the 2 that are read again here; and the sums then read x, 4, instead of the chosen values, 1.
+22 in all. Recomputing what each window chose instead takes nine values and their comparisons for each window, four
+windows for four pixels, in both passes backward: about 150 instructions a value pooled, more time than the 1.5 units
+that are written and the 2 that are read again here; and the sums then read x, 4, instead of the chosen values, 1.
 """
 
 import torch
@@ -36,8 +36,9 @@ def batch_norm_pool(
 ) -> Tensor:
     """max_pool2d(relu(batch_norm(x)), 3, stride=2, padding=1) in training mode, in x's dtype; differentiable once.
 
-    Arguments, mutation and errors as of `batch_norm`. Returns [B, C, ceil(H / 2), ceil(W / 2)], channels-last. A window's
-    gradient goes to its first largest value, before rounding, as torch's does; no two programs write to one place.
+    Arguments, mutation and errors as of `batch_norm`. Returns [B, C, ceil(H / 2), ceil(W / 2)], channels-last. A
+    window's gradient goes to its first largest value, before rounding, as torch's does; no two programs write to one
+    place.
     """
     check_batch_norm(x, weight, bias, running_mean, running_var)
     if not uses_triton(x):
@@ -94,8 +95,8 @@ def _grid(windows: int, C: int) -> tuple[tuple[int, int], dict[str, int]]:
 def _normalise_and_pool(
     x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, chosen, place) of each window: the result, the value of x that it comes from, and where in the window that is,
-    int8: 3 * row + column, or 9 if ReLU lets no gradient pass."""
+    """(y, chosen, place) of each window: the result, the value of x that it comes from, and where in the window that
+    is, int8: 3 * row + column, or 9 if ReLU lets no gradient pass."""
     y, chosen, place = (_pooled(x, dtype) for dtype in (x.dtype, x.dtype, torch.int8))
     _, C, H, W = x.shape
     windows = y.numel() // C
@@ -140,8 +141,8 @@ def _(dy, place, x, mean, rstd, weight, dweight, dbias):
 # Triton
 #
 # A program has some windows, row by row of the pooled map, and some channels. Positions are divided once for a row of
-# the tile. Backward, a window has the two by two pixels at its centre, right and below: no other program writes those, and
-# they take part in this window and in its three neighbours to the right and below.
+# the tile. Backward, a window has the two by two pixels at its centre, right and below: no other program writes those,
+# and they take part in this window and in its three neighbours to the right and below.
 
 
 @triton.jit

@@ -140,7 +140,8 @@ def test_bf16(case, device, on_triton):
     options = dict(zip(["residual", "relu", "branches"], case, strict=True))
     got = results(batch_norm, maps, channels, device=device, **options)
     exact = results(batch_norm_reference, [t.double() for t in maps], [t.double() for t in channels], **options)
-    # A rounding errs by 2^-8, interpreted, where it truncates, by 2^-7. A result is rounded once; dx is a sum of three such terms, of about its size.
+    # A rounding errs by 2^-8, interpreted, where it truncates, by 2^-7. A result is rounded once; dx is a sum of three
+    # such terms, of about its size.
     for name in ("y", "dx", *["dresidual"] * case[0]):
         error = (got[name].double() - exact[name]).abs().max()
         assert error <= (6 if name == "dx" else 2) * 2**-7 * exact[name].abs().max(), name
@@ -252,6 +253,7 @@ def call(*change, branches=1):
     batch_norm(*arguments)
 
 
+ONE = torch.ones(1)
 BAD = {
     "x is float64": lambda: call((0, lambda t: t.double())),
     "x is not channels-last": lambda: call((0, lambda t: t.contiguous())),
@@ -264,9 +266,7 @@ BAD = {
     "bias in bf16": lambda: call((2, lambda t: t.bfloat16())),
     "running_var with gaps": lambda: call((4, lambda t: torch.ones(8)[::2])),
     "three branches": lambda: call(branches=3),
-    "pool of float64": lambda: batch_norm_pool(
-        torch.zeros(2, 1, 2, 2, dtype=torch.float64), *torch.zeros(4, 1), 0.1, 1e-5
-    ),
+    "pool of float64": lambda: batch_norm_pool(torch.zeros(2, 1, 2, 2).double(), ONE, ONE, ONE, ONE, 0.1, 1e-5),
 }
 
 
