@@ -151,7 +151,7 @@ def test_all_flags_of_the_reference_are_known():
         (["--lr", "nan"], "argument --lr: nan is not a number above 0"),
         (["--device", "abacus"], "unknown --device abacus"),
         (["--device", "meta"], "--device meta is not supported"),
-        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate (see --help)"),
     ],
 )
 def test_bad_usage(capsys, given, expected):
