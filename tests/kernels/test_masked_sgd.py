@@ -5,12 +5,19 @@ from itertools import product
 import pytest
 import torch
 
-from fastprune.kernels import masked_sgd_
+from fastprune.kernels import Segment, masked_sgd_
 from fastprune.kernels.dispatch import INTERPRETED
-from fastprune.kernels.masked_sgd import masked_sgd_reference
+from fastprune.kernels.masked_sgd import (
+    masked_sgd_reference,
+    masked_sgd_scattered_,
+    masked_sgd_scattered_reference,
+    sgd_tiles,
+)
 from tests.kernels.inputs import (
     FAR,
     FINITE,
+    FLOATS,
+    INF,
     KEPT,
     SHORT,
     SMALL,
@@ -189,3 +196,127 @@ def test_step_beyond_2_to_31_elements(device):
         assert equal_bits(weight[part], expected[0])
         assert equal_bits(buffer[part], expected[1])
         assert equal_bits(copy[part], expected[0].to(copy.dtype))
+
+
+# Gradients where autograd left them
+
+
+def scattered_case(shapes, dtype, seed=0, gap=3):
+    """Segments of these shapes with gaps between them, their gradients, and weight, momentum and mask [n]."""
+    g = torch.Generator().manual_seed(seed)
+    segments, offset, position = [], gap, 0
+    for i, shape in enumerate(shapes):
+        segments.append(Segment(f"s{i}", shape, offset, position))
+        offset, position = offset + segments[-1].numel + gap, position + segments[-1].numel
+    weight, buffer = (torch.randn(offset, generator=g) for _ in range(2))
+    grads = [segment.view(torch.randn(offset, generator=g)).to(dtype) for segment in segments]
+    # In the order of the weight, in memory of their own: `to` keeps both, but for float32.
+    grads = [torch.empty_like(grad).copy_(grad) for grad in grads]
+    return segments, grads, weight, buffer, torch.rand(offset, generator=g) < 0.6
+
+
+ODD = [(5, 3, 3, 3), (1,), (7, 9), (), (4, 1, 3, 3), (6, 5, 1, 1), (1, 8, 2, 2), (0,), (1037,)]
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("how", ["no mask", "mask", "scaled"])
+def test_scattered_gradients_give_the_step_of_flat_ones_to_the_bit(how, dtype, nesterov, device):
+    segments, grads, *before, mask = scattered_case(ODD, dtype)
+    hyper, between = HYPER | {"nesterov": nesterov}, torch.ones_like(mask)
+    flat = torch.zeros_like(before[0])
+    for segment, grad in zip(segments, grads, strict=True):
+        segment.view(flat).copy_(grad)
+        between[segment.span] = False
+    exact = masked_sgd_scattered_reference(
+        before[0].double(), grads, before[1].double(), None if how == "no mask" else mask, segments, **hyper
+    )
+    if how == "scaled":
+        rate, scale, zero = (torch.tensor(v, device=device) for v in (hyper["lr"], 4.0, 0.0))
+        grads, flat = [grad * 4 for grad in grads], flat * 4
+        hyper |= {"lr": rate, "grad_scale": scale, "found_inf": zero}
+    keep = None if how == "no mask" else mask.to(device)
+    copies = [torch.full_like(mask, 7, dtype=torch.float16, device=device) for _ in range(2)]
+    weight, buffer = (t.to(device, copy=True) for t in before)
+    expected_weight, expected_buffer = (t.to(device, copy=True) for t in before)
+    there = [g.to(device) for g in grads]
+    masked_sgd_scattered_(weight, there, buffer, keep, sgd_tiles(segments, weight, block=256), copies[0], **hyper)
+    masked_sgd_(expected_weight, flat.to(device), expected_buffer, keep, copies[1], **hyper)
+    for got, expected, old in zip((weight, buffer), (expected_weight, expected_buffer), before, strict=True):
+        assert_same_bits(got.cpu()[~between], expected.cpu()[~between])
+        assert_same_bits(got.cpu()[between], old[between])
+    assert_same_bits(copies[0].cpu()[~between], copies[1].cpu()[~between])
+    assert (copies[0].cpu()[between] == 7).all()
+    for got, reference in zip((weight, buffer), exact, strict=True):
+        error, ulp = (
+            (got.cpu().double() - reference).abs().max(),
+            torch.finfo(torch.float32).eps * reference.abs().max(),
+        )
+        assert error <= 4 * ulp  # four roundings, none of more than half an ulp of the largest value
+
+
+@pytest.mark.parametrize("sizes", [[1] * 130, [40, *[3] * 63, 5], [601]], ids=["130 layers", "65 layers", "301 tiles"])
+def test_any_number_of_layers_and_tiles(sizes, device):
+    """More layers than one launch takes, and tiles of two elements."""
+    segments, grads, weight, buffer, mask = scattered_case([(size,) for size in sizes], torch.bfloat16, gap=0)
+    before, flat = [weight.clone(), buffer.clone()], torch.cat([grad.float() for grad in grads])
+    there = [t.to(device, copy=True) for t in (weight, buffer, mask)]
+    tiles = sgd_tiles(segments, there[0], block=2)
+    assert len(tiles) == -(-len(sizes) // 64)
+    masked_sgd_scattered_(there[0], [g.to(device) for g in grads], there[1], there[2], tiles, **HYPER)
+    expected = [t.to(device, copy=True) for t in before]
+    masked_sgd_(expected[0], flat.to(device), expected[1], there[2], **HYPER)
+    for got, other in zip(there, expected, strict=False):
+        assert_same_bits(got, other)
+
+
+def test_a_skipped_scattered_step_leaves_every_bit(device):
+    segments, grads, weight, buffer, mask = scattered_case(ODD, torch.float16)
+    copy = torch.full_like(weight, 3, dtype=torch.float16)
+    there = [t.to(device, copy=True) for t in (weight, buffer, copy)]
+    one = torch.ones((), device=device)
+    masked_sgd_scattered_(
+        there[0], [(g * INF).to(device) for g in grads], there[1], mask.to(device), sgd_tiles(segments, there[0]),
+        there[2], lr=one, momentum=0.9, grad_scale=one, found_inf=one,
+    )  # fmt: skip
+    for got, old in zip(there, (weight, buffer, copy), strict=True):
+        assert_same_bits(got, old)
+
+
+def test_a_graph_reads_gradients_at_the_addresses_of_its_capture(device):
+    """The gradients of the capture are written anew before each replay, as a captured backward pass does."""
+    segments, grads, weight, buffer, mask = scattered_case(ODD, torch.bfloat16)
+    weight, buffer, mask = (t.to(device) for t in (weight, buffer, mask))
+    grads, expected = [g.to(device) for g in grads], [weight.clone(), buffer.clone()]
+    flat, tiles = torch.zeros_like(weight), sgd_tiles(segments, weight)
+    replay = captured(lambda: masked_sgd_scattered_(weight, grads, buffer, mask, tiles, **HYPER), device)
+    weight.copy_(expected[0])
+    buffer.copy_(expected[1])
+    for scale in (1.0, -0.5):
+        for segment, grad in zip(segments, grads, strict=True):
+            grad.mul_(scale)
+            segment.view(flat).copy_(grad)
+        replay()
+        masked_sgd_(expected[0], flat, expected[1], mask, **HYPER)
+    for segment in segments:
+        for got, other in zip((weight, buffer), expected, strict=True):
+            assert_same_bits(got[segment.span], other[segment.span])
+
+
+MISFITS = {
+    "too few": lambda grads: grads[1:],
+    "two dtypes": lambda grads: [grads[0].half(), *grads[1:]],
+    "another dtype": lambda grads: [g.double() for g in grads],
+    "another shape": lambda grads: [grads[0], grads[1][:-1]],
+    "another order": lambda grads: [grads[0].contiguous(), grads[1]],
+    "an odd address": lambda grads: [grads[0], torch.zeros(8)[1:]],
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_gradients_that_do_not_lie_as_their_weights_are_value_errors(what):
+    segments, grads, weight, buffer, mask = scattered_case([(2, 3, 2, 2), (7,)], torch.float32)
+    before, tiles = weight.clone(), sgd_tiles(segments, weight)
+    with pytest.raises(ValueError, match="gradient"):
+        masked_sgd_scattered_(weight, MISFITS[what](grads), buffer, mask, tiles, lr=1.0)
+    assert torch.equal(weight, before)

@@ -22,7 +22,7 @@ from fastprune.kernels.keep_top import (
     _write_kernel,
 )
 from fastprune.kernels.masked_cast import _masked_cast_kernel
-from fastprune.kernels.masked_sgd import _masked_sgd_kernel
+from fastprune.kernels.masked_sgd import _masked_sgd_kernel, _masked_sgd_scattered_kernel
 from fastprune.kernels.pack_bits import _pack_bits_kernel, _unpack_bits_kernel
 from fastprune.kernels.segment_counts import _segment_counts_kernel
 
@@ -34,6 +34,7 @@ SGD = {
     "weight_decay": "fp32", "grad_scale": F, "found_inf": F,
 }  # fmt: skip
 SGD_ON = {"HAS_MASK": True, "HAS_COPY": True, "NESTEROV": True, "SCALED": True, "BLOCK": 2048}
+SCATTERED = {**{name: type for name, type in SGD.items() if name not in ("grad", "n")}, "tiles": L}
 WHERE = {"score": F, "mask": B, "tiles": L}
 KNOWN = {"wanted": L, "state": L}
 GATHER = {**WHERE, **KNOWN, "ranges": L, "candidates": "*i32"}
@@ -78,6 +79,16 @@ CASES = {
     "masked_cast": (_masked_cast_kernel, {"weight": F, "mask": B, "out": "*bf16", "n": "i64"}, {"BLOCK": 2048}),
     "masked_sgd": (_masked_sgd_kernel, {**SGD, "lr": "fp32"}, {**SGD_ON, "LR_ON_DEVICE": False}),
     "masked_sgd, rate on the device": (_masked_sgd_kernel, {**SGD, "lr": F}, {**SGD_ON, "LR_ON_DEVICE": True}),
+    "masked_sgd_scattered, 53 layers": (
+        _masked_sgd_scattered_kernel,
+        {**SCATTERED, "grads": ("*bf16",) * 53, "lr": F},
+        {**SGD_ON, "LR_ON_DEVICE": True, "COUNT": 53, "ALIGNED": True},
+    ),
+    "masked_sgd_scattered, one layer of any size": (
+        _masked_sgd_scattered_kernel,
+        {**SCATTERED, "grads": (F,), "lr": "fp32"},
+        {**SGD_ON, "LR_ON_DEVICE": False, "COUNT": 1, "ALIGNED": False},
+    ),
     "bracket": (_bracket_kernel, {"score": F, "mask": B, "ranges": L, **KNOWN}, {}),
     "gather": (_gather_kernel, GATHER, {"ALL": False, "ALIGNED": True, "BLOCK": 4096}),
     "gather all, bf16": (
@@ -98,7 +109,7 @@ CASES = {
 
 
 # Kernels whose programs walk over elements, and not over tiles with 64-bit starts.
-FLAT = ["masked_cast", "masked_sgd", "masked_sgd, rate on the device", "pack", "unpack", "crop"]
+FLAT = ["masked_cast", *(name for name in CASES if name.startswith("masked_sgd")), "pack", "unpack", "crop"]
 NORMS = [name for name in CASES if "mean" in CASES[name][1]]
 
 
