@@ -184,8 +184,10 @@ class GpuOptions:
     """Which of fastprune's own kernels a training step on a GPU uses in place of torch's. They differ by rounding.
 
     fused_norm: batch norm with the residual sum, ReLU and the stem's pooling (kernels/batch_norm.py), in the compiled
-    network. gradient_table: the optimiser reads gradients where autograd left them, without a flat copy. fused_loss:
-    cross-entropy and the sums of an epoch in one kernel.
+    network. gradient_table: SGD reads the gradients of prunable weights where autograd left them, without a flat copy,
+    in fp32 and bf16, on one rank and without clipping. Their `.grad` is NaN then: a backward pass of your own needs
+    `zero_grad(set_to_none=False)` before. fused_loss: cross-entropy of one class an image, and the sums of an epoch,
+    in one kernel.
     """
 
     fused_norm: bool = False

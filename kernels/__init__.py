@@ -8,9 +8,10 @@ clarity and not for speed. Tests compare with it, and a change that makes a kern
 from fastprune.kernels.batch_norm import batch_norm
 from fastprune.kernels.batch_norm_pool import batch_norm_pool
 from fastprune.kernels.crop import crop_flip_normalize
+from fastprune.kernels.cross_entropy import cross_entropy_
 from fastprune.kernels.keep_top import keep_top, keep_top_each, kth_smallest_magnitude
 from fastprune.kernels.masked_cast import masked_cast, masked_weight
-from fastprune.kernels.masked_sgd import masked_sgd_
+from fastprune.kernels.masked_sgd import masked_sgd_, masked_sgd_scattered_
 from fastprune.kernels.pack_bits import pack_bits, unpack_bits
 from fastprune.kernels.segment_counts import segment_counts
 from fastprune.kernels.segments import Segment
@@ -20,11 +21,13 @@ __all__ = [
     "batch_norm",
     "batch_norm_pool",
     "crop_flip_normalize",
+    "cross_entropy_",
     "keep_top",
     "keep_top_each",
     "kth_smallest_magnitude",
     "masked_cast",
     "masked_sgd_",
+    "masked_sgd_scattered_",
     "masked_weight",
     "pack_bits",
     "segment_counts",

@@ -124,14 +124,14 @@ class Sparse:
             self._logits = found.requires_grad_()
         return found
 
-    def backward(self, loss: Tensor) -> None:
-        """Computes the gradients of `loss`, a function of the last logits, with respect to all parameters."""
+    def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        """Computes the gradients of a loss with respect to all parameters. output, gradient: as of Compute."""
         assert self._logits is not None
-        (gradient,) = torch.autograd.grad(loss, self._logits, allow_unused=True)
-        if gradient is None:
-            gradient = torch.zeros_like(self._logits)
+        (by_logits,) = torch.autograd.grad(output, self._logits, gradient, allow_unused=True)
+        if by_logits is None:
+            by_logits = torch.zeros_like(self._logits)
         with torch.no_grad():
-            self.tape.backward(gradient)
+            self.tape.backward(by_logits)
 
     def gradients(self) -> list[Tensor]:
         """What data parallel training averages: the mask, and so the order, is equal on all ranks."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastprune.training.distributed import world_size
 from fastprune.training.flat import FlatOptimizer, FlatParams
 from fastprune.training.lower import lowered
 
@@ -27,8 +28,9 @@ class Compute(Protocol):
     def logits(self, images: Tensor, train: bool) -> Tensor:
         """The network's output for images float32 [B, 3, H, W], channels-last."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Computes the gradients of `loss`, a function of the last logits."""
+    def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        """Computes the gradients of a loss, a function of the last logits. output: the loss, []; with `gradient` the
+        logits, and the gradient of the loss by them, scaled as a GradScaler asks."""
 
     def gradients(self) -> list[Tensor]:
         """The gradients, as the vectors that data parallel training averages in place."""
@@ -81,7 +83,8 @@ class BatchCounters:
 
 
 class Dense:
-    """Torch's autograd, on the flat parameters themselves. lower: small convs as GEMMs (training/lower.py)."""
+    """Torch's autograd, on the flat parameters themselves. lower: small convs as GEMMs (training/lower.py). scattered:
+    SGD reads gradients where autograd left them, where nothing else reads them."""
 
     def __init__(
         self,
@@ -92,10 +95,11 @@ class Dense:
         scaler: torch.amp.GradScaler,
         half: torch.dtype | None,
         lower: bool,
+        scattered: bool = False,
     ) -> None:
         self.name = "dense" if lower else "plain"
         self._network, self._flat, self._optimizer, self._scaler = network, flat, optimizer, scaler
-        self._half, self._lower = half, lower
+        self._half, self._lower, self._scattered = half, lower, scattered
         self._counters = BatchCounters(model)
         self._without: set[torch.Size] = set()  # shapes of images for which no conv was lowered
 
@@ -112,10 +116,19 @@ class Dense:
             self._without.add(images.shape)
         return found
 
-    def backward(self, loss: Tensor) -> None:
-        self._flat.backward(self._scaler.scale(loss))
+    @property
+    def _scatters(self) -> bool:
+        # Clipping, other optimisers, a scaler's search for inf and the average over ranks read the flat gradient.
+        others = self._scaler.is_enabled() or self._optimizer.needs_unscaled or world_size() > 1
+        return self._scattered and not others
+
+    def backward(self, output: Tensor, gradient: Tensor | None = None) -> None:
+        if gradient is None:
+            output = self._scaler.scale(output)
+        self._flat.backward(output, gradient, scattered=self._scatters)
 
     def gradients(self) -> list[Tensor]:
+        self._flat.gather_grad()
         return [self._flat.grad, self._flat.other_grad]
 
     def step(self, hyper: Mapping[str, Any]) -> None:
@@ -131,6 +144,9 @@ class Dense:
     def pull(self) -> None:
         self._flat.sync()
         self._counters.take()
+        # In each call: the steps since may have been replayed with gradients of the other kind.
+        if self._scatters:
+            self._flat.hide_grad()
 
     def push(self) -> None:
         self._counters.put_back()

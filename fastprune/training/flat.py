@@ -3,6 +3,7 @@
 The optimiser step, masking, pruning and rewinding are then a few operations on long vectors, for any model.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 from torch.optim.rmsprop import rmsprop
 
-from fastprune.kernels import Segment, masked_cast, masked_sgd_
+from fastprune.kernels import Segment, masked_cast, masked_sgd_, masked_sgd_scattered_
+from fastprune.kernels.masked_sgd import SgdTiles, gather, lies_as, sgd_tiles
 from fastprune.pruning.coverage import conv_weights
 from fastprune.pruning.masks import buffer_size, layout
 from fastprune.specs import OptimizerSpec
@@ -29,6 +31,10 @@ class FlatParams:
     `sync` and `rewind` keep it up to date. square, other_square: the second moments of AdamW and RMSprop, None until
     `begin` asks for one of them; their first moment, or momentum, is where SGD's is. steps: of AdamW and RMSprop,
     float32 []. averages: buffers [n] of other code that a change of the mask sets to +0, too.
+
+    A step may read the gradients of prunable weights where autograd left them (`backward` with scattered): it does not
+    write `grad`. What is to read `grad`, and the parameters' `.grad`, calls `gather_grad` before such a step;
+    `hide_grad` makes it NaN, so that gradients of before are not taken for those of now.
 
     Rebinding a parameter breaks the views: `.to(dtype)`, `load_state_dict(assign=True)` and
     `zero_grad(set_to_none=True)` do so, and `check_aliased()` detects it. `copy.deepcopy` of the model gives an
@@ -71,6 +77,8 @@ class FlatParams:
         self._rewind: tuple[Tensor, Tensor] | None = None
         self._leaves: list[Tensor] = [p for _, p in [*named, *other]]
         self._grads = [p.grad for p in self._leaves if p.grad is not None]
+        self._scattered: list[Tensor] | None = None  # gradients that lie where autograd left them
+        self._tiles: list[SgdTiles] = []  # kept, because captured steps read them
         self.half_views: dict[str, Tensor] = {}
         """By parameter name, leaf views of `half` that a forward in low precision uses in place of the weights."""
         if self.half is not None:
@@ -104,19 +112,53 @@ class FlatParams:
                     f"{segment.name}.grad is no view of the flat buffer any more: call zero_grad(set_to_none=False)"
                 )
 
-    def backward(self, loss: Tensor) -> None:
-        """Overwrites the flat gradients by those of `loss`: zero for parameters that it does not depend on."""
+    def backward(self, output: Tensor, gradient: Tensor | None = None, *, scattered: bool = False) -> None:
+        """Overwrites the flat gradients by those of a loss: zero for parameters that it does not depend on.
+
+        output: the loss, []; with `gradient` what the loss depends on, and its gradient. scattered: those of prunable
+        weights stay where autograd left them until `sgd_step` or `gather_grad`, and `grad` is not written. Not for a
+        GradScaler, which looks for inf in `grad`, nor where ranks average it.
+        """
         # Not loss.backward(): it accumulates, so that the buffers would have to be zeroed first, one more pass.
-        grads = torch.autograd.grad(loss, self._leaves, allow_unused=True)
-        if any(grad is None for grad in grads):
-            self.zero_grad()
+        grads = torch.autograd.grad(output, self._leaves, gradient, allow_unused=True)
+        first = len(self.segments)
+        self._scattered = self._in_place(grads[:first]) if scattered else None
         # Two calls, because _foreach_copy_ is a single launch only if all tensors share a dtype, and the gradients of
         # convs may be bf16 or fp16.
-        first = len(self.segments)
-        for part in (slice(first), slice(first, None)):
+        parts = [(self.grad, slice(first)), (self.other_grad, slice(first, None))]
+        for flat, part in parts if self._scattered is None else parts[1:]:
             there = [(into, g) for into, g in zip(self._grads[part], grads[part], strict=True) if g is not None]
+            if len(there) < len(self._grads[part]):
+                flat.zero_()
             if there:
                 torch._foreach_copy_([into for into, _ in there], [g for _, g in there])
+
+    def _in_place(self, grads: Sequence[Tensor | None]) -> list[Tensor] | None:
+        """The gradients of prunable weights for masked_sgd_scattered_; None if their dtypes differ, as with recurrent
+        layers in low precision."""
+        dtypes = {grad.dtype for grad in grads if grad is not None} or {torch.float32}
+        if len(dtypes) > 1:
+            return None
+        if not self._tiles:
+            self._tiles = sgd_tiles(self.segments, self.weight)
+        (dtype,) = dtypes
+        found = []
+        for place, grad in zip(self._grads, grads, strict=False):
+            if grad is None or not lies_as(grad, place):
+                copy = torch.zeros_like(place, dtype=dtype)
+                grad = copy if grad is None else copy.copy_(grad)
+            found.append(grad)
+        return found
+
+    def gather_grad(self) -> None:
+        """Copies gradients that lie where autograd left them into `grad`. Without effect where there are none."""
+        if self._scattered is not None:
+            gather(self._scattered, self.segments, self.grad)
+            self._scattered = None
+
+    def hide_grad(self) -> None:
+        """Sets `grad` to NaN, but for the padding, in place."""
+        torch._foreach_mul_([s.view(self.grad) for s in self.segments], math.nan)
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero, in place; they stay views of the buffers."""
@@ -212,7 +254,11 @@ class FlatParams:
             "grad_scale": grad_scale,
             "found_inf": found_inf,
         }
-        masked_sgd_(self.weight, self.grad, self.momentum, self.mask, self.half, **hyper)
+        if self._scattered is None:
+            masked_sgd_(self.weight, self.grad, self.momentum, self.mask, self.half, **hyper)
+        else:
+            grads, self._scattered = self._scattered, None
+            masked_sgd_scattered_(self.weight, grads, self.momentum, self.mask, self._tiles, self.half, **hyper)
         self.other_sgd_step(decays, **hyper)
 
     def other_sgd_step(self, decays: Decays | None, **hyper: Any) -> None:
@@ -363,6 +409,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         flat, group = self.flat, self.param_groups[0]
         hyper = {name: group[name] for name in ("lr", "momentum", "weight_decay", "decays")}
         if self.needs_unscaled:
+            flat.gather_grad()
             flat.mask_grad()
             if (most := group["clip_grad_norm"]) is not None:
                 flat.clip([flat.grad, flat.other_grad], most)

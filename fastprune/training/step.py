@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100
-"""The label of pixels that do not count, as in torch's cross_entropy."""
+from fastprune.kernels import cross_entropy_
+from fastprune.kernels.cross_entropy import IGNORED
 
 Step = Callable[[Tensor, Tensor], None]
 """step(images, labels). All other memory that it reads or writes must keep its address, so that it can be captured."""
@@ -180,6 +180,7 @@ class EpochSums:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
         """float64 [4]: loss x images, images whose class is predicted, images, those whose class is among the first 5
         (NaN for labels per pixel)."""
+        self._arrived = torch.zeros(1, dtype=torch.int32, device=device)
 
     def clear(self) -> None:
         """Sets the sums to zero, in place."""
@@ -205,6 +206,20 @@ class EpochSums:
             self.sums[1] += (hits.flatten(1).sum(1) / known.clamp(min=1)).sum()
             self.sums[3] = math.nan
         self.sums[2] += count
+
+    def add_cross_entropy(self, logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> None:
+        """Adds a batch by the loss that cross-entropy is, in one launch. Labels that are IGNORED do not count.
+
+        logits: [B, classes]. labels: int64 [B].
+        """
+        cross_entropy_(self.sums, self._arrived, _rows(logits), labels, smoothing=smoothing)
+
+    def cross_entropy_gradient(self, logits: Tensor, labels: Tensor, smoothing: float, scale: Tensor) -> Tensor:
+        """As `add_cross_entropy`, and the gradient of the mean loss by the logits, times `scale` (float32 [])."""
+        rows = _rows(logits)
+        gradient = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        cross_entropy_(self.sums, self._arrived, rows, labels, smoothing=smoothing, gradient=gradient, scale=scale)
+        return gradient
 
     def snapshot(self) -> "Snapshot":
         """The sums of now, on their way to the host, which does not wait for them."""
@@ -240,6 +255,10 @@ class Snapshot:
             raise ValueError("the loader gave no batch: is the data set smaller than one batch?")
         top5 = None if math.isnan(hits5) else hits5 / images
         return Evaluation(loss / images, hits / images, top5), int(images)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits.detach() if logits.stride(1) == 1 else logits.detach().contiguous()
 
 
 def ranks(logits: Tensor, labels: Tensor) -> Tensor:

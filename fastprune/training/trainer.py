@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastprune.errors import not_a_module
+from fastprune.kernels.cross_entropy import MOST_CLASSES
+from fastprune.kernels.dispatch import uses_triton
 from fastprune.pruning.allocation import prune
 from fastprune.pruning.coverage import Kinds, Selectors
 from fastprune.pruning.masks import Mask
@@ -171,6 +173,7 @@ class Trainer:
         )
         self._sums = EpochSums(self.device)
         self._smoothing, self._loss = 0.0, loss
+        self._one = torch.ones((), device=self.device)
         # A loss of the user's may count images that cross-entropy ignores.
         self._pads = loss is None and (self._pool is not None or bool(compile))
         self._largest = 0  # batch of the present evaluation
@@ -185,11 +188,10 @@ class Trainer:
             on_gpu, half = self.device.type == "cuda", _HALF[self.precision]
             lowers = not on_gpu and half is None and not self._compile
             network = self._compiled(options)
+            scattered = options.gradient_table and uses_triton(self.flat.weight)
+            parts = self.model, network, self.flat, self.optimizer, self.scaler, half
             self._ways[options] = {
-                name: Dense(
-                    self.model, network, self.flat, self.optimizer, self.scaler, half, lowers and name == "dense"
-                )
-                for name in ("plain", "dense")
+                name: Dense(*parts, lowers and name == "dense", scattered) for name in ("plain", "dense")
             }
         self._dense = self._ways[options]
         # Unless a training says otherwise.
@@ -395,6 +397,7 @@ class Trainer:
             "decays": self.flat.decays(self.model, optimizer),
             "clip_grad_norm": optimizer.clip_grad_norm,
         }
+        self.optimizer.param_groups[0].update(self._hyper)
         self._options_before, self._options_known = gpu_options, False
         if (ema is None) != (self.ema is None):
             self._set_ema(ema is not None)
@@ -643,20 +646,28 @@ class Trainer:
     def _train_step(self, images: Tensor, labels: Tensor) -> None:
         compute = self._now()
         logits = self._checked(compute.logits(images, True), labels)
-        with self._autocast():
-            loss = self._mean_loss(logits, labels, self._smoothing)
-        compute.backward(loss)
-        all_reduce_mean(*compute.gradients())
+        if self._fuses(logits, labels):
+            scale = self.scaler.scale(self._one)
+            compute.backward(logits, self._sums.cross_entropy_gradient(logits, labels, self._smoothing, scale))
+        else:
+            with self._autocast():
+                loss = self._mean_loss(logits, labels, self._smoothing)
+            self._sums.add(loss, logits, labels)
+            compute.backward(loss)
+        if world_size() > 1:
+            all_reduce_mean(*compute.gradients())
         compute.step(self._hyper)
-        self._sums.add(loss, logits, labels)
 
     def _eval_step(self, images: Tensor, labels: Tensor) -> None:
         compute = self._now()
         if not compute.takes(images):  # weights are in the flat parameters: an epoch has ended
             compute = self._densely
         logits = self._checked(compute.logits(images, False), labels)
+        # Without label smoothing: validation losses are comparable among runs that smooth differently.
+        if self._fuses(logits, labels):
+            self._sums.add_cross_entropy(logits, labels)
+            return
         with self._autocast():
-            # Without label smoothing: validation losses are comparable among runs that smooth differently.
             loss = self._mean_loss(logits, labels, 0.0)
         self._sums.add(loss, logits, labels, padded=self._pads and labels.dim() == 1)
 
@@ -675,6 +686,12 @@ class Trainer:
             self._classes = logits.shape[1]
             check_labels(labels, self._classes)
         return logits
+
+    def _fuses(self, logits: Tensor, labels: Tensor) -> bool:
+        """Whether the loss and its sums are one kernel: cross-entropy, of one class an image."""
+        classes = logits.dim() == 2 and labels.dim() == 1 and logits.shape[1] <= MOST_CLASSES
+        wanted = self.gpu_options.fused_loss and self._loss is None and uses_triton(logits)
+        return wanted and classes and labels.dtype == torch.int64 and logits.dtype != torch.float64
 
     def _mean_loss(self, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         if self._loss is not None:

@@ -12,6 +12,7 @@ from fastprune.kernels.batch_norm import (
 )
 from fastprune.kernels.batch_norm_pool import _normalise_and_pool_kernel, _pool_input_gradient_kernel
 from fastprune.kernels.crop import _crop_kernel
+from fastprune.kernels.cross_entropy import _cross_entropy_kernel
 from fastprune.kernels.dispatch import INTERPRETED
 from fastprune.kernels.keep_top import (
     _bracket_kernel,
@@ -56,6 +57,10 @@ POOL_INPUT = {"dy": "*bf16", "place": "*i8", "x": "*bf16", "dx": "*bf16", "mean"
               **GRADIENTS, "windows": "i32", "N": "i32"}  # fmt: skip
 REDUCTION, ELEMENTWISE = {"ROWS": 128, "COLUMNS": 32}, {"ROWS": 64, "COLUMNS": 64}
 IMAGENET = {"C": 64, "H": 32, "W": 32, "ROWS": 32, "COLUMNS": 64}
+LOSS = {"logits": "*bf16", "labels": L, "gradient": "*bf16", "scale": F, "partial": "*fp64", "arrived": "*i32",
+        "sums": "*fp64", "programs": "i32", "rows": "i32", "classes": "i32", "stride": "i32",
+        "smoothing": "fp32"}  # fmt: skip
+LOSS_ON = {"GRADIENT": True, "SCALED": True, "SMOOTHS": True}
 CASES = {
     "statistics": (_statistics_kernel, STATISTICS, {"C": 72, "EVEN": False, **REDUCTION}),
     "normalise": (
@@ -104,6 +109,12 @@ CASES = {
     "pack": (_pack_bits_kernel, {"flags": B, "packed": "*u8", "n": "i64"}, {"BLOCK": 1024}),
     "unpack": (_unpack_bits_kernel, {"packed": "*u8", "flags": B, "n": "i64"}, {"BLOCK": 1024}),
     "segment counts": (_segment_counts_kernel, {"mask": B, "tiles": L, "counts": L}, {"BLOCK": 8192}),
+    "cross_entropy, 200 classes": (_cross_entropy_kernel, LOSS, {**LOSS_ON, "ROWS": 4, "COLUMNS": 256}),
+    "cross_entropy, most classes, no gradient": (
+        _cross_entropy_kernel,
+        {**LOSS, "logits": F, "gradient": F},
+        {"GRADIENT": False, "SCALED": False, "SMOOTHS": False, "ROWS": 1, "COLUMNS": 1 << 14},
+    ),
     "crop": (_crop_kernel, CROP, {"h": 64, "w": 60, "ROWS": 16, "COLUMNS": 64}),
 }
 
