@@ -1,6 +1,7 @@
 """The Triton kernels compile to machine code for the GPUs that people have, without one: A100, H100, B200."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -61,7 +62,7 @@ LOSS = {"logits": "*bf16", "labels": L, "gradient": "*bf16", "scale": F, "partia
         "sums": "*fp64", "programs": "i32", "rows": "i32", "classes": "i32", "stride": "i32",
         "smoothing": "fp32"}  # fmt: skip
 LOSS_ON = {"GRADIENT": True, "SCALED": True, "SMOOTHS": True}
-CASES = {
+CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "statistics": (_statistics_kernel, STATISTICS, {"C": 72, "EVEN": False, **REDUCTION}),
     "normalise": (
         _normalise_kernel,
