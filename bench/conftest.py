@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             facts = bench.extra_info | {"ms": 1e3 * bench.stats.median / bench.extra_info["calls"]}
             groups[bench.group][facts["what"]] = facts
     for name, found in groups.items():
-        compare(found, next(iter(found.values()))["copy_gb_per_s"])
+        compare(found, next(iter(found.values()))["copy_gb_per_s"], None)
         terminalreporter.write_line("")
         for line in table(name, found):
             terminalreporter.write_line(line)

@@ -5,6 +5,7 @@ simple operation that moves about as many bytes. On a CPU a run is one call on o
 CUDA graph of one call on each of several input sets.
 """
 
+import itertools
 import math
 import platform
 import statistics
@@ -49,6 +50,8 @@ BF16 = torch.bfloat16
 CACHE = 256e6
 # Seconds of GPU work in a timed run: launching a graph and waiting for it, some 10 us each, are then below 1 %.
 LONG = 0.02
+# Seconds of untimed work before: an idle GPU runs at a sixth of its clock rate, and takes some milliseconds to rise.
+WARM = 0.1
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,16 @@ class Row:
     """One timed call. call: takes an input set.
 
     ours: the reference of its group, to which the times of the others are given as ratios. bytes: the fewest that the
-    call must move, by input set. images: in one call. floor: name of the row that is its floor; None: a copy of as many
-    bytes. waits: the call waits for the device, which a CUDA graph cannot capture. cpu_only: has no form for a GPU.
+    call must move, by input set. flop: the multiplications and additions of its matrix products. images: in one call.
+    floor: name of the row that is its floor; None: a copy of as many bytes. waits: the call waits for the device, which
+    a CUDA graph cannot capture. cpu_only: has no form for a GPU.
     """
 
     what: str
     call: Callable[[Any], Any]
     ours: bool = False
     bytes: Callable[[Any], float] | None = None
+    flop: float | None = None
     images: Callable[[Any], int] | None = None
     floor: str | None = None
     waits: bool = False
@@ -85,8 +90,8 @@ class Group:
         if device.type == "cpu":
             return [first]
         # By the row that moves least: its sets too must be evicted before their next turn.
-        size = min(row.bytes(first) for row in self.rows if row.bytes)
-        return [first, *map(self.make, range(1, max(2, min(32, math.ceil(CACHE / size)))))]
+        sizes = [row.bytes(first) for row in self.rows if row.bytes]
+        return [first, *map(self.make, range(1, max(2, min(32, math.ceil(CACHE / min(sizes))))))]
 
 
 class Weights:
@@ -212,48 +217,8 @@ def segments_of(network: str, small: bool) -> tuple[Segment, ...]:
 READ = "floor: vector_norm(w, 1), one read"
 COMPARED = "floor: scores > threshold, one read and write"
 COUNTED = "floor: np.count_nonzero(mask), one read"
+# In the order of their worth: what every step does, then what a round does once.
 OPERATIONS: dict[str, tuple[Row, ...]] = {
-    "threshold": (
-        Row(
-            "kth_smallest_magnitude",
-            lambda w: kth_smallest_magnitude(w.weight, w.dense, w.k),
-            ours=True,
-            bytes=lambda w: 5 * w.n,  # weight and mask, read once; the floor reads the weight alone
-            floor=READ,
-        ),
-        Row(READ, lambda w: torch.linalg.vector_norm(w.weight, 1), bytes=lambda w: 4 * w.n),
-        Row(
-            "np.partition(np.abs(w), k)",
-            lambda w: np.partition(np.abs(w.weight.numpy()), w.k - 1)[w.k - 1],
-            cpu_only=True,
-        ),
-        # Not captured in a graph: torch does not document whether these three synchronise.
-        Row("w.abs().kthvalue(k)", lambda w: w.weight.abs().kthvalue(w.k), waits=True),
-        Row("w.abs().sort()", lambda w: w.weight.abs().sort(), waits=True),
-        Row("w.abs().topk(k, largest=False)", lambda w: w.weight.abs().topk(w.k, largest=False), waits=True),
-    ),
-    "global prune, scores to mask": (
-        Row(
-            "keep_top",
-            lambda w: keep_top(w.scores, w.dense, w.k, w.segments),
-            ours=True,
-            bytes=lambda w: 6 * w.n,
-            waits=True,
-        ),
-        Row(COMPARED, lambda w: torch.gt(w.scores, 0.01, out=w.new_mask), bytes=lambda w: 5 * w.n),
-        Row("torch.nn.utils.prune.global_unstructured", Weights.torch_global_prune, waits=True),
-    ),
-    "local prune, scores to mask": (
-        Row(
-            "keep_top, so many of each",
-            lambda w: keep_top(w.scores, w.dense, w.each, w.segments),
-            ours=True,
-            bytes=lambda w: 6 * w.n,
-            waits=True,
-        ),
-        Row(COMPARED, lambda w: torch.gt(w.scores, 0.01, out=w.new_mask), bytes=lambda w: 5 * w.n),
-        Row("torch.nn.utils.prune.l1_unstructured a layer", Weights.torch_local_prune, waits=True),
-    ),
     "SGD step": (
         Row(
             "masked_sgd_",
@@ -307,6 +272,36 @@ OPERATIONS: dict[str, tuple[Row, ...]] = {
         ),
         Row("floor: copy to bf16", lambda w: w.half.copy_(w.weight), bytes=lambda w: 6 * w.n),
     ),
+    "threshold": (
+        Row(
+            "kth_smallest_magnitude",
+            lambda w: kth_smallest_magnitude(w.weight, w.dense, w.k),
+            ours=True,
+            bytes=lambda w: 5 * w.n,  # weight and mask, read once; the floor reads the weight alone
+            floor=READ,
+        ),
+        Row(READ, lambda w: torch.linalg.vector_norm(w.weight, 1), bytes=lambda w: 4 * w.n),
+        Row(
+            "np.partition(np.abs(w), k)",
+            lambda w: np.partition(np.abs(w.weight.numpy()), w.k - 1)[w.k - 1],
+            cpu_only=True,
+        ),
+        # Not captured in a graph: torch does not document whether these three synchronise.
+        Row("w.abs().kthvalue(k)", lambda w: w.weight.abs().kthvalue(w.k), waits=True),
+        Row("w.abs().sort()", lambda w: w.weight.abs().sort(), waits=True),
+        Row("w.abs().topk(k, largest=False)", lambda w: w.weight.abs().topk(w.k, largest=False), waits=True),
+    ),
+    "global prune, scores to mask": (
+        Row(
+            "keep_top",
+            lambda w: keep_top(w.scores, w.dense, w.k, w.segments),
+            ours=True,
+            bytes=lambda w: 6 * w.n,
+            waits=True,
+        ),
+        Row(COMPARED, lambda w: torch.gt(w.scores, 0.01, out=w.new_mask), bytes=lambda w: 5 * w.n),
+        Row("torch.nn.utils.prune.global_unstructured", Weights.torch_global_prune, waits=True),
+    ),
     "survivors a layer": (
         Row("segment_counts", lambda w: segment_counts(w.mask, w.segments), ours=True, bytes=lambda w: w.n),
         Row(COUNTED, lambda w: np.count_nonzero(w.mask.numpy()), bytes=lambda w: w.n, cpu_only=True),
@@ -336,6 +331,17 @@ OPERATIONS: dict[str, tuple[Row, ...]] = {
             lambda w: (w.packed[:, None] & w.powers).bool(),
             bytes=lambda w: 1.125 * w.n,
         ),
+    ),
+    "local prune, scores to mask": (
+        Row(
+            "keep_top, so many of each",
+            lambda w: keep_top(w.scores, w.dense, w.each, w.segments),
+            ours=True,
+            bytes=lambda w: 6 * w.n,
+            waits=True,
+        ),
+        Row(COMPARED, lambda w: torch.gt(w.scores, 0.01, out=w.new_mask), bytes=lambda w: 5 * w.n),
+        Row("torch.nn.utils.prune.l1_unstructured a layer", Weights.torch_local_prune, waits=True),
     ),
 }
 NETWORKS = ("resnet18", "resnet50")
@@ -495,12 +501,36 @@ class Buffers:
         self.n, self.a, self.b = n, torch.randn(n, device=device), torch.empty(n, device=device)
 
 
+COPY, PRODUCT = "copy", "matrix product"
+
+
 def copy_group(device: torch.device, small: bool = False) -> Group:
     """The copy at whose rate floors are counted; each byte is read once and written once."""
     # 64 MB on a CPU and 512 MB on a GPU: beyond the caches, so that this is the rate of memory.
     n = 100_000 if small else 1 << 24 if device.type == "cpu" else 1 << 27
     row = Row("one buffer to another", lambda c: c.b.copy_(c.a), ours=True, bytes=lambda c: 8 * c.n)
-    return Group("copy", (row,), lambda seed: Buffers(n, device))
+    return Group(COPY, (row,), lambda seed: Buffers(n, device))
+
+
+class Matrices:
+    """Two random bf16 matrices [n, n] and one for their product."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.a, self.b = (torch.randn(n, n, device=device, dtype=BF16) for _ in range(2))
+        self.out = torch.empty_like(self.a)
+
+
+def product_group(device: torch.device, small: bool = False) -> Group:
+    """The matrix product at whose rate floors of convs are counted."""
+    n = 64 if small else 1024 if device.type == "cpu" else 8192
+    row = Row(
+        f"bf16, {n} x {n}",
+        lambda m: torch.mm(m.a, m.b, out=m.out),
+        ours=True,
+        bytes=lambda m: 6 * n * n,
+        flop=2 * n**3,
+    )
+    return Group(PRODUCT, (row,), lambda seed: Matrices(n, device))
 
 
 def operation_group(name: str, network: str, device: torch.device, small: bool = False) -> Group:
@@ -516,11 +546,12 @@ def crop_group(
 
 
 def kernel_groups(device: torch.device, small: bool = False, blocks: bool = False) -> list[Group]:
-    """All groups. blocks: also those that compare block sizes."""
-    # The copy comes first: the floors of all others are counted at its rate.
-    found = [copy_group(device, small)]
-    found += [operation_group(name, network, device, small) for network in NETWORKS for name in OPERATIONS]
-    found += [crop_group(side, dtype, device, small) for side in SIDES for dtype in DTYPES]
+    """All groups, the most telling first. blocks: also those that compare block sizes."""
+    # The ceilings come first: the floors of all others are counted at their rates.
+    found = [copy_group(device, small), product_group(device, small)]
+    found += [crop_group(64, BF16, device, small)]
+    found += [operation_group(name, network, device, small) for name in OPERATIONS for network in NETWORKS]
+    found += [crop_group(*size, device, small) for size in itertools.product(SIDES, DTYPES) if size != (64, BF16)]
     if device.type == "cpu":
         found.append(TABLE)
     if blocks:
@@ -573,6 +604,7 @@ def facts_of(row: Row, inputs: Sequence[Any], calls: int) -> dict[str, Any]:
     return {
         "ours": row.ours,
         "bytes": size,
+        "flop": row.flop,
         "images": images,
         "floor": row.floor,
         "calls": calls,
@@ -583,6 +615,9 @@ def facts_of(row: Row, inputs: Sequence[Any], calls: int) -> dict[str, Any]:
 def time_row(row: Row, inputs: Sequence[Any], device: torch.device, rounds: int) -> dict[str, Any]:
     """The row's facts with `ms`, the mean of two medians of `rounds` runs, and `spread`, their relative difference."""
     run, calls = prepared(row, inputs, device)
+    began = time.perf_counter()
+    while device.type == "cuda" and time.perf_counter() - began < WARM:
+        run()
     # A median ignores single runs that another process slowed down. Two medians, one after the other, show drift of the
     # clock rate, which the spread of the runs within one would not.
     medians = []
@@ -597,42 +632,55 @@ def time_row(row: Row, inputs: Sequence[Any], device: torch.device, rounds: int)
     return facts_of(row, inputs, calls) | {"ms": ms, "spread": 1e3 * (max(medians) - min(medians)) / ms}
 
 
-def compare(found: dict[str, dict[str, Any]], copy_rate: float) -> None:
+def compare(found: dict[str, dict[str, Any]], copy_rate: float | None, matrix_rate: float | None) -> None:
     """Adds rates and ratios to the rows of a group; mutates `found`.
 
-    gb_per_s, images_per_s; over_floor: the time over that of the floor row, or over `bytes` at `copy_rate` (GB/s);
-    over_ours: the time over that of fastprune's row.
+    gb_per_s, images_per_s; over_floor: the time over that of the floor row, or over that of `bytes` at `copy_rate`
+    (GB/s) or of `flop` at `matrix_rate` (TFLOP/s), whichever is longer, if these are known; over_ours, where it is not
+    there: the time over that of fastprune's row.
     """
-    ours = next((facts["ms"] for facts in found.values() if facts["ours"]), None)
-    for facts in found.values():
-        ms = facts["ms"]
-        if facts["bytes"]:
+    timed = [facts for facts in found.values() if "ms" in facts]
+    ours = next((facts["ms"] for facts in timed if facts["ours"]), None)
+    for facts in timed:
+        ms, floors = facts["ms"], []
+        if facts.get("bytes"):
             facts["gb_per_s"] = facts["bytes"] / ms / 1e6
-            facts["over_floor"] = ms / (facts["bytes"] / copy_rate / 1e6)
-        if facts["images"]:
+            floors += [facts["bytes"] / copy_rate / 1e6] if copy_rate else []
+        if facts.get("flop"):
+            facts["tflop_per_s"] = facts["flop"] / ms / 1e9
+            floors += [facts["flop"] / matrix_rate / 1e9] if matrix_rate else []
+        # Of a row with both, one floor alone is none.
+        if len(floors) == sum(bool(facts.get(what)) for what in ("bytes", "flop")) > 0:
+            facts["over_floor"] = ms / max(floors)
+        if facts.get("images"):
             facts["images_per_s"] = 1e3 * facts["images"] / ms
         # A floor that is measured replaces the counted one: on a CPU a read runs at another rate than a copy.
-        if facts["floor"] in found:
+        if facts.get("floor") in found:
             facts["over_floor"] = ms / found[facts["floor"]]["ms"]
         if ours is not None:
-            facts["over_ours"] = ms / ours
+            facts.setdefault("over_ours", ms / ours)
 
 
 COLUMNS = (
     ("ms", "ms", 11, ",.3f"),
     ("spread", "spread", 8, ".1%"),
     ("gb_per_s", "GB/s", 9, ",.1f"),
+    ("tflop_per_s", "TFLOP/s", 9, ",.1f"),
     ("over_floor", "x floor", 9, ".2f"),
     ("over_ours", "x ours", 9, ".2f"),
     ("images_per_s", "images/s", 13, ",.0f"),
+    ("bytes_a_weight_over_plain", "B/weight", 10, ",.2f"),
+    ("share", "share", 8, ".1%"),
+    ("launches", "launches", 10, ",.1f"),
 )
 
 
 def table(name: str, found: dict[str, dict[str, Any]]) -> Iterable[str]:
-    """Lines of a table: the rows of a group, fastest first. Unknown values are blank."""
-    yield f"{name:<58}" + "".join(f"{title:>{width}}" for _, title, width, _ in COLUMNS)
-    for what, facts in sorted(found.items(), key=lambda item: item[1]["ms"]):
-        cells = (f"{facts[k]:>{w}{form}}" if facts.get(k) is not None else " " * w for k, _, w, form in COLUMNS)
+    """Lines of a table: the rows of a group, fastest first, with the columns of which any value is known."""
+    columns = [c for c in COLUMNS if any(facts.get(c[0]) is not None for facts in found.values())]
+    yield f"{name:<58}" + "".join(f"{title:>{width}}" for _, title, width, _ in columns)
+    for what, facts in sorted(found.items(), key=lambda item: item[1].get("ms", 0.0)):
+        cells = (f"{facts[k]:>{w}{form}}" if facts.get(k) is not None else " " * w for k, _, w, form in columns)
         yield f"  {what:<56}" + "".join(cells).rstrip()
 
 

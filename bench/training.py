@@ -6,20 +6,21 @@ an epoch of a data set on the device, from the drawing of its crops until its lo
 
 import gc
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.profiler_util import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plain import LOW, DeviceBatches, Plain, Wrapped
 from fastprune.loaders import DataSource, SyntheticData
@@ -28,8 +29,8 @@ from fastprune.loaders.readers.memory import MemoryReader
 from fastprune.pruning.allocation import prune
 from fastprune.pruning.criteria import random_scores
 from fastprune.pruning.masks import Mask
-from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
-from fastprune.training.models import initial_model
+from fastprune.specs import GpuOptions, Init, ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.training.models import build, initial_model
 from fastprune.training.trainer import Trainer
 
 # Round 7 at 20 % a round. The value hardly matters: unstructured sparsity leaves the work of a step as it is.
@@ -122,22 +123,27 @@ def data(device: torch.device, precision: str, size: Size) -> tuple[Any, Any]:
     return ours, DeviceBatches(planes, labels, size.batch, norm, PLAIN_STEPS)
 
 
-def trainer_ways(trainer: Trainer, batches: Any, size: Size) -> dict[str, Way]:
-    """The ways MASKED and DENSE."""
-    # One Trainer for both. Dense is a mask of ones: the ratio then shows what sparsity costs, not what masks cost; the
-    # latter is the ratio to plain PyTorch.
-    few = list(islice(batches, 1))
-    trainer.fit(few, few, OptimizerSpec(size.batch), SCHEDULE, stop=1)  # sets up the optimiser
+def epoch_of(trainer: Trainer, batches: Any, size: Size) -> Callable[[], int]:
+    """A function that trains for an epoch and returns the number of images."""
+    trainer.fit([], [], OptimizerSpec(size.batch), SCHEDULE, stop=0)  # no epoch: sets up the optimiser
     epochs = itertools.count()
 
     def epoch() -> int:
         number = next(epochs)
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(number)
-        # Not fit: that would evaluate after each epoch.
+        # Not fit: that would evaluate after each epoch, and compile for it.
         with trainer._deciding("auto"):
             return trainer._epoch(batches, SCHEDULE, number, None, None, None)[1]
 
+    return epoch
+
+
+def trainer_ways(trainer: Trainer, batches: Any, size: Size) -> dict[str, Way]:
+    """The ways MASKED and DENSE."""
+    # One Trainer for both. Dense is a mask of ones: the ratio then shows what sparsity costs, not what masks cost; the
+    # latter is the ratio to plain PyTorch.
+    epoch = epoch_of(trainer, batches, size)
     dense, pruned = masks(trainer)
     return {
         MASKED: Way(epoch, lambda: trainer.set_mask(pruned)),
@@ -161,10 +167,43 @@ def ways(network: str, precision: str, device: torch.device, size: Size) -> dict
     found = trainer_ways(trainer, batches, size)
     if precision != "fp16":
         pruned = masks(trainer)[1]
-        # Compiled on a GPU only: on a CPU the convs, most of a step, are oneDNN's either way.
-        for name in (PLAIN, PRODUCT, *[COMPILED] * (device.type == "cuda")):
-            loop = Plain(initial_model(init), masked=name != PLAIN, compile=name == COMPILED, **how)
+        for name in (PLAIN, PRODUCT):
+            loop = Plain(initial_model(init), masked=name != PLAIN, **how)
             found[name] = plain_way(loop, theirs, pruned)
+    return found
+
+
+def compiled_ways(network: str, precision: str, device: torch.device, size: Size) -> dict[str, Way]:
+    """MASKED and COMPILED."""
+    # Apart from the others, because its compilation takes as long as all of them. On a GPU only: on a CPU the convs,
+    # most of a step, are oneDNN's either way.
+    init = Init(ModelSpec(network, CLASSES, width=size.width), 0)
+    how: dict[str, Any] = {"device": device, "precision": precision}
+    batches, theirs = data(device, precision, size)
+    trainer = Trainer(initial_model(init), **how)
+    found = {MASKED: trainer_ways(trainer, batches, size)[MASKED]}
+    loop = Plain(initial_model(init), masked=True, compile=device.type == "cuda", **how)
+    return found | {COMPILED: plain_way(loop, theirs, masks(trainer)[1])}
+
+
+NONE, ALL = "none", "all"
+OPTIONS: dict[str, GpuOptions] = {
+    NONE: GpuOptions(),
+    ALL: GpuOptions(**{f.name: True for f in fields(GpuOptions)}),
+    **{f.name: GpuOptions(**{f.name: True}) for f in fields(GpuOptions)},
+}
+"""By name: none of a step's options for a GPU, all, each alone."""
+
+
+def option_ways(network: str, precision: str, device: torch.device, size: Size) -> dict[str, Way]:
+    """The Trainer, masked, with each of OPTIONS."""
+    found = {}
+    for name, options in OPTIONS.items():
+        batches, _ = data(device, precision, size)
+        model = initial_model(Init(ModelSpec(network, CLASSES, width=size.width), 0))
+        trainer = Trainer(model, device=device, precision=precision, gpu_options=options)
+        trainer.set_mask(masks(trainer)[1])
+        found[name] = Way(epoch_of(trainer, batches, size))
     return found
 
 
@@ -180,38 +219,93 @@ def medians(turns: Turns) -> dict[str, tuple[float, float]]:
     return {name: tuple(statistics.median(t[i] for t in each) for i in (0, 1)) for name, each in turns.items()}  # type: ignore[misc]
 
 
-def time_turns(compared: dict[str, Way], turns: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """(a row for each way, an error line for each that failed). `turns` are timed, after two untimed ones."""
+def time_turns(
+    compared: dict[str, Way],
+    turns: int,
+    begin: Callable[[str], None] = lambda name: None,
+    broken: Callable[[], bool] = lambda: False,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """(a row for each way, an error line for each that failed). `turns` are timed, after two untimed ones.
+
+    Times are also given over those of the first way. begin: is called before a way's turn. broken: whether the device
+    can no longer be used; ends it.
+    """
     # Compilation, graph capture and cuDNN's choice of algorithms happen in the first two turns.
     found: Turns = {}
     errors: dict[str, str] = {}
-    for name, way in compared.items():
+
+    def turn(name: str) -> tuple[float, float, int] | None:
+        begin(name)
         try:
-            for _ in range(2):
-                way.timed()
-            found[name] = []
+            return compared[name].timed()
         except Exception as error:  # recorded: the other ways can still be timed
-            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            errors[name] = one_line(error)
+            found.pop(name, None)
+            return None
+
+    for name in compared:
+        if turn(name) is not None and turn(name) is not None:
+            found[name] = []
+        elif broken():
+            return {}, errors
     # In turns, so that clock rates and load on the machine affect all ways alike.
     for _ in range(turns):
-        for name in found:
-            found[name].append(compared[name].timed())
+        for name in list(found):
+            if (timed := turn(name)) is not None:
+                found[name].append(timed)
+            elif broken():
+                return {}, errors
     rows = {}
     for name, each in found.items():
         seconds, images = medians(found)[name][0], each[0][2]
         rates = [count / wall for wall, _, count in each]
         rows[name] = {
-            "ours": name == MASKED,
+            "ours": name == next(iter(compared)),
             "ms": 1e3 * seconds,
             "images": images,
             "images_per_s": images / seconds,
             "spread": (max(rates) - min(rates)) / statistics.median(rates),
         }
-    if MASKED in rows:
+    ours = next((row for row in rows.values() if row["ours"]), None)
+    if ours is not None:
         # Of rates, not of times: an epoch of the plain loops has fewer images.
         for row in rows.values():
-            row["over_ours"] = rows[MASKED]["images_per_s"] / row["images_per_s"]
+            row["over_ours"] = ours["images_per_s"] / row["images_per_s"]
     return rows, errors
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an error and its first line that is not blank, at most 200 characters."""
+    first = next((text.strip() for text in str(error).splitlines() if text.strip()), "")
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+@cache
+def least_work(network: str, size: Size) -> tuple[float, float]:
+    """(operations, bytes) of an image's share of a step in bf16, of which no implementation needs fewer.
+
+    Operations of the convs and the last layer, forward and backward. Bytes of their maps, each read or written once
+    where it is used, as if all else were computed on the way, and of the optimiser's pass.
+    """
+    moved = 0.0
+    with torch.device("meta"):
+        model = build(ModelSpec(network, CLASSES, width=size.width))
+        images = torch.empty(size.batch, 3, size.side, size.side)
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal moved
+        # Forward reads the input and writes the output. Backward reads the output's gradient and the input, and writes
+        # the input's gradient, but for images.
+        moved += 2 * (2 * output.numel() + (2 if inputs[0] is images else 3) * inputs[0].numel())
+
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(count)
+    with FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    # Weight, momentum and gradient read; weight, momentum and copy written; a mask.
+    moved += 23 * sum(p.numel() for p in model.parameters())
+    return counter.get_total_flops() / size.batch, moved / size.batch
 
 
 def extra_memory(network: str, size: Size, device: torch.device) -> float:
@@ -227,7 +321,7 @@ def extra_memory(network: str, size: Size, device: torch.device) -> float:
     def ours() -> Any:
         trainer = Trainer(initial_model(init), **how)
         trainer.set_mask(masks(trainer)[1])
-        trainer.fit(batches, batches[:1], OptimizerSpec(size.batch), SCHEDULE, stop=1)
+        epoch_of(trainer, batches, size)()
         return trainer
 
     def theirs() -> Any:
@@ -247,11 +341,13 @@ def extra_memory(network: str, size: Size, device: torch.device) -> float:
     return (peak(ours) - peak(theirs)) / weights
 
 
-def profiled(network: str, size: Size, device: torch.device, most: int = 15) -> Iterator[str]:
-    """Lines: the `most` kernels that take the most time of a masked step in bf16; operations on a CPU."""
-    trainer = Trainer(
-        initial_model(Init(ModelSpec(network, CLASSES, width=size.width), 0)), device=device, precision="bf16"
-    )
+def profiled(
+    network: str, size: Size, device: torch.device, options: GpuOptions, most: int = 25
+) -> dict[str, dict[str, Any]]:
+    """The `most` kernels that take the most time of a masked step in bf16, operations on a CPU, and all together: ms,
+    share of the time and launches a step."""
+    model = initial_model(Init(ModelSpec(network, CLASSES, width=size.width), 0))
+    trainer = Trainer(model, device=device, precision="bf16", gpu_options=options)
     trainer.set_mask(masks(trainer)[1])
     batches: Sequence[Any] = list(islice(data(device, "bf16", size)[0], 5))
     on_gpu, profiles = device.type == "cuda", []
@@ -260,11 +356,13 @@ def profiled(network: str, size: Size, device: torch.device, most: int = 15) -> 
         profiles.append(profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]))
         return profiles[-1]
 
-    for around in (batches, Around(batches, enter)):  # the first compiles and captures
-        trainer.fit(around, batches[:1], OptimizerSpec(size.batch), SCHEDULE, stop=1)
+    epoch_of(trainer, batches, size)()  # compiles and captures
+    epoch_of(trainer, Around(batches, enter), size)()
     events = [e for e in profiles[0].key_averages() if not on_gpu or e.device_type == DeviceType.CUDA]
     spent = {e: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e3 / len(batches) for e in events}
-    total = sum(spent.values()) or math.nan  # nan if the profiler saw no kernel
-    yield f"{total:.3f} ms a step of {network} in {'kernels' if on_gpu else 'operations'}"
+    total, launches = sum(spent.values()), sum(e.count for e in events) / len(batches)
+    found = {"all of a step": {"ours": False, "ms": total, "share": 1.0, "launches": launches}}
     for e in sorted(spent, key=lambda e: -spent[e])[:most]:
-        yield f"  {spent[e]:8.3f} ms {spent[e] / total:6.1%} {e.count / len(batches):6.1f} x  {e.key[:90]}"
+        share = spent[e] / total if total else 0.0  # none where the profiler saw no kernel
+        found[e.key[:90]] = {"ours": False, "ms": spent[e], "share": share, "launches": e.count / len(batches)}
+    return found

@@ -34,7 +34,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = SyntheticData(classes=4, train_per_class=15, val_per_class=5, size=16, seed=1)
 # From Python 3.12 on a fork beside threads is warned of; torch's DataLoader forks.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 class Way(NamedTuple):
@@ -570,14 +569,15 @@ def test_the_words_count_in_gigabytes(free):
 # On a GPU
 
 
-@needs_gpu
 @pytest.mark.parametrize("way", ["generated", "ffcv", "torchvision"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu_nothing_waits_and_the_batches_are_the_same(way, dtype, store, opened):
+def test_on_a_gpu_nothing_waits_and_the_batches_are_the_same(way, dtype, device, store, opened):
     """Training pixels within the rounding of another processor, all else exactly."""
+    if device.type == "cpu":
+        pytest.skip("a CPU waits for nothing")
     opened(way)
     place = find_or_prepare(DATA, store, loader=ONE_SIZE[way].kept, show=False)
-    gpu, cpu = (open_data(*place, loader="resident", device=device, workers=2) for device in ("cuda", "cpu"))
+    gpu, cpu = (open_data(*place, loader="resident", device=where, workers=2) for where in (str(device), "cpu"))
     assert gpu.device.type == "cuda"
     for split, tolerance in (("train", 4 * torch.finfo(dtype).eps * 16 / min(gpu.manifest.std)), ("val", 0.0)):
         seed = {"seed": 3} if split == "train" else {}

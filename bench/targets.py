@@ -1,0 +1,67 @@
+"""What is expected of a GPU: for each target the limit that must be met and the prediction made before any measurement.
+
+Predictions come from bytes, launches and machine code (bench/NOTES.md says how) for an H200 with 132 multiprocessors
+and 4.2 TB/s; those that are multiples of a floor or of another time hold for other GPUs, too. A measurement does not
+change them: a prediction that was wrong is worth as much as one that was right.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bench import rows, training
+
+UNITS = {
+    "over_floor": "x floor",
+    "over_ours": "x ours",
+    "images_per_s": "images/s",
+    "bytes_a_weight_over_plain": "bytes",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure of a row. limit: at most, or with `at_least` at least. predicted: (low, high)."""
+
+    group: str
+    row: str
+    figure: str
+    limit: float
+    predicted: tuple[float, float]
+    at_least: bool = False
+
+    @property
+    def unit(self) -> str:
+        return UNITS[self.figure]
+
+
+def _targets() -> Iterator[Target]:
+    for network in rows.NETWORKS:
+        yield Target(f"cast, {network}", "masked_cast to bf16", "over_floor", 1.3, (1.05, 1.15))
+        yield Target(f"SGD step, {network}", "masked_sgd_ with a bf16 copy", "over_floor", 1.3, (1.05, 1.12))
+        # One block of torch's kernel reads all weights four times or more, at some 0.1 TB/s.
+        yield Target(f"threshold, {network}", "w.abs().kthvalue(k)", "over_ours", 20.0, (40, 200), at_least=True)
+    for side in rows.SIDES:
+        yield Target(f"crop to {side}x{side}, bfloat16", rows.CROP, "over_floor", 2.0, (2.0, 2.6))
+    resnet18, resnet50 = (f"step of {name}, 512 x 64 px, bf16" for name in ("ResNet-18", "ResNet-50"))
+    yield Target(resnet18, training.MASKED, "images_per_s", 150_000, (205_000, 270_000), at_least=True)
+    # From ResNet-18's by activations: 4.4 times its bytes, 2.3 times its operations, 2.8 times its launches.
+    yield Target(resnet50, training.MASKED, "images_per_s", 50_000, (62_000, 105_000), at_least=True)
+    for step in (resnet18, resnet50):
+        # The dense step's time over the masked one's: masked over dense is at most 1.02.
+        yield Target(step, training.DENSE, "over_ours", 1 / 1.02, (0.99, 1.01), at_least=True)
+    for network in rows.NETWORKS:
+        # Of a weight: its low-precision copy 2 bytes, its mask 1, a gradient in the copy's type beside the flat one.
+        yield Target(f"memory of {network}", training.MASKED, "bytes_a_weight_over_plain", 7.0, (3.0, 6.0))
+
+
+TARGETS: tuple[Target, ...] = tuple(_targets())
+
+
+def lines() -> Iterator[str]:
+    """A table in Markdown, as it stands in bench/NOTES.md."""
+    yield "| group | row | figure | target | predicted |"
+    yield "| --- | --- | --- | --- | --- |"
+    for t in TARGETS:
+        low, high = (f"{p:,.4g}" if p < 1000 else f"{p:,.0f}" for p in t.predicted)
+        limit = f"{t.limit:,.3g}" if t.limit < 1000 else f"{t.limit:,.0f}"
+        yield f"| {t.group} | `{t.row}` | {t.unit} | {'>=' if t.at_least else '<='} {limit} | {low} to {high} |"
