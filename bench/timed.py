@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench import rows, share, training
+from bench import layers, rows, share, training
 from bench.child import attach, device_lost, send
 
 PARTS = ("kernels", "steps", "share")
@@ -87,11 +87,12 @@ def time_shared(settings: Any, workers: int, device: torch.device, window: float
 
 
 def kernel_tasks(device: torch.device, small: bool, blocks: bool) -> list[Task]:
-    # Inputs, some ten kernels to compile, and half a second a row.
-    return [
-        Task(group.name, partial(time_group, group, device, 3 if small else 7), 10.0)
-        for group in rows.kernel_groups(device, small, blocks)
-    ]
+    """The ceilings of the device, at which floors are counted; the layers of a step; then all else."""
+    groups = rows.kernel_groups(device, small, blocks)
+    rounds = 3 if small else 7
+    found = [(group, 10.0) for group in groups]  # inputs, some ten kernels to compile, and half a second a row
+    found[2:2] = [(group, 20.0) for group in layers.layer_groups(device, small)]  # torch.compile, both directions
+    return [Task(group.name, partial(time_group, group, device, rounds), seconds) for group, seconds in found]
 
 
 def step_tasks(device: torch.device, small: bool) -> list[Task]:

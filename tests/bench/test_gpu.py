@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import checks, gpu, rows, share, targets, timed, training
+from bench import checks, gpu, layers, rows, share, targets, timed, training
 from bench.child import ROOT
 from bench.record import Judged, Record, code, table
 from tests.bench import fake_timed
@@ -576,7 +576,7 @@ def test_a_row_on_a_gpu_is_a_graph_over_all_inputs(monkeypatch):
 
 def test_each_target_is_about_a_row_that_is_timed():
     cuda = torch.device("cuda")
-    groups = rows.kernel_groups(cuda, blocks=True)
+    groups = [*rows.kernel_groups(cuda, blocks=True), *layers.layer_groups(cuda)]
     known = {(group.name, row.what) for group in groups for row in group.rows if not row.cpu_only}
     tasks = [task.name for task in timed.tasks("steps", cuda, False, False)]
     for task in tasks:
@@ -586,7 +586,7 @@ def test_each_target_is_about_a_row_that_is_timed():
             known |= {(task, name) for name in (training.MASKED, training.DENSE)}
     assert {(t.group, t.row) for t in targets.TARGETS} <= known
     kernels = [task.name for task in timed.tasks("kernels", cuda, False, True)]
-    assert kernels == [group.name for group in groups]
+    assert sorted(kernels) == sorted(group.name for group in groups)
     assert len({*kernels, *tasks}) == len(kernels) + len(tasks), "two tasks have one name"
 
 
@@ -619,6 +619,31 @@ def test_options_are_timed_alone_together_and_not_at_all():
     ways = training.option_ways("resnet18", "bf16", CPU, training.Size(2, 32, 2, 8))
     assert list(ways) == list(training.OPTIONS)
     assert ways[training.ALL].call() == 2
+
+
+def test_layers_compute_the_same_in_all_ways():
+    assert {shape.pooled for shape in layers.SHAPES} == {shape.residual for shape in layers.SHAPES} == {True, False}
+    for shape, direction in ((layers.SHAPES[0], layers.FORWARD), (layers.SHAPES[2], layers.BOTH)):
+        group = layers.layer_group(shape, direction, CPU, small=True)
+        layer = group.make(0)
+        expected, *others = (row.call(layer) for row in group.rows)
+        assert len(expected) == (4 if direction == layers.BOTH else 1)
+        for found in others:
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02 * b.float().abs().max().item())
+
+
+def test_the_bytes_of_a_layer():
+    """Of the maps that it reads and writes, counted from the tensors themselves."""
+    for shape in layers.SHAPES:
+        layer = layers.Layer(shape, 2, CPU, 0)
+        out = [t.nbytes for t in layer.grads]
+        maps = [layer.x.nbytes, *([layer.residual.nbytes] if layer.residual is not None else [])]
+        forward = sum(maps) + out[0]
+        # ReLU's mask follows from x, but after a residual from the result.
+        backward = sum(out) + layer.x.nbytes + (out[0] if shape.residual else 0) + sum(maps)
+        assert shape.bytes[layers.FORWARD] * layer.x.numel() == forward
+        assert shape.bytes[layers.BOTH] * layer.x.numel() == forward + backward
 
 
 @pytest.mark.slow
