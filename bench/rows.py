@@ -37,6 +37,7 @@ from fastprune.kernels import (
     segment_counts,
     unpack_bits,
 )
+from fastprune.kernels.masked_sgd import SgdTiles, gather, masked_sgd_scattered_, sgd_tiles
 from fastprune.loaders.augment import crop_boxes, epoch_order
 from fastprune.pruning.coverage import conv_weights
 from fastprune.pruning.masks import Mask, layout
@@ -136,6 +137,16 @@ class Weights:
         return torch.empty_like(self.weight, dtype=BF16)
 
     @cached_property
+    def half_grads(self) -> list[Tensor]:
+        """bf16, one for each layer, in the order in memory that autograd gives them: the weight's."""
+        drawn = self._normal()
+        return [s.view(drawn).to(BF16) for s in self.segments]
+
+    @cached_property
+    def tiles(self) -> list[SgdTiles]:
+        return sgd_tiles(self.segments, self.weight)
+
+    @cached_property
     def new_mask(self) -> Tensor:
         return torch.empty_like(self.dense)
 
@@ -216,6 +227,7 @@ def segments_of(network: str, small: bool) -> tuple[Segment, ...]:
 # Bytes a weight that a call must read or write once: 4 for float32, 2 for bf16, 1 for a mask, 1/8 for a packed mask.
 READ = "floor: vector_norm(w, 1), one read"
 COMPARED = "floor: scores > threshold, one read and write"
+SCATTERED, COPIED = "SGD step, bf16 gradients of layers", "copies to a flat gradient, then masked_sgd_"
 COUNTED = "floor: np.count_nonzero(mask), one read"
 # In the order of their worth: what every step does, then what a round does once.
 OPERATIONS: dict[str, tuple[Row, ...]] = {
@@ -248,6 +260,21 @@ OPERATIONS: dict[str, tuple[Row, ...]] = {
         Row(
             "SGD fused, then weight *= mask, then copy to bf16",
             lambda w: w.torch_sgd("fused", mask=True, copy=True),
+        ),
+    ),
+    SCATTERED: (
+        Row(
+            "masked_sgd_scattered_ with a bf16 copy",
+            lambda w: masked_sgd_scattered_(w.weight, w.half_grads, w.momentum, w.mask, w.tiles, w.half, **w.SGD),
+            ours=True,
+            bytes=lambda w: 21 * w.n,  # as masked_sgd_, with two bytes of the gradient instead of four
+        ),
+        Row(
+            COPIED,
+            lambda w: masked_sgd_(
+                w.weight, gather(w.half_grads, w.segments, w.grad), w.momentum, w.mask, w.half, **w.SGD
+            ),
+            bytes=lambda w: 21 * w.n,
         ),
     ),
     "cast": (

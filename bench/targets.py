@@ -38,6 +38,8 @@ def _targets() -> Iterator[Target]:
     for network in rows.NETWORKS:
         yield Target(f"cast, {network}", "masked_cast to bf16", "over_floor", 1.3, (1.05, 1.15))
         yield Target(f"SGD step, {network}", "masked_sgd_ with a bf16 copy", "over_floor", 1.3, (1.05, 1.12))
+        # 29 bytes a weight against 21, and a launch more.
+        yield Target(f"{rows.SCATTERED}, {network}", rows.COPIED, "over_ours", 1.0, (1.2, 1.45), at_least=True)
         # One block of torch's kernel reads all weights four times or more, at some 0.1 TB/s.
         yield Target(f"threshold, {network}", "w.abs().kthvalue(k)", "over_ours", 20.0, (40, 200), at_least=True)
     for side in rows.SIDES:

@@ -621,6 +621,20 @@ def test_options_are_timed_alone_together_and_not_at_all():
     assert ways[training.ALL].call() == 2
 
 
+def test_gradients_of_layers_and_their_flat_copy_give_the_same_step():
+    group = rows.operation_group(rows.SCATTERED, "resnet18", CPU, small=True)
+    made = [group.make(0) for _ in group.rows]
+    for row, weights in zip(group.rows, made, strict=True):
+        # Drawn at first use, here by both in one order.
+        assert len({id(t) for t in (weights.weight, weights.momentum, weights.mask, weights.half_grads)}) == 4
+        row.call(weights)
+    ours, copied = made
+    assert torch.equal(ours.weight, copied.weight)
+    # What lies between layers is not written.
+    assert all(torch.equal(s.view(ours.half), s.view(copied.half)) for s in ours.segments)
+    assert not torch.equal(ours.weight, group.make(0).weight)
+
+
 def test_layers_compute_the_same_in_all_ways():
     assert {shape.pooled for shape in layers.SHAPES} == {shape.residual for shape in layers.SHAPES} == {True, False}
     for shape, direction in ((layers.SHAPES[0], layers.FORWARD), (layers.SHAPES[2], layers.BOTH)):
