@@ -14,8 +14,16 @@ from bench.checks_plugin import DONE
 from bench.child import ROOT, Child, described
 
 TESTS = ("tests/kernels", "tests/training", "tests/loaders/test_batches.py")
-# These compile whole networks, which takes longest; then what a step uses. The others follow by name.
-FIRST = ("test_device", "test_figure", "test_trainer", "test_recipes", "test_masked_sgd")
+# Seconds that a file is expected to take beside seven others, with nothing compiled before (predicted): the first four
+# compile whole networks, which takes longest, and are begun first; then what a step uses. The others follow by name.
+FIRST = {
+    "test_device": 240.0,
+    "test_figure": 150.0,
+    "test_trainer": 120.0,
+    "test_recipes": 120.0,
+    "test_masked_sgd": 60.0,
+}
+OTHERS = 45.0
 PATIENCE = 240.0
 """Seconds after which a test hangs. Compiling a ResNet beside seven other processes takes up to two minutes."""
 RESTARTS = 8
@@ -40,10 +48,16 @@ def files(paths: Iterable[str]) -> list[str]:
         found += [os.path.relpath(f, ROOT) for f in (sorted(root.rglob("test_*.py")) if root.is_dir() else [root])]
 
     def place(file: str) -> tuple[int, str]:
-        name = Path(file).stem
-        return (FIRST.index(name) if name in FIRST else len(FIRST), file)
+        first, name = list(FIRST), Path(file).stem
+        return (first.index(name) if name in first else len(first), file)
 
     return sorted(found, key=place)
+
+
+def expected(names: Iterable[str], outcomes: dict[str, Outcome], jobs: int) -> float:
+    """Seconds that the files take, `jobs` at once, by what they took before or are expected to."""
+    each = [(outcomes.get(name) or {}).get("seconds") or FIRST.get(Path(name).stem, OTHERS) for name in names]
+    return max([0.0, sum(each) / jobs, *each])
 
 
 def gib_of(file: str) -> float:

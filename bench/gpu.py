@@ -51,7 +51,11 @@ def run_checks(paths: Sequence[str], device: str, results: Record, limit: float,
     until = time.monotonic() + limit
     results.left["checks"] = [file for file in results.left.get("checks", []) if (ROOT / file).is_file()]
     todo = results.begin("checks", checks.files(paths))
-    print(f"\nchecks: {len(todo)} files, {jobs} at once, at most {limit / 60:.0f} minutes", flush=True)
+    minutes = checks.expected(todo, results.checks, jobs) / 60
+    print(
+        f"\nchecks: {len(todo)} files, {jobs} at once, expected {minutes:.0f} minutes, at most {limit / 60:.0f}",
+        flush=True,
+    )
     how: dict[str, Any] = {"jobs": jobs, "gib": gib, "until": until, "saved": results.save}
     for file in checks.run(todo, device, results.checks, **how):
         found = file.outcome
@@ -128,8 +132,10 @@ def run_timed(part: str, tasks: Sequence[timed.Task], command: Sequence[str], re
     print(f"\n{part}: {len(todo)} tasks, expected {total / 60:.0f} minutes, at most {limit / 60:.0f}", flush=True)
     doer = Doer(command)
     try:
-        while fits := [name for name in todo if expected[name] <= until - time.monotonic()]:
-            name = fits[0]
+        begun = False
+        # A task that took longer than a whole part is begun where nothing else is.
+        while fits := [name for name in todo if expected[name] <= until - time.monotonic()] or todo[: not begun]:
+            name, begun = fits[0], True
             todo.remove(name)
             doer.do(name, expected[name], results, until)
             results.done(part, name, well=not results.errors_of(name))
@@ -166,11 +172,14 @@ def final(results: Record) -> Iterator[str]:
         ("left", [f"{part}: {name}" for part, names in results.left.items() for name in names]),
     )
     for title, lines in lists:
-        for line in lines[:12]:
-            yield f"  {title}: {line}"[:150]
-        if len(lines) > 12:
-            yield f"  {title}: {len(lines) - 12} more: see the file"
+        for line in lines[:8]:
+            yield f"  {title}: {line}"[:140]
+        if len(lines) > 8:
+            yield f"  {title}: {len(lines) - 8} more: see the file"
     yield ""
+    known = results.copy_rate is not None and results.matrix_rate is not None
+    rates = f"{results.copy_rate:,.0f} GB/s and {results.matrix_rate:,.0f} TFLOP/s" if known else "not measured"
+    yield f"targets; floors at the rates of this device: {rates}; predicted for an H200, before any measurement"
     yield from record.table(results.judged())
 
 

@@ -1,4 +1,4 @@
-"""The timed layers of a training step: batch norm with what follows it, and the stem's pooling, beside torch's.
+"""The timed layers of a training step: batch norm with what follows it, the stem's pooling, beside torch's.
 
 As in rows.py. The layers are ResNet-18's at 64x64 px. Bytes are those of a layer that reads and writes each map
 once; batch norm needs its input twice, so that what is in no cache is read again.
@@ -70,10 +70,6 @@ class Layer:
         out = (shape.side + 1) // 2 if shape.pooled else shape.side
         self.grads = [drawn(out) for _ in range(2 if shape.residual else 1)]
 
-    @property
-    def inputs(self) -> tuple[Any, ...]:
-        return (self.x, self.weight, self.bias, *self.running, self.residual)
-
     def call(self, way: str, direction: str) -> Any:
         """The results, or the gradients of all inputs."""
         if direction == FORWARD:
@@ -84,15 +80,15 @@ class Layer:
 
     def forward(self, way: str) -> tuple[Tensor, ...]:
         """One result for each consumer."""
+        norm = (self.x, self.weight, self.bias, *self.running)
         if way == OURS:
-            *first, residual = self.inputs
             if self.shape.pooled:
-                return (batch_norm_pool(*first, 0.1, 1e-5),)
+                return (batch_norm_pool(*norm, 0.1, 1e-5),)
             branches = 2 if self.shape.residual else 1
-            y = batch_norm(*first, residual, 0.1, 1e-5, relu=True, branches=branches)
+            y = batch_norm(*norm, self.residual, 0.1, 1e-5, relu=True, branches=branches)
             return y if branches == 2 else (y,)
         function = compiled(self.x.device.type) if way == COMPILED else plain
-        y = function(*self.inputs, self.shape.pooled)
+        y = function(*norm, self.residual, self.shape.pooled)
         return (y, y) if self.shape.residual else (y,)
 
 
@@ -131,4 +127,5 @@ def layer_group(shape: Shape, direction: str, device: torch.device, small: bool 
 
 
 def layer_groups(device: torch.device, small: bool = False) -> list[Group]:
-    return [layer_group(shape, direction, device, small) for shape in SHAPES for direction in (FORWARD, BOTH)]
+    each = [layer_group(shape, direction, device, small) for shape in SHAPES for direction in (FORWARD, BOTH)]
+    return each

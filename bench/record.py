@@ -192,10 +192,11 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def table(judged: Iterable[Judged]) -> Iterable[str]:
+def table(judged: Sequence[Judged]) -> Iterable[str]:
     """Lines: the targets, each with its floor, prediction, measurement, limit and verdict."""
-    yield f"{'target':<77} {'unit':<9}{'floor':>9}{'predicted':>18}{'measured':>10}{'limit':>11}  verdict"
+    width = max(len(j.what) for j in judged)
+    yield f"{'target':<{width}} {'unit':<9}{'floor':>9}{'predicted':>18}{'measured':>10}{'limit':>11}  verdict"
     for j in judged:
         predicted, sign = "-".join(map(number, j.predicted)), ">=" if j.at_least else "<="
         cells = f"{number(j.floor):>9}{predicted:>18}{number(j.measured):>10}{f'{sign} {number(j.limit)}':>11}"
-        yield f"{j.what:<77} {j.unit:<9}{cells}  {j.verdict}"
+        yield f"{j.what:<{width}} {j.unit:<9}{cells}  {j.verdict}"

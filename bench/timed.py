@@ -61,6 +61,8 @@ def time_steps(
 ) -> Found:
     # torch counts recompilations over all networks of a process, and beyond its limit runs uncompiled.
     torch.compiler.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the graphs of the task before have freed
     compared = make(network, precision, device, size)
     turns = 2 if size.width < 64 else 7
     compared = {name: way for name, way in compared.items() if name not in without}
