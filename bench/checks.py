@@ -14,7 +14,7 @@ from bench.checks_plugin import DONE
 from bench.child import ROOT, Child, described
 
 TESTS = ("tests/kernels", "tests/training", "tests/loaders/test_batches.py")
-# Seconds that a file is expected to take beside seven others, with nothing compiled before (predicted): the first four
+# Seconds that a file is expected to take beside seven others, with nothing compiled before (predicted): the first five
 # compile whole networks, which takes longest, and are begun first; then what a step uses. The others follow by name.
 FIRST = {
     "test_device": 240.0,

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.plain import LOW
-from bench.training import Around, resident
+from bench.training import OPTIONS, Around, resident
 from fastprune.pruning.allocation import prune
 from fastprune.pruning.coverage import conv_weights
 from fastprune.pruning.criteria import random_scores
 from fastprune.pruning.layers import MaskedConv2d, mask_layers
 from fastprune.pruning.masks import Mask, layout
 from fastprune.pruning.pruner import Pruner
-from fastprune.specs import Init, ModelSpec, OptimizerSpec, ScheduleSpec
+from fastprune.specs import GpuOptions, Init, ModelSpec, OptimizerSpec, ScheduleSpec
 from fastprune.training import flat
 from fastprune.training.models import build, initial_model
 from fastprune.training.trainer import Trainer
@@ -95,12 +95,15 @@ def forbidden() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_an_epoch_waits_for_nothing(device, precision):
+@pytest.mark.parametrize(
+    ("precision", "options"), [("fp32", "none"), ("bf16", "none"), ("bf16", "all"), ("fp16", "none"), ("fp16", "all")]
+)
+def test_an_epoch_waits_for_nothing(device, precision, options):
     """From its first batch to its last; what compiles is bf16 alone, for three would take minutes."""
     if device.type == "cpu":
         pytest.skip("a CPU waits for nothing")
-    trainer, batches = loop(device, precision, compile=None if precision == "bf16" else False)
+    compile = None if precision == "bf16" else False
+    trainer, batches = loop(device, precision, compile=compile, gpu_options=OPTIONS[options])
     everything = Mask.dense(trainer.flat.segments)
     trainer.set_mask(prune(random_scores(everything, 0, 1), everything, 0.8))
     val = [next(iter(batches))]
@@ -183,8 +186,8 @@ def test_a_step_that_replays_wrongly_is_found(check, what, message, monkeypatch)
         check(*arguments)
 
 
-def skips_infinite_gradients(device) -> None:
-    trainer, batches = loop(device, "fp16", 6, compile=False)
+def skips_infinite_gradients(device, options: GpuOptions | None = None) -> None:
+    trainer, batches = loop(device, "fp16", 6, compile=False, gpu_options=options)
     fit(trainer, batches, 0)
     every = list(batches)
     buffers = (trainer.flat.weight, trainer.flat.momentum, trainer.flat.other_params, trainer.flat.other_momentum)
@@ -203,9 +206,12 @@ def skips_infinite_gradients(device) -> None:
     assert all(b.isfinite().all() for b in buffers)
 
 
-def test_a_captured_fp16_step_skips_infinite_gradients(device):
+@pytest.mark.parametrize("options", ["none", "all"])
+def test_a_captured_fp16_step_skips_infinite_gradients(device, options):
     """It changes no weight and halves the scale; the next one is taken."""
-    skips_infinite_gradients(device)
+    if device.type == "cpu" and options == "all":
+        pytest.skip("the same on a CPU")
+    skips_infinite_gradients(device, OPTIONS[options])
 
 
 def test_a_scaler_that_takes_every_step_is_found(monkeypatch):
