@@ -23,7 +23,13 @@ from fastprune.training.models import build, initial_model
 from fastprune.training.trainer import Trainer
 
 BATCH, STEPS = 16, 10
-pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32")  # torch.compile recommends what is not exact
+# A rate at which ten steps stay near their start. First steps of an untrained ResNet are chaotic: weights that differ
+# by 1e-6 have moved 0.9 of their way apart after ten steps in float32 at 0.01, 0.03 at this rate (measured on a CPU).
+LR = 1e-5
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # torch.compile recommends what is not exact
+    pytest.mark.filterwarnings("ignore:.* does not have a deterministic implementation"),
+]
 
 
 class Stale(Trainer):
@@ -60,7 +66,7 @@ def loop(device, precision: str, steps: int = STEPS, make: type[Trainer] = Train
     return trainer, source.train(seed=0, batch_size=BATCH, dtype=LOW[precision] or torch.float32)
 
 
-def fit(trainer: Trainer, batches, epoch: int, lr: float = 0.01, val=None) -> None:
+def fit(trainer: Trainer, batches, epoch: int, lr: float = LR, val=None) -> None:
     """One epoch."""
     val = [next(iter(batches))] if val is None else val
     trainer.fit(batches, val, OptimizerSpec(BATCH), ScheduleSpec(lr, 1 << 20), start=epoch, stop=epoch + 1)
@@ -81,6 +87,16 @@ def bits(tensor: Tensor) -> Tensor:
 def exact_convs(monkeypatch):
     """cuDNN computes float32 convs in float32, not in TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def same_algorithms(monkeypatch) -> Iterator[None]:
+    """A captured step and an eager one use the same algorithms of cuDNN: the former does not search for faster ones.
+    In bf16 two algorithms give gradients that are 0.2 to 0.4 apart."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # max pooling has none
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @contextmanager
@@ -115,20 +131,19 @@ def test_an_epoch_waits_for_nothing(device, precision, options):
 
 def captured_equals_eager(device, precision: str, make: type[Trainer]) -> None:
     """Ten steps, seven of them replayed, against ten eager ones on the same batches."""
-    # How far the weights part over how far they went: one wrong batch, rate or mask parts them by a third or so.
-    limit = {"fp32": 5e-3, "bf16": 1e-1}[precision]
     ends = []
     for graph in (None, False):
         trainer, batches = loop(device, precision, make=make, graph=graph, compile=False)
         start = trainer.flat.weight.clone()
         fit(trainer, batches, 0)
         ends.append(trainer.flat.weight - start)
+    # How far the weights part over how far they went: one wrong batch, rate or mask parts them by a third or so.
     apart = relative(ends[:1], ends[1:])
-    assert apart <= limit, f"{apart:.1e} apart"
+    assert apart <= 0.1, f"{apart:.1e} apart"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_captured_steps_equal_eager_ones(device, precision):
+def test_captured_steps_equal_eager_ones(device, precision, same_algorithms):
     if device.type == "cpu":
         pytest.skip("a CPU captures no graph")
     captured_equals_eager(device, precision, Trainer)
@@ -163,7 +178,7 @@ def capture_follows(device, make: type[Trainer]) -> None:
     assert relative([flat.weight - expected], [fresh.flat.weight - expected]) <= 0.1
 
 
-def test_a_captured_step_follows_rate_mask_and_rewind(device):
+def test_a_captured_step_follows_rate_mask_and_rewind(device, same_algorithms):
     """After the capture they hold from the next step on, and nothing is captured again."""
     capture_follows(device, Trainer)
 

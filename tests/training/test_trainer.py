@@ -80,7 +80,9 @@ def plain_loop(model: nn.Module, train, mask: dict[str, torch.Tensor], schedule=
 def test_a_masked_run_on_the_device_is_plain_pytorchs(device, monkeypatch):
     """Three steps in float32, compiled on a GPU; on a CPU the next test wants more."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    spec, schedule = ModelSpec("resnet18", 10, width=16), ScheduleSpec(0.05, 3, (), 0.1)
+    # A low rate: an untrained ResNet enlarges rounding. Weights 1e-6 apart give losses that differ by 2e-5 in the third
+    # step, by 0.03 at a rate of 0.05; without momentum by 0.03 at this one (measured on a CPU).
+    spec, schedule = ModelSpec("resnet18", 10, width=16), ScheduleSpec(5e-4, 3, (), 0.1)
     g = torch.Generator().manual_seed(0)
     images, labels = torch.randn(32, 3, 64, 64, generator=g).to(device), torch.arange(32, device=device) % 10
 
@@ -96,7 +98,7 @@ def test_a_masked_run_on_the_device_is_plain_pytorchs(device, monkeypatch):
     batch = Batch([(images, labels)])
     history = ours.fit(batch, batch, SGD, schedule)
     losses = plain_loop(theirs, batch, keep, schedule)
-    assert [m.train_loss for m in history] == pytest.approx(losses, abs=2e-3)
+    assert [m.train_loss for m in history] == pytest.approx(losses, abs=1e-3)
     for name, kept in keep.items():
         pruned = ours.model.get_parameter(name).detach()[~kept]
         assert not pruned.any()
