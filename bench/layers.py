@@ -1,4 +1,4 @@
-"""The timed layers of a training step: batch norm with what follows it, the stem's pooling, beside torch's.
+"""The timed layers of a training step: batch norm with what follows it, the stem's pooling, the loss, beside torch's.
 
 As in rows.py. The layers are ResNet-18's at 64x64 px. Bytes are those of a layer that reads and writes each map
 once; batch norm needs its input twice, so that what is in no cache is read again.
@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.rows import BF16, Group, Row
-from fastprune.kernels import batch_norm, batch_norm_pool
+from fastprune.kernels import batch_norm, batch_norm_pool, cross_entropy_
+from fastprune.training.step import EpochSums
 
 BATCH = 512
 OURS, EAGER, COMPILED = "fastprune", "torch, eager", "torch.compile"
@@ -85,8 +86,8 @@ class Layer:
             if self.shape.pooled:
                 return (batch_norm_pool(*norm, 0.1, 1e-5),)
             branches = 2 if self.shape.residual else 1
-            y = batch_norm(*norm, self.residual, 0.1, 1e-5, relu=True, branches=branches)
-            return y if branches == 2 else (y,)
+            ours: Any = batch_norm(*norm, self.residual, 0.1, 1e-5, relu=True, branches=branches)
+            return ours if branches == 2 else (ours,)
         function = compiled(self.x.device.type) if way == COMPILED else plain
         y = function(*norm, self.residual, self.shape.pooled)
         return (y, y) if self.shape.residual else (y,)
@@ -128,4 +129,39 @@ def layer_group(shape: Shape, direction: str, device: torch.device, small: bool 
 
 def layer_groups(device: torch.device, small: bool = False) -> list[Group]:
     each = [layer_group(shape, direction, device, small) for shape in SHAPES for direction in (FORWARD, BOTH)]
-    return each
+    return [*each, loss_group(device)]
+
+
+LOSS = f"loss of {BATCH} images, 200 classes, bf16"
+
+
+class Logits:
+    """Logits bf16 [BATCH, 200] and labels, and where their loss, gradient and hits go."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        g = torch.Generator(device).manual_seed(seed)
+        self.logits = torch.randn(BATCH, 200, generator=g, device=device).to(BF16).requires_grad_()
+        self.labels = torch.randint(200, (BATCH,), generator=g, device=device)
+        self.gradient = torch.empty(BATCH, 200, dtype=BF16, device=device)
+        self.arrived = torch.zeros(1, dtype=torch.int32, device=device)
+        self.sums = EpochSums(device)
+
+    def ours(self) -> Tensor:
+        """The gradient."""
+        logits = self.logits.detach()
+        cross_entropy_(self.sums.sums, self.arrived, logits, self.labels, gradient=self.gradient)
+        return self.gradient
+
+    def torchs(self) -> Tensor:
+        """The gradient. As a Trainer's step without fused_loss."""
+        loss = F.cross_entropy(self.logits.float(), self.labels)
+        self.sums.add(loss, self.logits, self.labels)
+        return torch.autograd.grad(loss, self.logits)[0]
+
+
+def loss_group(device: torch.device) -> Group:
+    def size(given: Logits) -> float:
+        return 2 * given.gradient.nbytes + given.labels.nbytes
+
+    made = (Row(OURS, Logits.ours, ours=True, bytes=size), Row(EAGER, Logits.torchs, bytes=size))
+    return Group(LOSS, made, lambda seed: Logits(device, seed))

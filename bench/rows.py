@@ -227,7 +227,8 @@ def segments_of(network: str, small: bool) -> tuple[Segment, ...]:
 # Bytes a weight that a call must read or write once: 4 for float32, 2 for bf16, 1 for a mask, 1/8 for a packed mask.
 READ = "floor: vector_norm(w, 1), one read"
 COMPARED = "floor: scores > threshold, one read and write"
-SCATTERED, COPIED = "SGD step, bf16 gradients of layers", "copies to a flat gradient, then masked_sgd_"
+SCATTERED = "SGD step, bf16 gradients of layers"
+OF_LAYERS, COPIED = "masked_sgd_scattered_ with a bf16 copy", "copies to a flat gradient, then masked_sgd_"
 COUNTED = "floor: np.count_nonzero(mask), one read"
 # In the order of their worth: what every step does, then what a round does once.
 OPERATIONS: dict[str, tuple[Row, ...]] = {
@@ -264,7 +265,7 @@ OPERATIONS: dict[str, tuple[Row, ...]] = {
     ),
     SCATTERED: (
         Row(
-            "masked_sgd_scattered_ with a bf16 copy",
+            OF_LAYERS,
             lambda w: masked_sgd_scattered_(w.weight, w.half_grads, w.momentum, w.mask, w.tiles, w.half, **w.SGD),
             ours=True,
             bytes=lambda w: 21 * w.n,  # as masked_sgd_, with two bytes of the gradient instead of four

@@ -652,6 +652,15 @@ def test_layers_compute_the_same_in_all_ways(way):
                 torch.testing.assert_close(a.float(), b.float(), rtol=0.02, atol=0.02 * b.float().abs().max().item())
 
 
+def test_both_losses_are_the_same():
+    group = layers.loss_group(CPU)
+    ours, torchs = group.make(0), group.make(0)
+    gradients = [row.call(given).float() for row, given in zip(group.rows, (ours, torchs), strict=True)]
+    # bf16 rounds to one part in 256 at most.
+    torch.testing.assert_close(*gradients, rtol=1 / 128, atol=0.0)
+    torch.testing.assert_close(ours.sums.sums, torchs.sums.sums, rtol=1e-6, atol=0.0)
+
+
 def test_the_bytes_of_a_layer():
     """Of the maps that it reads and writes, counted from the tensors themselves."""
     for shape in layers.SHAPES:
