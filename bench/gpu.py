@@ -1,14 +1,14 @@
 """Checks, then times, everything on a CUDA machine. Needs no network, FFCV or plug-ins of pytest.
 
-    python bench/gpu.py [--only checks kernels steps share] [--cache FOLDER] [--json FILE]
+    python bench/gpu.py [--only checks kernels steps more share] [--cache FOLDER] [--json FILE]
 
 Parts, each of at most eight minutes: `checks` runs the tests of kernels and training with `--device cuda`; `kernels`
-and `steps` time the rows of bench/rows.py and bench/training.py; `share`, which must be named, times several trainings
-at once. Results are merged into one JSON file for each device, which holds the results of one state of the code. Its
-first line is a summary, which is also printed after each task and before the final table.
-A task that cannot end in time is not begun; the same command goes on with it, and repeats what failed. A run that is
-killed loses the task that it was at. A test or a row that crashes or hangs costs no other. Nothing is timed if a check
-failed, but with `--despite-failures`.
+and `steps` time the rows of bench/rows.py and bench/training.py. Two must be named: `more` times the steps that tell
+less, in several calls, and `share` times several trainings at once. Results are merged into one JSON file for each
+device, which holds the results of one state of the code. Its first line is a summary, which is also printed after each
+task and before the final table. A task that cannot end in time is not begun; the same command goes on with it, and
+repeats what failed. A run that is killed loses the task that it was at. A test or a row that crashes or hangs costs no
+other. Nothing is timed if a check failed, but with `--despite-failures`.
 `--device cpu --small` does the same on a laptop. Exit code: 1 if a check or a row failed, 2 for bad usage.
 """
 

@@ -20,7 +20,7 @@ import torch
 from bench import layers, rows, share, training
 from bench.child import attach, device_lost, send
 
-PARTS = ("kernels", "steps", "share")
+PARTS = ("kernels", "steps", "more", "share")
 STEPS = tuple((network, precision) for network in ("resnet18", "resnet50") for precision in ("bf16", "fp16"))
 
 Found = tuple[dict[str, dict[str, Any]], dict[str, str]]
@@ -97,8 +97,8 @@ def kernel_tasks(device: torch.device, small: bool, blocks: bool) -> list[Task]:
     return [Task(group.name, partial(time_group, group, device, rounds), seconds) for group, seconds in found]
 
 
-def step_tasks(device: torch.device, small: bool) -> list[Task]:
-    """The most telling first: what ResNet-18 takes, what each option gains it, where its time goes; then the rest."""
+def step_tasks(device: torch.device, small: bool, more: bool) -> list[Task]:
+    """What ResNet-18 takes, what each option gains it, where its time goes, and ResNet-50; or `more`, all else."""
     size = training.Size.of(device, small)
 
     def step(network: str, precision: str, seconds: float, make: Make = training.ways, what: str = "") -> Task:
@@ -116,13 +116,16 @@ def step_tasks(device: torch.device, small: bool) -> list[Task]:
 
     # Compiling forward and backward takes about 45 s for ResNet-18 and 90 s for ResNet-50, and 15 and 30 s if the
     # cache has the code: none of our options, the memory, the profile.
+    if not more:
+        return [
+            step("resnet18", "bf16", 75),
+            step("resnet18", "bf16", 150, training.option_ways, "gpu options, "),
+            profile("resnet18", training.ALL, 30),
+            profile("resnet18", training.NONE, 30),
+            step("resnet50", "bf16", 140),
+            *memory("resnet18", 30),
+        ]
     return [
-        step("resnet18", "bf16", 75),
-        step("resnet18", "bf16", 150, training.option_ways, "gpu options, "),
-        profile("resnet18", training.ALL, 30),
-        profile("resnet18", training.NONE, 30),
-        step("resnet50", "bf16", 140),
-        *memory("resnet18", 30),
         step("resnet18", "fp16", 65),
         step("resnet18", "bf16", 85, training.compiled_ways, "torch.compile, "),
         step("resnet50", "fp16", 130),
@@ -145,7 +148,7 @@ def tasks(part: str, device: torch.device, small: bool, blocks: bool) -> list[Ta
     """The tasks of a part, in the order in which they are done."""
     if part == "kernels":
         return kernel_tasks(device, small, blocks)
-    return step_tasks(device, small) if part == "steps" else share_tasks(device, small)
+    return share_tasks(device, small) if part == "share" else step_tasks(device, small, part == "more")
 
 
 def work(known: Sequence[Task]) -> None:
