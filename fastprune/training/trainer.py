@@ -36,6 +36,7 @@ from fastprune.training.distributed import (
 )
 from fastprune.training.ema import Ema
 from fastprune.training.flat import FlatOptimizer, FlatParams
+from fastprune.training.fuse import fused, inductor
 from fastprune.training.step import (
     EpochMetrics,
     EpochSums,
@@ -202,7 +203,9 @@ class Trainer:
         if options.fused_norm not in self._networks:
             network = _network(self.model, self.flat.half_views)
             if self._compile:
-                backend = self._compile if isinstance(self._compile, str) else "inductor"
+                backend: Any = self._compile if isinstance(self._compile, str) else "inductor"
+                if backend == "inductor":
+                    backend = fused if options.fused_norm and uses_triton(self.flat.weight) else inductor
                 # torch counts recompilations over all Trainers of a process, and beyond its limit runs uncompiled.
                 dynamo = torch._dynamo.config
                 dynamo.recompile_limit = max(dynamo.recompile_limit, 256)
