@@ -13,12 +13,15 @@ each read once or written once. Those of convs and GEMMs are not counted.
 """
 
 import argparse
+import ast
+import inspect
 import math
 import re
 import sys
+import textwrap
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -208,26 +211,61 @@ class _Kernels:
         raise NotImplementedError(f"generated code asks for a kernel of kind {name}, which is not counted here")
 
 
-def record(recorder: Recorder, source: str, args: Sequence[Any]) -> None:
-    """Records the launch of a generated Triton kernel, or of one of ours in generated code."""
-    name, names = _signature(source)
-    read, written = roles(source, names)
-    tensors = {n: t for n, t in zip(names, args, strict=False) if isinstance(t, Tensor)}
-    total = _size([t for n, t in tensors.items() if n in read]) + _size([t for n, t in tensors.items() if n in written])
-    recorder.add("generated" if name.startswith("triton_") else "own", name, total, source.count("tl.atomic_add"))
+def record(recorder: Recorder, source: str, args: Sequence[Any], helpers: Mapping[str, str] | None = None) -> None:
+    """Records the launch of a Triton kernel, generated or ours. helpers: sources of functions that it may call."""
+    kernel = _functions(source)[-1]
+    read, written = roles(kernel, helpers or {})
+    given = dict(zip(_parameters(kernel), args, strict=False))
+    bytes = sum(_size(_tensors([given.get(name) for name in names])) for names in (read, written))
+    recorder.add("generated" if helpers is None else "own", kernel.name, bytes, source.count("tl.atomic_add"))
 
 
-def _signature(source: str) -> tuple[str, list[str]]:
-    """Name and parameters of the last function in a kernel's source, which is the kernel."""
-    name, parameters = re.findall(r"^def (\w+)\((.*?)\):", source, re.M | re.S)[-1]
-    return name, [p.split(":")[0].strip() for p in parameters.split(",") if p.strip()]
+def _source(kernel: Any) -> str:
+    return textwrap.dedent(inspect.getsource(kernel.fn))
 
 
-def roles(source: str, names: Sequence[str]) -> tuple[set[str], set[str]]:
-    """The parameters that a Triton kernel reads, and those that it writes."""
-    read = {n for n in names if re.search(rf"tl\.(load|atomic_\w+)\(\s*{n}\b", source)}
-    written = {n for n in names if re.search(rf"tl\.(store|atomic_\w+)\(\s*{n}\b", source)}
-    return read, written
+def _functions(source: str) -> list[ast.FunctionDef]:
+    return [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+
+
+def _parameters(function: ast.FunctionDef) -> list[str]:
+    return [a.arg for a in function.args.args]
+
+
+def roles(function: ast.FunctionDef, helpers: Mapping[str, str]) -> tuple[set[str], set[str]]:
+    """The parameters of a Triton function whose memory it reads, and those whose memory it writes, on any path."""
+    found: dict[str, set[str]] = {"load": set(), "store": set()}
+    stands_for: dict[str, str] = {}
+
+    def base(at: Any) -> str:
+        """The parameter that an address was computed from: the first name in it."""
+        while not isinstance(at, ast.Name):
+            parts = {ast.BinOp: "left", ast.Subscript: "value"}
+            if isinstance(at, ast.Call) and at.args:
+                at = at.args[0]
+            elif type(at) in parts:
+                at = getattr(at, parts[type(at)])
+            else:
+                return ""
+        return stands_for.get(at.id, at.id)
+
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign) and isinstance(to := node.targets[0], ast.Name):
+            stands_for[to.id] = base(node.value)
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name in ("load", "store") or name.startswith("atomic_"):
+            for what in ("load", "store") if name.startswith("atomic_") else (name,):
+                found[what].add(base(node.args[0]))
+        elif name in helpers:
+            helper = _functions(helpers[name])[-1]
+            passed = dict(zip(_parameters(helper), node.args, strict=False))
+            for what, names in zip(("load", "store"), roles(helper, helpers), strict=True):
+                found[what] |= {base(passed[n]) for n in names if n in passed}
+    known = set(_parameters(function))
+    return found["load"] & known, found["store"] & known
 
 
 def _module(graph: GraphLowering, recorder: Recorder) -> Any:
@@ -268,7 +306,7 @@ def _module(graph: GraphLowering, recorder: Recorder) -> Any:
 def grad(outputs: Any, inputs: Sequence[Tensor], grad_outputs: Any = None, **_: Any) -> tuple[Tensor | None, ...]:
     """torch.autograd.grad in Python, of nothing that needs a second derivative: torch's engine asks a driver for
     streams. A gradient that is not there is None."""
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    outputs, grad_outputs = ([t] if isinstance(t, Tensor) else t for t in (outputs, grad_outputs))
     seeds = [torch.ones_like(t) for t in outputs] if grad_outputs is None else grad_outputs
     leaves = {id(t) for t in inputs if t.grad_fn is None}
     places = {(t.grad_fn, t.output_nr) for t in inputs if t.grad_fn is not None}
@@ -368,8 +406,8 @@ def made_up_device(recorder: Recorder) -> Iterator[None]:
     )
 
     def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        source = kernel.src if hasattr(kernel, "src") else kernel.raw_src
-        record(recorder, source if isinstance(source, str) else "".join(source), args)
+        jitted = {name: f for name, f in kernel.fn.__globals__.items() if isinstance(f, triton.runtime.jit.JITFunction)}
+        record(recorder, _source(kernel), args, {name: _source(f) for name, f in jitted.items()})
 
     def moved(model: nn.Module, device: Any, memory_format: torch.memory_format) -> nn.Module:
         # Module.to exchanges what is within each parameter, which fake ones refuse.
