@@ -449,6 +449,7 @@ def made_up_device(recorder: Recorder) -> Iterator[None]:
         (GraphLowering, "compile_to_module", lambda graph: _module(graph, recorder)),
         (UniformValueConstantFolder, "run", _folded),
         (FakeTensorMode, "avoid_device_init", True),
+        (torch._subclasses.fake_tensor, "init_gpu_context", lambda device: None),
         # Without a driver the choice would be a conv of torch's own, which has another memory format.
         (torch._C, "_select_conv_backend", lambda *args, **_: vars(torch._C)["_ConvBackend"].Cudnn),
         (nn.Module, "to", moved),
