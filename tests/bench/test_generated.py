@@ -12,7 +12,10 @@ from fastprune.specs import GpuOptions, ModelSpec
 from fastprune.training import trainer as trainer_module
 from fastprune.training.models import build
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")  # by torch 2.11, where inductor is imported
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method"),  # by torch 2.11, where inductor is imported
+    pytest.mark.xdist_group("generated"),  # traced once, in one process
+]
 NORMS = 3
 OURS = GpuOptions(fused_norm=True, gradient_table=True, fused_loss=True)
 

@@ -100,7 +100,9 @@ def test_nothing_is_clipped_or_overlaps_in_any_figure(name, rounds, tmp_path, se
     assert "a layer is pruned whole" in labels
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("A1", "A4") else pytest.param(name, marks=pytest.mark.slow) for name in FIGURES]
+)
 def test_a_figure_is_drawn_again_from_its_files(name, tmp_path):
     rows, drawing = fake_rows(name, 2, 3), drawing_of(name)
     summary = summarize(rows, drawing, [], figure=name, preset="p", settings={}, data={}, cost={}, environment={})

@@ -34,6 +34,9 @@ from tests.kernels.inputs import (
     values,
 )
 
+# float64 is the CPU path's alone, interpreted or not.
+DTYPES = FLOATS if INTERPRETED else [torch.float64, *FLOATS]
+
 
 def check(score, mask, n_prune, segments, device, **options):
     """The mask that the device under test chooses: that of the reference, nested, with so many fewer."""
@@ -151,7 +154,7 @@ def test_layers_of_a_network(kind, device):
     check(score, mask, [c // 5 for c in counts], segments, device, **WHOLE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("density", [1.0, 0.3, 0.001])
 def test_many_weights(dtype, density, device):
     """Enough elements for the brackets, and skewed, so that a sample can mislead them."""
@@ -394,7 +397,7 @@ def test_pieces_that_do_not_fit(device):
 
 
 @pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, *FLOATS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pieces_of_each_dtype_with_infinities_and_denormals(dtype, signed, device):
     """Magnitudes with NaN, too. Neither scores nor masks are written."""
     where = torch.device("cpu") if dtype == torch.float64 else device

@@ -292,8 +292,15 @@ def test_a_process_that_is_killed_is_one_line():
         list(in_processes(double, ((n,) for n in range(20)), 2))
 
 
-@pytest.mark.parametrize("moment", ["reading", "writing"])
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+@pytest.mark.parametrize(
+    ("signum", "moment"),
+    [
+        pytest.param(signal.SIGKILL, "writing", id="killed-writing"),
+        pytest.param(signal.SIGINT, "reading", id="interrupted-reading"),
+        pytest.param(signal.SIGKILL, "reading", id="killed-reading", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "writing", id="interrupted-writing", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_it_leaves_no_data_set_and_no_process(moment, signum, tmp_path):
     raw, out, mark = tmp_path / "raw", tmp_path / "out", uuid.uuid4().hex
     SyntheticData(classes=2, train_per_class=4000, val_per_class=10, size=8).write_folder(raw)

@@ -139,7 +139,13 @@ def test_unreadable_images_are_one_line_and_leave_no_copies(varied, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["unreadable.txt"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGKILL, id="killed"),
+        pytest.param(signal.SIGINT, id="interrupted", marks=pytest.mark.slow),
+    ],
+)
 def test_stopped_while_resizing_it_is_made_anew(signum, tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
     SyntheticData(classes=2, train_per_class=1500, val_per_class=2, size=24).write_folder(raw)
