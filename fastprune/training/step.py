@@ -74,11 +74,13 @@ class EpochMetrics:
 def capturing(graph: Any, pool: Any = None, stream: Any = None, mend: str = "") -> Iterator[None]:
     """Captures what is launched within it into `graph`; afterwards the current stream is the one of before.
 
-    If that fails, the first error is raised, with `mend` as a note: what the user can do.
+    pool: a torch.cuda.graph_pool_handle(), by default a new one. If the capture fails, the first error is raised, with
+    `mend` as a note: what the user can do. Later captures are possible then, too.
     """
     # An unreachable trainer's memory is freed before, not by chance during the capture, where freeing is an error.
     gc.collect()
     before, first = torch.cuda.current_stream(), None
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -93,6 +95,7 @@ def capturing(graph: Any, pool: Any = None, stream: Any = None, mend: str = "") 
         # torch ends the capture on leaving; where that fails, as it does after an error within, its own error hides
         # the first, and its stream stays the current one.
         torch.cuda.set_stream(before)
+        _abandon(graph, pool)
         cause = first or error
         if mend:
             cause.add_note(mend)
@@ -100,6 +103,21 @@ def capturing(graph: Any, pool: Any = None, stream: Any = None, mend: str = "") 
     finally:
         if collecting:
             gc.enable()
+
+
+def _abandon(graph: Any, pool: Any) -> None:
+    """Takes a capture that failed out of torch's allocator.
+
+    Where torch 2.11 cannot end a capture, its allocator goes on as if it were under way. All later captures of the
+    process would fail: each begins by emptying the cache, which is forbidden then. Torch 2.15 does the same in `reset`.
+    """
+    graph.reset()
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # it was ended, and the graph has released the pool or never had it
+    torch._C._cuda_releasePool(device, pool)
 
 
 class GraphedStep:

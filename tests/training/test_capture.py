@@ -15,25 +15,49 @@ from fastprune.training.trainer import Trainer
 from tests.fakes import Epochs
 
 
+class Graph:
+    def reset(self) -> None: ...
+
+
 class MadeUp:
-    """Stands for torch.cuda: a current stream, and a capture that leaves as torch 2.11's does after an error."""
+    """Stands for torch.cuda: a current stream, and a capture that leaves as torch 2.11's does after an error. Its
+    allocator knows pools: which a capture allocates from, and by how many captures each is held."""
 
     def __init__(self, monkeypatch) -> None:
         self.stream = "before"
         self.collecting: list[bool] = []
+        self.underway: set[str] = set()
+        self.held: dict[str, int] = {}
         monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "new pool")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self, "stream", stream))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocate)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release)
+
+    def end_allocate(self, device: int, pool: str) -> None:
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    def release(self, device: int, pool: str) -> None:
+        self.held[pool] -= 1
+        assert self.held[pool] >= 0
 
     @contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
         assert capture_error_mode == "thread_local"
+        assert not self.underway, "the cache cannot be emptied"
         before, self.stream = self.stream, "of the capture"
         self.collecting.append(gc.isenabled())
+        self.underway.add(pool)
+        self.held[pool] = self.held.get(pool, 0) + 1
         try:
             yield
         except BaseException:
             raise RuntimeError("operation failed due to a previous error during capture") from None
+        self.underway.remove(pool)
         self.stream = before
 
 
@@ -56,12 +80,12 @@ def test_a_capture_collects_garbage_before_and_none_during(made_up):
     try:
         Cycle()
         assert not Cycle.gone
-        with capturing("graph"):
+        with capturing(Graph()):
             assert Cycle.gone
         assert not gc.isenabled()  # as it was
     finally:
         gc.enable()
-    with capturing("graph"):
+    with capturing(Graph()):
         pass
     assert gc.isenabled()
     assert made_up.collecting == [False, False]
@@ -70,12 +94,29 @@ def test_a_capture_collects_garbage_before_and_none_during(made_up):
 
 @pytest.mark.parametrize("error", [ValueError("the first"), torch.OutOfMemoryError("the first"), KeyboardInterrupt()])
 def test_the_first_error_is_raised_and_the_stream_is_that_of_before(made_up, error):
-    with pytest.raises(type(error)) as caught, capturing("graph", mend="run without"):
+    with pytest.raises(type(error)) as caught, capturing(Graph(), mend="run without"):
         raise error
     assert caught.value is error
     assert caught.value.__notes__ == ["run without"]
     assert made_up.stream == "before"
     assert gc.isenabled()
+    with capturing(Graph()):  # later captures go on
+        pass
+    assert made_up.held == {"new pool": 1}
+
+
+def test_an_error_within_a_capture_that_could_be_ended_releases_no_pool(made_up, monkeypatch):
+    """A second release would free the memory of the graphs that share it."""
+
+    @contextmanager
+    def graph(graph, pool, *_, **__):
+        made_up.held[pool] = 2
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    with pytest.raises(ValueError, match="the first"), capturing(Graph(), "shared"):
+        raise ValueError("the first")
+    assert made_up.held == {"shared": 2}
 
 
 def test_an_error_at_the_end_of_a_capture_is_raised_itself(made_up, monkeypatch):
@@ -86,13 +127,13 @@ def test_an_error_at_the_end_of_a_capture_is_raised_itself(made_up, monkeypatch)
         raise RuntimeError("cannot end")
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    with pytest.raises(RuntimeError, match="cannot end"), capturing("graph"):
+    with pytest.raises(RuntimeError, match="cannot end"), capturing(Graph()):
         pass
     assert made_up.stream == "before"
 
 
 def test_a_trainers_step_names_the_way_without_graphs(made_up, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
 
     def step(images, labels):
         raise RuntimeError("not permitted when stream is capturing")
