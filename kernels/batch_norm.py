@@ -19,14 +19,13 @@ second). bench/NOTES.md has a ResNet-18's sum.
 # Sums are the same to the bit in each run: every program writes its partial sums, and the last one to finish combines
 # them in a fixed order. Which one that is, an integer counter says: the only atomic operation here.
 
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastprune.kernels.dispatch import on_its_device, tl, triton, uses_triton
+from fastprune.kernels.dispatch import arrived_last, on_its_device, tl, triton, uses_triton
 
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -154,14 +153,18 @@ class _BatchNorm(torch.autograd.Function):
 # cannot be traced, as tracing runs its kernel.
 
 
-@cache
-def _counters(device: torch.device, stream: int, tiles: int) -> Tensor:
+_COUNTERS: dict[tuple[torch.device, int, int], Tensor] = {}
+
+
+def _counters(x: Tensor, tiles: int) -> Tensor:
     """int32 [tiles], zero between launches. One for each stream: launches on one follow one another."""
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
-
-
-def _counters_for(x: Tensor, tiles: int) -> Tensor:
-    return _counters(x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0, tiles)
+    key = x.device, torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0, tiles
+    if (found := _COUNTERS.get(key)) is None:
+        found = torch.zeros(tiles, dtype=torch.int32, device=x.device)
+        # Made within a capture it is memory of the graph, set to zero by each replay of that graph alone.
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _COUNTERS[key] = found
+    return found
 
 
 @torch.library.custom_op("fastprune::batch_statistics", mutates_args=("running_mean", "running_var"))
@@ -175,7 +178,7 @@ def batch_statistics(
     grid, shape = _reduction(n, C)
     partial = torch.empty(2 * grid[0] * C, dtype=torch.float32, device=x.device)
     _statistics_kernel[grid](
-        x, running_mean, running_var, mean, rstd, partial, _counters_for(x, grid[1]), n, momentum, eps, **shape
+        x, running_mean, running_var, mean, rstd, partial, _counters(x, grid[1]), n, momentum, eps, **shape
     )  # fmt: skip
     return mean, rstd
 
@@ -231,7 +234,7 @@ def gradient_sums(
     partial = torch.empty(2 * grid[0] * C, dtype=torch.float32, device=x.device)
     _gradient_sums_kernel[grid](
         dy, dy if second is None else second, x, x if y is None else y, kept[0] if keep else x, mean, rstd, weight,
-        bias, dweight, dbias, partial, _counters_for(x, grid[1]), n, TWO=second is not None,
+        bias, dweight, dbias, partial, _counters(x, grid[1]), n, TWO=second is not None,
         FROM_X=relu and y is None, FROM_Y=y is not None, KEEP=keep, **shape,
     )  # fmt: skip
     return [dweight, dbias, *kept]
@@ -325,16 +328,6 @@ def relu_gradient(grad, result):
 
 
 @triton.jit
-def _arrived_last(counter, number):
-    """Whether this program is the last of `number`. It then sees what they all have stored, and the counter is zero."""
-    # The stores of all threads come before the atomic operation of one of them, which publishes them.
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == number - 1
-    tl.store(counter, 0, mask=last)
-    return last
-
-
-@triton.jit
 def _merge(count, centre, squares):
     """Mean and sum of squared differences from it [1, COLUMNS] of groups, one in a row of [ROWS, COLUMNS]."""
     middle = (tl.sum(centre * count, 0) / tl.sum(count, 0))[None, :]
@@ -376,7 +369,7 @@ def _statistics_kernel(
     there = partial + p * C + column[None, :]
     tl.store(there, centre, mask=inside[None, :])
     tl.store(there + programs * C, squares, mask=inside[None, :])
-    if _arrived_last(counter + tile_column, programs):
+    if arrived_last(counter + tile_column, programs):
         centre, squares = _combined_statistics(partial, column, programs, row, N, C, ROWS)
         old_mean = tl.load(running_mean + column[None, :], mask=inside[None, :], other=0.0)
         old_var = tl.load(running_var + column[None, :], mask=inside[None, :], other=0.0)
@@ -456,7 +449,7 @@ def _gradient_sums_kernel(
     there = partial + p * C + column
     tl.store(there, tl.sum(plain, 0), mask=inside)
     tl.store(there + programs * C, tl.sum(product, 0), mask=inside)
-    if _arrived_last(counter + tile_column, programs):
+    if arrived_last(counter + tile_column, programs):
         sums, products = _combined_sums(partial, column, programs, row, C)
         tl.store(dbias + column, sums, mask=inside)
         tl.store(dweight + column, products * tl.load(rstd + column, mask=inside, other=0.0), mask=inside)

@@ -9,7 +9,7 @@ Torch takes about thirty launches for the same: the loss, its backward pass, top
 import torch
 from torch import Tensor
 
-from fastprune.kernels.dispatch import HALF, on_its_device, tl, triton, uses_triton
+from fastprune.kernels.dispatch import HALF, arrived_last, on_its_device, tl, triton, uses_triton
 
 IGNORED = -100
 """The label of what does not count, as in torch's cross_entropy."""
@@ -186,20 +186,16 @@ def _cross_entropy_kernel(
     tl.store(at + 2, tl.sum(counts.to(tl.int32)).to(tl.float64))
     tl.store(at + 3, tl.sum((known & (rank < 5)).to(tl.int32)).to(tl.float64))
 
-    # The last program adds up what all have written, always in the order of the rows. All threads have written before
-    # one of them says so.
-    tl.debug_barrier()
-    if tl.atomic_add(arrived, 1, sem="acq_rel") == programs - 1:
+    # The last program adds up what all have written, always in the order of the rows.
+    if arrived_last(arrived, programs):
         four = tl.arange(0, 4)
         added = tl.zeros([_CHUNK // 4, 4], tl.float64)
         begin = 0
         while begin < programs:
             i = begin + tl.arange(0, _CHUNK // 4)[:, None]
-            # From the L2 cache, as other multiprocessors wrote it.
-            added += tl.load(partial + 4 * i + four[None, :], mask=i < programs, other=0.0, cache_modifier=".cg")
+            added += tl.load(partial + 4 * i + four[None, :], mask=i < programs, other=0.0)
             begin += _CHUNK // 4
         tl.store(sums + four, tl.load(sums + four) + tl.sum(added, 0))
-        tl.store(arrived, 0)
 
 
 def _cross_entropy_triton(

@@ -101,3 +101,13 @@ def check_block(block: int) -> None:
     """ValueError unless `block`, the number of elements per program, is a power of two."""
     if block < 1 or block & (block - 1):
         raise ValueError(f"block is {block}, expected a power of two")
+
+
+@triton.jit
+def arrived_last(counter, number):
+    """Whether this program is the last of `number`. It then sees what they all have stored, and the counter is zero."""
+    # The stores of all threads come before the atomic operation of one of them, which publishes them.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == number - 1
+    tl.store(counter, 0, mask=last)
+    return last

@@ -2,6 +2,7 @@
 
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +28,8 @@ def counters(monkeypatch):
     """The counters that a test's launches used; each is zero after it."""
     used = []
 
-    def noted(*key):
-        used.append(_counters(*key))
+    def noted(x, tiles):
+        used.append(_counters(x, tiles))
         return used[-1]
 
     monkeypatch.setattr(sys.modules["fastprune.kernels.batch_norm"], "_counters", noted)
@@ -242,6 +243,23 @@ def test_compiled_whole_graph_has_the_eager_bits(device):
     got = results(compiled, maps, channels, residual=True, device=device)
     for name in eager:
         assert torch.equal(got[name], eager[name]), name
+
+
+def test_counters_that_a_capture_makes_are_its_own(monkeypatch):
+    """Its graph sets them to zero. Another graph that used them would find what is there when it is replayed."""
+    module = sys.modules["fastprune.kernels.batch_norm"]
+    monkeypatch.setattr(module, "_COUNTERS", {})
+    stream = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    x = SimpleNamespace(device=torch.device("cpu"), is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _counters(x, 3) is not _counters(x, 3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept = _counters(x, 3)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _counters(x, 3) is kept
+    stream.cuda_stream = 8
+    assert _counters(x, 3) is not kept
 
 
 def call(*change, branches=1):
