@@ -589,25 +589,34 @@ def kernel_groups(device: torch.device, small: bool = False, blocks: bool = Fals
     return found
 
 
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all rows: on it they are called first and captured. Libraries and kernels keep memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
 def prepared(row: Row, inputs: Sequence[Any], device: torch.device) -> tuple[Callable[[], None], int]:
     """(run, calls): `run()` calls the row `calls` times, on the inputs in turn, and waits for the device."""
-    for each in inputs:
-        row.call(each)  # allocates the buffers that the row uses, and compiles
-    if device.type == "cpu":
-        (only,) = inputs
-        return lambda: row.call(only), 1
 
     def once() -> None:
         for each in inputs:
             row.call(each)
 
+    if device.type == "cpu":
+        once()  # allocates the buffers that the row uses, and compiles
+        (only,) = inputs
+        return lambda: row.call(only), 1
+    stream = side_stream(device)
+    torch.cuda.synchronize(device)  # the inputs are there
+    with torch.cuda.stream(stream):
+        once()
     replay = once
     torch.cuda.synchronize(device)
     # A launch from Python takes longer than a small kernel runs. The replay of a graph measures the device alone, and
     # the Trainer replays its step in the same way.
     if not row.waits:
         graph = torch.cuda.CUDAGraph()
-        with capturing(graph):
+        with capturing(graph, stream=stream):
             once()
         replay = graph.replay
     replay()  # the first replay uploads the graph

@@ -81,7 +81,7 @@ def measure_memory(network: str, device: torch.device, size: training.Size, with
 def time_profile(
     network: str, options: str, device: torch.device, size: training.Size, without: frozenset[str]
 ) -> Found:
-    return training.profiled(network, size, device, training.OPTIONS[options]), {}
+    return training.profiled(network, size, device, options), {}
 
 
 def time_shared(settings: Any, workers: int, device: torch.device, window: float, without: frozenset[str]) -> Found:

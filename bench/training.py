@@ -41,6 +41,14 @@ COMPILED = "plain PyTorch, mask * weight, torch.compile"
 PLAIN_STEPS = 40  # an epoch of the plain loops on a GPU: they are slower, and time on the machine is scarce
 SCHEDULE = ScheduleSpec(0.01, 1 << 20)  # a constant rate, and more epochs than any benchmark takes
 
+NONE, ALL = "none", "all"
+OPTIONS: dict[str, GpuOptions] = {
+    NONE: GpuOptions(),
+    ALL: GpuOptions(**{f.name: True for f in fields(GpuOptions)}),
+    **{f.name: GpuOptions(**{f.name: True}) for f in fields(GpuOptions)},
+}
+"""By name: none of a step's options for a GPU, all, each alone."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -99,6 +107,11 @@ def resident(device: torch.device, number: int, side: int, classes: int = CLASSE
     given = {"train": np.repeat(labels, number // classes), "val": labels}
     choice = LoaderChoice("resident", "asked for")
     return DataSource(manifest, choice, MemoryReader(manifest, {"train": images, "val": images[:classes]}, given))
+
+
+def trainer_of(init: Init, device: torch.device, precision: str, options: str = NONE) -> Trainer:
+    """With OPTIONS: a Trainer that chose them itself would time them first, on a copy."""
+    return Trainer(initial_model(init), device=device, precision=precision, gpu_options=OPTIONS[options])
 
 
 def masks(trainer: Trainer) -> tuple[Mask, Mask]:
@@ -163,7 +176,7 @@ def ways(network: str, precision: str, device: torch.device, size: Size) -> dict
     init = Init(ModelSpec(network, CLASSES, width=size.width), 0)
     how: dict[str, Any] = {"device": device, "precision": precision}
     batches, theirs = data(device, precision, size)
-    trainer = Trainer(initial_model(init), **how)
+    trainer = trainer_of(init, device, precision)
     found = trainer_ways(trainer, batches, size)
     if precision != "fp16":
         pruned = masks(trainer)[1]
@@ -180,28 +193,18 @@ def compiled_ways(network: str, precision: str, device: torch.device, size: Size
     init = Init(ModelSpec(network, CLASSES, width=size.width), 0)
     how: dict[str, Any] = {"device": device, "precision": precision}
     batches, theirs = data(device, precision, size)
-    trainer = Trainer(initial_model(init), **how)
+    trainer = trainer_of(init, device, precision)
     found = {MASKED: trainer_ways(trainer, batches, size)[MASKED]}
     loop = Plain(initial_model(init), masked=True, compile=device.type == "cuda", **how)
     return found | {COMPILED: plain_way(loop, theirs, masks(trainer)[1])}
 
 
-NONE, ALL = "none", "all"
-OPTIONS: dict[str, GpuOptions] = {
-    NONE: GpuOptions(),
-    ALL: GpuOptions(**{f.name: True for f in fields(GpuOptions)}),
-    **{f.name: GpuOptions(**{f.name: True}) for f in fields(GpuOptions)},
-}
-"""By name: none of a step's options for a GPU, all, each alone."""
-
-
 def option_ways(network: str, precision: str, device: torch.device, size: Size) -> dict[str, Way]:
     """The Trainer, masked, with each of OPTIONS."""
-    found = {}
-    for name, options in OPTIONS.items():
+    found, init = {}, Init(ModelSpec(network, CLASSES, width=size.width), 0)
+    for name in OPTIONS:
         batches, _ = data(device, precision, size)
-        model = initial_model(Init(ModelSpec(network, CLASSES, width=size.width), 0))
-        trainer = Trainer(model, device=device, precision=precision, gpu_options=options)
+        trainer = trainer_of(init, device, precision, name)
         trainer.set_mask(masks(trainer)[1])
         found[name] = Way(epoch_of(trainer, batches, size))
     return found
@@ -319,7 +322,7 @@ def extra_memory(network: str, size: Size, device: torch.device) -> float:
     how: dict[str, Any] = {"device": device, "precision": "bf16"}
 
     def ours() -> Any:
-        trainer = Trainer(initial_model(init), **how)
+        trainer = trainer_of(init, device, "bf16")
         trainer.set_mask(masks(trainer)[1])
         epoch_of(trainer, batches, size)()
         return trainer
@@ -341,13 +344,10 @@ def extra_memory(network: str, size: Size, device: torch.device) -> float:
     return (peak(ours) - peak(theirs)) / weights
 
 
-def profiled(
-    network: str, size: Size, device: torch.device, options: GpuOptions, most: int = 25
-) -> dict[str, dict[str, Any]]:
+def profiled(network: str, size: Size, device: torch.device, options: str, most: int = 25) -> dict[str, dict[str, Any]]:
     """The `most` kernels that take the most time of a masked step in bf16, operations on a CPU, and all together: ms,
     share of the time and launches a step."""
-    model = initial_model(Init(ModelSpec(network, CLASSES, width=size.width), 0))
-    trainer = Trainer(model, device=device, precision="bf16", gpu_options=options)
+    trainer = trainer_of(Init(ModelSpec(network, CLASSES, width=size.width), 0), device, "bf16", options)
     trainer.set_mask(masks(trainer)[1])
     batches: Sequence[Any] = list(islice(data(device, "bf16", size)[0], 5))
     on_gpu, profiles = device.type == "cuda", []

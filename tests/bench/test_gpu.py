@@ -19,6 +19,8 @@ from torch import nn
 from bench import checks, gpu, layers, rows, share, targets, timed, training
 from bench.child import ROOT
 from bench.record import Judged, Record, code, table
+from fastprune.specs import Init, ModelSpec
+from fastprune.training.trainer import Trainer
 from tests.bench import fake_timed
 
 CPU = torch.device("cpu")
@@ -567,11 +569,16 @@ def test_a_row_on_a_gpu_is_a_graph_over_all_inputs(monkeypatch):
     clock = iter([0.0, 0.002])
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *how, **more: nullcontext())
+    streams = []
+    monkeypatch.setattr(rows, "side_stream", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(streams.append(stream)))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool, stream, **how: nullcontext(streams.append(stream)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
     monkeypatch.setattr(rows.time, "perf_counter", lambda: next(clock))
     call, calls = rows.prepared(rows.Row("x", seen.append), [1, 2, 3], torch.device("cuda"))
     assert (seen, len(replayed)) == ([1, 2, 3, 1, 2, 3], 2)
+    assert streams == ["side"] * 2  # what is allocated for a stream is there when it is captured
     call()
     assert calls == 3 * 10
     assert (len(seen), len(replayed)) == (6, 12)
@@ -611,6 +618,24 @@ def test_what_tells_most_comes_first_and_fits():
     for part in (kernels, steps):
         assert sum(task.seconds for task in part) <= gpu.LIMIT
     assert all(task.seconds <= gpu.LIMIT for task in more)
+
+
+def test_no_trainer_times_its_options_itself(monkeypatch):
+    """It would do so in the first turn, on a copy that counts as its memory."""
+
+    def timed_itself(*args):
+        raise AssertionError("options are chosen")
+
+    monkeypatch.setattr(Trainer, "_choice", timed_itself)
+    size = training.Size.of(CPU, small=True)
+    trainers = [
+        training.trainer_of(Init(ModelSpec("resnet18", 200, width=8), 0), CPU, "fp32", n) for n in training.OPTIONS
+    ]
+    for trainer in trainers:
+        trainer._tunes = True
+        training.epoch_of(trainer, [], size)
+        assert trainer._options(torch.empty(1), torch.empty(1), 0.1) == trainer.gpu_options
+    assert [trainer.gpu_options for trainer in trainers] == list(training.OPTIONS.values())
 
 
 def test_options_are_timed_alone_together_and_not_at_all():
