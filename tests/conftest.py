@@ -45,6 +45,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
+@pytest.fixture(autouse=True)
+def no_options_are_timed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPU options that a test does not force are off: to time them takes longer than most tests. Processes that a test
+    starts do time them."""
+    if not request.config.getoption("--device").startswith("cuda"):
+        return
+    from fastprune.specs import GpuOptions
+    from fastprune.training import trainer
+    from fastprune.training.tuning import Choice
+
+    monkeypatch.setattr(trainer, "choose", lambda names, forced, measure: Choice(GpuOptions(**forced), {}))
+
+
 VARIABLE = "FASTPRUNE_TINY_IMAGENET"
 CLASSES = 4
 

@@ -1,6 +1,8 @@
 """A whole step with GpuOptions is the step without them: compiled, captured and masked, on a GPU."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from typing import NamedTuple
 
@@ -13,7 +15,9 @@ from fastprune.pruning.allocation import prune
 from fastprune.pruning.criteria import random_scores
 from fastprune.pruning.masks import Mask
 from fastprune.specs import GpuOptions, OptimizerSpec, ScheduleSpec
+from fastprune.training import trainer as trainer_module
 from fastprune.training.step import EpochMetrics
+from fastprune.training.tuning import Choices, choose
 from tests.training.test_device import BATCH, LR, bits, loop, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32")  # torch.compile recommends what is not exact
@@ -73,3 +77,15 @@ def test_a_step_with_options_is_the_step_without(precision, options, device, wit
     assert relative(found.statistics, expected.statistics) <= {"fp32": 1e-3, "bf16": 2e-2, "fp16": 2e-2}[precision]
     for name in ("train_loss", "val_loss"):
         assert getattr(found.metrics, name) == pytest.approx(getattr(expected.metrics, name), rel=0.02)
+
+
+def test_each_option_is_timed_and_none_fails(device, tmp_path, monkeypatch):
+    if device.type == "cpu":
+        pytest.skip("nothing is timed on a CPU")
+    monkeypatch.setattr(trainer_module, "choose", choose)  # see tests/conftest.py
+    trainer, batches = loop(device, "bf16", choices=Choices(tmp_path))
+    trainer.fit(batches, [next(iter(batches))], OptimizerSpec(BATCH), ScheduleSpec(LR, 1 << 20), stop=1)
+    (file,) = tmp_path.glob("*/choice.json")
+    timings = json.loads(file.read_text())["timings"]
+    assert timings.keys() == asdict(GpuOptions()).keys()
+    assert all(isinstance(timing, list) and min(timing) > 0 for timing in timings.values()), timings
