@@ -58,7 +58,7 @@ def _layer_targets() -> Iterator[Target]:
     for shape, predicted in zip(layers.SHAPES, compiled, strict=True):
         group = f"batch norm, {shape.name}, {layers.BOTH}"
         yield Target(group, layers.COMPILED, "over_ours", 1.0, predicted, at_least=True)
-    # One launch, whose three memory latencies follow one another, against 31.
+    # One launch, whose three memory latencies follow one another, against 28.
     yield Target(layers.LOSS, layers.EAGER, "over_ours", 4.0, (5, 15), at_least=True)
     # Two passes each way move 1.6 times the bytes of one; at 16x16 the four launches count, too.
     for shape, limit, predicted in ((layers.SHAPES[0], 2.2, (1.6, 2.1)), (layers.SHAPES[1], 2.5, (1.7, 2.4))):
