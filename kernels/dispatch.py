@@ -104,7 +104,7 @@ def check_block(block: int) -> None:
 
 
 @triton.jit
-def arrived_last(counter, number):
+def arrived_last(counter, number):  # type: ignore[no-untyped-def]
     """Whether this program is the last of `number`. It then sees what they all have stored, and the counter is zero."""
     # The stores of all threads come before the atomic operation of one of them, which publishes them.
     tl.debug_barrier()

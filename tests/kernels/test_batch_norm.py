@@ -227,7 +227,7 @@ def test_pool_by_hand(device):
 
 
 @pytest.mark.filterwarnings("ignore:.*TRITON_DEFAULT_FP_FUSION")
-def test_compiled_whole_graph_has_the_eager_bits(device):
+def test_compiled_whole_graph_has_the_eager_bits(device, on_triton):
     """backend aot_eager: fakes, functionalization, a joint graph, mutated statistics; three layers use one counter."""
 
     def network(x, weight, bias, running_mean, running_var, residual, momentum, eps, relu, branches=1):

@@ -123,10 +123,22 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 # Kernels whose programs walk over elements, and not over tiles with 64-bit starts.
 FLAT = ["masked_cast", *(name for name in CASES if name.startswith("masked_sgd")), "pack", "unpack", "crop"]
 NORMS = [name for name in CASES if "mean" in CASES[name][1]]
+# Second forms of a kernel: compiled quickly for one GPU, for the others with the slow tests.
+SECOND = [
+    "gradient sums, ReLU's mask from x, uneven",
+    "masked_sgd_scattered, one layer of any size",
+    "cross_entropy, most classes, no gradient",
+]
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "capability"),
+    [
+        pytest.param(name, capability, marks=[pytest.mark.slow] if name in SECOND and capability != 90 else [])
+        for name in CASES
+        for capability in (80, 90, 100)
+    ],
+)
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # a notice of one Triton version; either value is right
 def test_compiles(name, capability, tmp_path, monkeypatch):
     triton = pytest.importorskip("triton", reason="Triton is not installed")

@@ -62,6 +62,8 @@ def without(device) -> Callable[[str], Trained]:
 )
 def test_a_step_with_options_is_the_step_without(precision, options, device, without):
     """To within rounding; on a CPU, where options have no effect, to the bit."""
+    if device.type == "cpu" and (precision, options) != ("bf16", "all"):
+        pytest.skip("the same on a CPU")
     found, expected = trained(device, precision, OPTIONS[options]), without(precision)
     assert not any(bits(buffer).any() for buffer in found.pruned)
     assert expected.moved.norm() > 0
