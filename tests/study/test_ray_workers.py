@@ -134,7 +134,8 @@ cluster.wait_for_nodes()
 flags = ["--executor", "ray", "--ray-address", cluster.address, "--workers", str(count + 1)]
 run = subprocess.Popen(command(root, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 try:
-    at_work = lambda: len(list((root / "store" / "leases").glob("*"))) > 2  # two of them at least over there
+    # The head has one core, so one of two at least is over there. On a slow machine a third may never be at work.
+    at_work = lambda: len(list((root / "store" / "leases").glob("*"))) > 1
     while not (len(published(root / "store")) >= 3 and at_work()):
         assert run.poll() is None, "it ended before the other machine was at work"
         time.sleep(0.005)
