@@ -696,9 +696,9 @@ def test_the_bytes_of_a_layer():
 
 @pytest.mark.slow
 def test_all_rows_are_timed(tmp_path):
-    exit_code, result = run(tmp_path / "gpu.json", "--only", "kernels", "steps", "more", "--blocks", "--limit", "1e9")
+    exit_code, result = run(tmp_path / "gpu.json", "--only", "kernels", "steps", "--blocks", "--limit", "1e9")
     assert (exit_code, result["errors"], set(map(tuple, result["left"].values()))) == (0, {}, {()})
-    tasks = [task for part in ("kernels", "steps", "more") for task in timed.tasks(part, CPU, True, True)]
+    tasks = [task for part in ("kernels", "steps") for task in timed.tasks(part, CPU, True, True)]
     assert set(result["rows"]) == {task.name for task in tasks}
     for group in result["rows"].values():
         for row in group.values():
