@@ -120,7 +120,7 @@ def scan(folder: str | os.PathLike[str]) -> Layout:
             return _scan_tiny_imagenet(root)
         if name == MINIPLACES:
             return _scan_miniplaces(root)
-        if (root / "train").is_dir():
+        if (root / "train").is_dir() and not _is_images_of_miniplaces(root):
             return _scan_classes(root)
     if above := _data_set_above(folder):
         raise InputError(f"{folder} is a part of a data set: give the whole, {above}")
@@ -131,13 +131,22 @@ def scan(folder: str | os.PathLike[str]) -> Layout:
 
 
 def _data_set_above(folder: Path) -> Path | None:
-    """The folder of the data set of which `folder` is a split or a class, None if it is none."""
-    for whole in (folder / "..", folder / ".." / ".."):
-        split = folder.resolve().relative_to(whole.resolve()).parts[:1]
-        if split and split[0] in SPLITS and all((whole / name).is_dir() for name in SPLITS):
-            plain = os.path.normpath(whole)
-            return Path(plain) if Path(plain).resolve() == whole.resolve() else whole.resolve()
+    """The folder of the data set of which `folder` is a split, a class or all images, None if it is none."""
+    for inside in (folder, folder / "..", folder / ".." / ".."):
+        split = folder.resolve().relative_to(inside.resolve()).parts[:1]
+        if _is_images_of_miniplaces(inside):
+            whole = inside / ".."
+        elif split and split[0] in SPLITS and all((inside / name).is_dir() for name in SPLITS):
+            whole = inside
+        else:
+            continue
+        plain = Path(os.path.normpath(whole))
+        return plain if plain.resolve() == whole.resolve() else whole.resolve()
     return None
+
+
+def _is_images_of_miniplaces(folder: Path) -> bool:
+    return folder.resolve().name == "images" and (folder / ".." / "train.txt").is_file()
 
 
 @contextmanager

@@ -55,6 +55,12 @@ def test_the_folder_above_and_missing_extras_will_do(raw, tmp_path):
     assert scan(above).files == layout.files
 
 
+@pytest.mark.parametrize("part", ["images", "images/train", "images/val", "images/train/a"])
+def test_a_part_of_miniplaces_names_the_whole(mini, part):
+    with pytest.raises(InputError, match=f"{part} is a part of a data set: give the whole, {mini}$"):
+        scan(mini / part)
+
+
 def test_miniplaces_is_as_its_lists_say(mini):
     layout = scan(mini)
     assert layout.name == recognised(mini) == MINIPLACES
