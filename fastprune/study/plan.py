@@ -2,9 +2,7 @@
 
 # No import of torch, here or below: that alone takes longer than planning a figure (0.2 s, bench/NOTES.md).
 
-import heapq
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +11,8 @@ from fastprune.errors import InputError
 from fastprune.specs import DataSpec, ModelSpec, Prune, Runnable, Train, n_to_prune
 from fastprune.store import RunStore
 from fastprune.study.data import UNKNOWN
-from fastprune.study.graph import Cost, Graph, Schedule, merge_graphs
+from fastprune.study.forecast import Rates, longest_chain, simulate
+from fastprune.study.graph import Cost, Graph, merge_graphs
 from fastprune.study.settings import Settings
 
 
@@ -92,13 +91,13 @@ def _print_cost(graph: Graph, store: RunStore, given: float | None, workers: int
     if any(n.data.fingerprint.startswith(UNKNOWN) for n in graph.trainings):
         print("  Images that are not prepared yet have no fingerprint: none of their trainings counts as in the store.")
     print(f"  disk         {_size(bytes_on_disk(graph, todo)):>15}   for the nodes to do")
-    rates = Rates(graph, store, given)
+    rates = Rates.of_store(graph, store, given)
     _print_time(graph, todo, rates, workers)
     if gpus:
         _print_clusters(gpus, graph, todo, _seconds(todo, rates, _prune_seconds(graph, store)))
 
 
-def _print_time(graph: Graph, todo: list[Runnable], rates: "Rates", workers: int) -> None:
+def _print_time(graph: Graph, todo: list[Runnable], rates: Rates, workers: int) -> None:
     seconds, unmeasured, used = {node.key: 0.0 for node in todo}, 0, set()
     for node in todo:
         if isinstance(node, Train):
@@ -121,7 +120,7 @@ def _print_time(graph: Graph, todo: list[Runnable], rates: "Rates", workers: int
         print(f"  time left            unknown  {more} {why}")
 
 
-def _seconds(todo: list[Runnable], rates: "Rates", prune: float) -> dict[str, float]:
+def _seconds(todo: list[Runnable], rates: Rates, prune: float) -> dict[str, float]:
     """Key -> seconds that the node takes. InputError where no rate is known."""
     seconds = {}
     for node in todo:
@@ -163,39 +162,6 @@ def _prune_seconds(graph: Graph, store: RunStore) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
-class Rates:
-    """Images a second of trainings: as given, or else as measured in the store."""
-
-    def __init__(self, graph: Graph, store: RunStore, given: float | None) -> None:
-        self.given = given
-        found: dict[tuple[str, int, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for node in graph.trainings:
-            if store.has(node):
-                rate = store.node(node)["provenance"]["images_per_second"]
-                found[_kind(node)][_density(node)].append(rate)
-        self._measured = {
-            kind: {density: sum(each) / len(each) for density, each in by_density.items()}
-            for kind, by_density in found.items()
-        }
-
-    def of(self, node: Train) -> float | None:
-        """The given rate, or the mean of those runs of the node's kind whose density is nearest to its; None without
-        any. Where kept weights alone are computed with, a sparser round takes less time."""
-        measured = self._measured.get(_kind(node))
-        if self.given or measured is None:
-            return self.given
-        return measured[min(measured, key=lambda density: abs(math.log(density / _density(node))))]
-
-
-def _kind(node: Train) -> tuple[str, int, str]:
-    """What decides the speed of a dense run: runs of equal kind have about the same images/s."""
-    return node.model.name, node.model.width, node.data.fingerprint
-
-
-def _density(node: Train) -> float:
-    return node.mask.density if isinstance(node.mask, Prune) else 1.0
-
-
 def describe(s: Settings, data: DataSpec) -> str:
     """The settings of a figure in one line."""
     rates = "".join(
@@ -223,60 +189,6 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """A simulated run. makespan: seconds until the last node is done. busy: worker-seconds of computation."""
-
-    workers: int
-    makespan: float
-    busy: float
-
-    @property
-    def utilisation(self) -> float:
-        """The fraction of the workers' time in which they compute."""
-        return self.busy / (self.workers * self.makespan) if self.makespan else 1.0
-
-
-def simulate(graph: Graph, todo: Sequence[Runnable], seconds: Mapping[str, float], workers: int) -> Simulated:
-    """Simulates the computation of `todo`, nodes of the graph, by `workers`. seconds: key -> what the node takes."""
-    # The schedule of a real run, so that the simulation hands out nodes as a run does.
-    schedule = Schedule(graph, todo)
-    running: list[tuple[float, int, Runnable]] = []
-    now, started = 0.0, 0
-    while True:
-        for node in schedule.ready()[: workers - len(running)]:
-            schedule.take(node)
-            heapq.heappush(running, (now + seconds[node.key], started, node))
-            started += 1
-        if not running:
-            break
-        now, _, node = heapq.heappop(running)
-        schedule.done(node)
-    return Simulated(workers, now, sum(seconds[node.key] for node in todo))
-
-
-def longest_chain(graph: Graph, todo: Sequence[Runnable], seconds: Mapping[str, float]) -> tuple[float, list[Runnable]]:
-    """The chain of dependent nodes in `todo` that takes longest (the critical path), and its seconds.
-
-    No number of workers is faster.
-    """
-    ends: dict[str, float] = {}
-    before: dict[str, Runnable | None] = {}
-    for node in todo:  # in topological order, so the parents are known
-        parents = [parent for parent in node.parents() if parent.key in ends]
-        last = max(parents, key=lambda parent: ends[parent.key], default=None)
-        before[node.key] = last
-        ends[node.key] = seconds[node.key] + (0.0 if last is None else ends[last.key])
-    if not ends:
-        return 0.0, []
-    node_or_none: Runnable | None = graph.by_key[max(ends, key=lambda key: ends[key])]
-    length, chain = max(ends.values()), []
-    while node_or_none is not None:
-        chain.append(node_or_none)
-        node_or_none = before[node_or_none.key]
-    return length, chain[::-1]
 
 
 # Blocks per stage: He et al., Deep Residual Learning for Image Recognition, table 1.

@@ -9,6 +9,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from fastprune.specs import Runnable, Train
+from fastprune.study.forecast import Rates, simulate
 from fastprune.study.graph import Cost, Graph
 
 _LINES = 24
@@ -21,8 +22,9 @@ _FIRST_SECONDS = 0.2
 @dataclass(frozen=True)
 class Live:
     """The state of a run. trained, failed, blocked: of its `trainings`. images: training images done, of images_total.
-    rate: images per second; None: not known yet. doing: what each busy worker computes, in words. notes: what happened
-    so far that a user should know. going: False once it ended before all was done."""
+    rate: images per second so far, seconds_left: until all is done; None: not known yet. doing: what each busy worker
+    computes, in words. notes: what happened so far that a user should know. going: False once it ended before all was
+    done."""
 
     trainings: int
     trained: int
@@ -31,17 +33,25 @@ class Live:
     images: int
     images_total: int
     rate: float | None
+    seconds_left: float | None
     doing: tuple[str, ...]
     notes: tuple[str, ...]
     going: bool = True
 
-    @property
-    def seconds_left(self) -> float | None:
-        return (self.images_total - self.images) / self.rate if self.rate and self.going else None
-
 
 Watch = Callable[[Callable[[], Live]], None]
 """Called after each event with a function that tells the state of the run."""
+
+
+class _Total(tqdm):
+    """A bar whose time left is forecast, instead of assuming the mean rate so far."""
+
+    seconds_left: Callable[[], float | None] = staticmethod(lambda: None)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        left = self.seconds_left()
+        return super().format_dict | {"left": "?" if left is None else self.format_interval(left)}
 
 
 class Bars:
@@ -65,7 +75,10 @@ class Bars:
         live = bool(todo) and sys.stderr.isatty()
         self.trainings = sum(isinstance(n, Train) for n in todo)
         self.trained = self.failures = self.blocked = 0
-        self.total = tqdm(
+        self.left = {node.key: node for node in todo}
+        self.rates, self.workers = Rates(), workers
+        self._ends = self._next_forecast = 0.0
+        self.total = _Total(
             total=Cost.of(todo).images,
             unit=" images",
             unit_scale=True,
@@ -73,8 +86,10 @@ class Bars:
             mininterval=0.2 if live else 10.0,
             dynamic_ncols=live,
             disable=not todo,
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{left}, {rate_fmt}]",
             smoothing=0,  # the mean rate: workers report in bursts, and an epoch's validation reports nothing
         )
+        self.total.seconds_left = self.seconds_left
         self.lines = [
             tqdm(total=0, bar_format="  {desc}", dynamic_ncols=True, position=i + 1, leave=False)
             for i in range(min(workers, _LINES) if live else 0)
@@ -101,14 +116,38 @@ class Bars:
             about = f"{self.graph.label(node)} · epoch {epoch}/{node.stop} · {rate:,.0f} images/s"
             about += f" · {self.how[node.key]}" if node.key in self.how else ""
             self._say(worker, f"{self.places[worker]}: {about}")
+            self.rates.measured(node, rate)
         self.watch(self.live)
 
     def live(self) -> Live:
         """The state of the run now."""
-        rate = self.total.format_dict["n"] / self.total.format_dict["elapsed"] if self.total.n else None
+        rate, left = self._mean_rate(), self.seconds_left()
         counts = (self.trainings, self.trained, self.failures, self.blocked)
         doing = tuple(text for _, text in sorted(self.doing.items()))
-        return Live(*counts, int(self.total.n), int(self.total.total), rate, doing, tuple(self.notes))
+        return Live(*counts, int(self.total.n), int(self.total.total), rate, left, doing, tuple(self.notes))
+
+    def _mean_rate(self) -> float | None:
+        return self.total.n / max(time.time() - self.total.start_t, 1e-9) if self.total.n else None
+
+    def seconds_left(self) -> float | None:
+        """Until all is done, as rates by density that this run measured so far have it; None before the first images.
+
+        A training of a kind that none was measured of has the mean rate.
+        """
+        if not self.left:
+            return 0.0
+        if (mean := self._mean_rate()) is None:
+            return None
+        now = time.monotonic()
+        if now >= self._next_forecast:
+            seconds = {}
+            for key, node in self.left.items():
+                rate = (self.rates.of(node) if isinstance(node, Train) else None) or mean / self.workers
+                seconds[key] = max(0, Cost.of([node]).images - self.images.get(key, 0)) / rate
+            self._ends = now + simulate(self.graph, list(self.left.values()), seconds, self.workers).makespan
+            # 1 % of the time at most: a study of all figures has thousands of nodes.
+            self._next_forecast = max(now + 1.0, now + 100 * (time.monotonic() - now))
+        return max(0.0, self._ends - now)
 
     def computes(self, worker: int, node: Runnable, how: str) -> None:
         self.how[node.key] = how
@@ -116,6 +155,7 @@ class Bars:
 
     def finished(self, worker: int | None, node: Runnable, result: dict[str, Any]) -> None:
         """worker: None if another process computed the node."""
+        self.left.pop(node.key, None)
         if worker is not None:
             self._say(worker, "")
         if isinstance(node, Train):
@@ -131,6 +171,8 @@ class Bars:
         self._say(worker, "")
         self.failures += 1
         self.blocked += len(blocked)
+        for gone in (node, *blocked):
+            self.left.pop(gone.key, None)
         self._expect_no_more_of([node, *blocked])
         self._count()
         self.note(f"failed: {self.graph.label(node)}: {reason}")

@@ -165,13 +165,13 @@ def test_the_page_is_one_file(text):
 
 
 def test_a_live_page_says_what_runs_and_what_is_left(made_up):
-    live = Live(64, 20, 1, 2, 100, 400, 50.0, ("cpu: A2 find · epoch 3/4",), ("diverged: <b>",))
+    live = Live(64, 20, 1, 2, 100, 400, 50.0, 6.0, ("cpu: A2 find · epoch 3/4",), ("diverged: <b>",))
     text = page([made_up], None, live)
     for expected in ("20 of 64 trainings", "1 failed", "2 blocked", "50 images/s", "6.0 s left", "A2 find · epoch 3/4"):
         assert expected in text
     assert "diverged: &lt;b&gt;" in text
     assert "Ended early" not in text
-    stopped = page([made_up], None, Live(64, 20, 0, 0, 100, 400, 50.0, (), (), going=False))
+    stopped = page([made_up], None, Live(64, 20, 0, 0, 100, 400, 50.0, 6.0, (), (), going=False))
     assert "Ended early" in stopped
     assert "6.0 s left" not in stopped
 
@@ -364,7 +364,7 @@ def test_while_it_runs_the_page_follows_and_after_an_interrupt_it_says_so(small_
     store = RunStore(small_figure / "store", read_only=True)
     [record] = read_needs(store.root)
     figure = reproduce._recorded(record, tmp_path)
-    live = Live(22, 7, 0, 0, 100, 400, 50.0, ("cpu: busy",), ())
+    live = Live(22, 7, 0, 0, 100, 400, 50.0, 6.0, ("cpu: busy",), ())
     states = iter([live, replace(live, trained=8)])
     now = [0.0]
     monkeypatch.setattr(reproduce.time, "monotonic", lambda: now[0])
@@ -404,7 +404,7 @@ def test_a_page_that_cannot_be_written_ends_no_run(small_figure, tmp_path, monke
 
     def state() -> Live:
         told.append(1)
-        return Live(22, 7, 0, 0, 100, 400, 50.0, (), ())
+        return Live(22, 7, 0, 0, 100, 400, 50.0, 6.0, (), ())
 
     assert follower.follow(lambda watch: watch(state) or "done") == "done"
     assert told == [1]

@@ -11,8 +11,8 @@ from fastprune.errors import InputError
 from fastprune.figures import FIGURES, load, reproduce
 from fastprune.specs import DataSpec, Prune, Train
 from fastprune.study.chains import Chains, MaskRecipe
+from fastprune.study.forecast import Rates, longest_chain, simulate
 from fastprune.study.graph import Graph
-from fastprune.study.plan import Rates, longest_chain, simulate
 from fastprune.study.settings import preset
 from tests.fakes import eval_runs, find_runs, masks
 
@@ -126,14 +126,14 @@ def test_a_training_takes_as_long_as_those_of_the_nearest_density():
             return {"provenance": {"images_per_second": measured[node.key]}}
 
     graph = Graph.of([*runs, other])
-    rates = Rates(graph, Store(), None)
+    rates = Rates.of_store(graph, Store())
     assert [rates.of(n) for n in (*runs, other)] == [200.0, 800.0, 800.0, 200.0]
     # Runs of one density are averaged, no others.
     measured[runs[2].key] = 500.0
-    assert Rates(graph, Store(), None).of(runs[2]) == 500.0
-    assert Rates(graph, Store(), 50.0).of(runs[2]) == 50.0
+    assert Rates.of_store(graph, Store()).of(runs[2]) == 500.0
+    assert Rates.of_store(graph, Store(), 50.0).of(runs[2]) == 50.0
     measured.clear()
-    assert Rates(graph, Store(), None).of(runs[2]) is None
+    assert Rates.of_store(graph, Store()).of(runs[2]) is None
 
 
 @pytest.mark.parametrize(

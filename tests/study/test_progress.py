@@ -1,7 +1,10 @@
 """The bars: what they count when runs fail, diverge, or are another process's."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from fastprune.study import progress
 from fastprune.study.graph import Cost, Graph
 from fastprune.study.progress import Bars
 from tests.fakes import eval_runs, find_runs
@@ -68,6 +71,48 @@ def test_the_rate_counts_from_the_first_image(graph, capsys, monkeypatch):
         bars.progress(0, node, 0, 8)
         assert 0.1 < bars.total.format_dict["elapsed"] < 100.0
     assert capsys.readouterr().err.endswith("\n")  # what is said next has a line of its own
+
+
+def test_the_time_left_is_that_of_sparser_rounds_and_of_chains(monkeypatch):
+    """A dense run takes 10 s, its first round 2 s: so do the others of the chain, whatever the workers."""
+    now = [1000.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+    graph = Graph.of(find_runs(chains(rounds=4), 0.2))
+    dense, *rounds = graph.trainings
+    with Bars(graph, graph.nodes, 2) as bars:
+        assert bars.live().seconds_left is None
+
+        def trains(node, seconds: float) -> None:
+            bars.started(0, node, "cpu")
+            now[0] += seconds
+            bars.progress(0, node, 1, images(node))
+            bars.finished(0, node, {"diverged": False})
+            now[0] += 1.0  # it is not forecast at each call
+
+        trains(dense, 10.0)
+        assert bars.live().seconds_left == pytest.approx(10.0 * len(rounds))
+        trains(rounds[0], 2.0)
+        assert bars.live().seconds_left == pytest.approx(2.0 * len(rounds[1:]))
+        assert f"<{bars.total.format_interval(2.0 * len(rounds[1:]))}," in str(bars.total)
+        now[0] += 0.5
+        assert bars.live().seconds_left == pytest.approx(2.0 * len(rounds[1:]) - 0.5)
+        bars.failed(0, rounds[1], "planted", [n for n in graph.nodes if n not in (dense, *rounds[:2])])
+        assert bars.live().seconds_left == pytest.approx(0.0)
+
+
+def test_the_time_left_of_what_was_never_measured_is_by_the_mean_rate(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(time=lambda: now[0], monotonic=lambda: now[0]))
+    c = chains()
+    graph = Graph.of([c.dense(0.1), c.dense(0.2)])
+    with Bars(graph, graph.nodes, 2) as bars:
+        node = graph.trainings[0]
+        bars.started(0, node, "cpu")
+        bars.progress(0, node, 0, images(node) // 4)  # the clock starts
+        now[0] += 10.0 - progress._FIRST_SECONDS
+        bars.progress(0, node, 0, images(node) // 4)  # no epoch has ended
+        # Half of one of two runs in 10 s, by two workers: 40 s a run, half of the first and all of the second at once.
+        assert bars.live().seconds_left == pytest.approx(40.0)
 
 
 def test_a_line_says_how_its_training_computes(graph, monkeypatch):
