@@ -264,7 +264,7 @@ class Accuracy:
         common = self._common_rounds(left, right)
         chosen = [number for number, density in sorted(common.items()) if self._in_range(number, density)]
         if not chosen:
-            return Finding(why="the run has no round in the stated range")
+            return Finding(why="no round in the stated range has results of both")
         every = sorted({seed for seed, _ in left} | {seed for seed, _ in right})
         # Paired by seed: left and right share data order and initial weights, whose effect the difference removes.
         seeds = [seed for seed in every if all((seed, n) in left and (seed, n) in right for n in chosen)]
