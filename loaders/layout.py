@@ -146,7 +146,10 @@ def _data_set_above(folder: Path) -> Path | None:
 
 
 def _is_images_of_miniplaces(folder: Path) -> bool:
-    return folder.resolve().name == "images" and (folder / ".." / "train.txt").is_file()
+    # Another data set may be in a folder of that name, beside a list: its val has folders of classes.
+    val = folder / "val"
+    listed = folder.resolve().name == "images" and (folder / ".." / "train.txt").is_file()
+    return listed and val.is_dir() and not _folders(val)
 
 
 @contextmanager

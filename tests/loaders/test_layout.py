@@ -61,6 +61,12 @@ def test_a_part_of_miniplaces_names_the_whole(mini, part):
         scan(mini / part)
 
 
+def test_a_folder_called_images_beside_a_list_is_one_like_any_other(varied, tmp_path):
+    images = Path(shutil.copytree(varied, tmp_path / "images"))
+    (tmp_path / "train.txt").write_text("a list of somebody's own\n")
+    assert scan(images).files == scan(varied).files
+
+
 def test_miniplaces_is_as_its_lists_say(mini):
     layout = scan(mini)
     assert layout.name == recognised(mini) == MINIPLACES
