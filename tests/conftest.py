@@ -29,6 +29,12 @@ def pytest_configure(config: pytest.Config) -> None:
     require_device(config.getoption("--device"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """A test's random numbers do not depend on what ran before it in its process: it fails always, or never."""
+    torch.manual_seed(0)
+
+
 def require_device(name: str) -> None:
     """UsageError, one line, for a device that is not there: a run that skips all its tests would look green."""
     kind, _, index = name.partition(":")

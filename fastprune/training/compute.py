@@ -83,8 +83,9 @@ class BatchCounters:
 
 
 class Dense:
-    """Torch's autograd, on the flat parameters themselves. lower: small convs as GEMMs (training/lower.py). scattered:
-    SGD reads gradients where autograd left them, where nothing else reads them."""
+    """Torch's autograd, on the flat parameters themselves. lower: small convs as GEMMs (training/lower.py); mend: convs
+    that oneDNN gets wrong without their stride. scattered: SGD reads gradients where autograd left them, where nothing
+    else reads them."""
 
     def __init__(
         self,
@@ -95,23 +96,24 @@ class Dense:
         scaler: torch.amp.GradScaler,
         half: torch.dtype | None,
         lower: bool,
+        mend: bool,
         scattered: bool = False,
     ) -> None:
         self.name = "dense" if lower else "plain"
         self._network, self._flat, self._optimizer, self._scaler = network, flat, optimizer, scaler
-        self._half, self._lower, self._scattered = half, lower, scattered
+        self._half, self._lower, self._mend, self._scattered = half, lower, mend, scattered
         self._counters = BatchCounters(model)
-        self._without: set[torch.Size] = set()  # shapes of images for which no conv was lowered
+        self._without: set[torch.Size] = set()  # shapes of images for which all convs are torch's
 
     def takes(self, images: Tensor) -> bool:
         return True
 
     def logits(self, images: Tensor, train: bool) -> Tensor:
-        if not self._lower or images.shape in self._without:
-            with autocast(self._flat.weight.device, self._half):
+        with autocast(self._flat.weight.device, self._half):
+            if not (self._lower or self._mend) or images.shape in self._without:
                 return self._network(images)
-        with lowered() as lowering:
-            found = self._network(images)
+            with lowered(self._lower) as lowering:
+                found = self._network(images)
         if not lowering.convs:
             self._without.add(images.shape)
         return found

@@ -4,6 +4,10 @@ On a map of 2x2 positions, 20 of the 36 taps of a 3x3 kernel fall into the paddi
 for each output position and each row of the kernel, the taps inside the map are one run of inputs and one run of
 weights, contiguous if both are channels-last. So a conv is a few GEMMs of column ranges of three matrices,
 x [N, H*W*C], weight [O, KH*KW*C] and y [N, OH*OW*O], and so are its gradients. Nothing is unfolded or copied.
+
+And convs that oneDNN gets wrong: without AVX-512 it writes past its buffer for the weight gradient of a strided 1x1
+conv of fewer than 8 channels (https://github.com/uxlfoundation/oneDNN/issues/6035), as the shortcuts of a narrow
+ResNet are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,6 +27,10 @@ _MAX_POSITIONS = 9
 _MIN_WORK = 2**16
 # With fewer (images have 3) a run of taps is too short for a GEMM.
 _MIN_CHANNELS = 16
+# Fewer are less than a vector of AVX2, which oneDNN 3.13's driver of strided 1x1 convs does not allow for.
+_ONEDNN_CHANNELS = 8
+
+_NO_PADDING = (0, (0,), (0, 0), [0], [0, 0], "valid")
 
 Ints = int | Sequence[int]
 Pair = tuple[int, int]
@@ -31,14 +39,16 @@ Run = tuple[int, int, int, int]
 """Taps that lie side by side: (output position, position of the first input, first tap, number of taps)."""
 
 
-def lowered() -> AbstractContextManager["Lowering"]:
-    """Within it, in this thread, F.conv2d (and so nn.Conv2d) computes the convs that `pays` names as GEMMs.
+def lowered(gemms: bool = True) -> AbstractContextManager["Lowering"]:
+    """Within it, in this thread, F.conv2d (and so nn.Conv2d) computes the convs that `pays` names as GEMMs, and those
+    that `overruns` names without a stride, of the positions of x that count. gemms: False for the latter alone.
 
     They are convs of float32 on a CPU that torch would compute channels-last. All other calls pass unchanged, and so do
     convs under autocast, torch.compile and the transforms of torch.func. Results and gradients have torch's strides and
-    differ from torch's by rounding; torch.set_float32_matmul_precision holds. A second derivative is a RuntimeError.
+    differ from torch's by rounding; torch.set_float32_matmul_precision holds. A second derivative of a conv that became
+    GEMMs is a RuntimeError.
     """
-    return Lowering()
+    return Lowering(gemms)
 
 
 def pays(
@@ -51,16 +61,23 @@ def pays(
     return _plan(tuple(x_shape), tuple(weight_shape), _key(stride), _key(padding), _key(dilation), groups) is not None
 
 
+def overruns(weight_shape: Sequence[int], stride: Ints, padding: Ints | str, groups: int) -> bool:
+    """Whether oneDNN may write past its memory for the weight gradient of such a conv, channels-last on AVX2."""
+    narrow = len(weight_shape) == 4 and weight_shape[1] < _ONEDNN_CHANNELS and tuple(weight_shape[2:]) == (1, 1)
+    down, across = _pair(_key(stride))
+    return narrow and groups == 1 and padding in _NO_PADDING and down * across > 1 and min(down, across) > 0
+
+
 class Lowering(TorchFunctionMode):
-    """What `lowered` enters. convs: how many it has computed as GEMMs.
+    """What `lowered` enters. convs: how many it has computed in another way than torch.
 
     Torch calls it for each function within: 40 us for a conv with batch norm and ReLU, on a CPU with cold caches. A
     small network that has no conv to lower is faster without it, which its first batch tells.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gemms: bool) -> None:
         super().__init__()
-        self.convs = 0
+        self.gemms, self.convs = gemms, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # `types` are those of tensors with a __torch_function__ of their own, which gets the call then.
@@ -78,10 +95,14 @@ class Lowering(TorchFunctionMode):
         dilation: Ints = 1,
         groups: int = 1,
     ) -> Tensor:
-        """F.conv2d, by GEMMs where they pay."""
-        plan = _plan(input.shape, weight.shape, _key(stride), _key(padding), _key(dilation), groups)
+        """F.conv2d, by GEMMs where they pay, and without a stride where it overruns."""
+        plan = None
+        if self.gemms:
+            plan = _plan(input.shape, weight.shape, _key(stride), _key(padding), _key(dilation), groups)
+        fits = input.dim() == 4 and input.shape[1:2] == weight.shape[1:2]
+        strided = fits and overruns(weight.shape, stride, padding, groups)
         if (
-            plan is not None
+            (plan is not None or strided)
             and all(_is_float32_of_cpu(t) for t in (input, weight, bias) if t is not None)
             and (bias is None or bias.shape == weight.shape[:1])
             and (_is_channels_last(input) or _is_channels_last(weight))
@@ -89,7 +110,9 @@ class Lowering(TorchFunctionMode):
             and not torch._C._are_functorch_transforms_active()
         ):
             self.convs += 1
-            return _Gemms.apply(input, weight, bias, plan)
+            if plan is not None:
+                return _Gemms.apply(input, weight, bias, plan)
+            input, stride = _Strided.apply(input, _pair(_key(stride))), 1
         return torch.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -101,6 +124,22 @@ class _Plan(NamedTuple):
     rows: int
     """of x and y as matrices: the images, or their positions if the kernel is 1x1 and skips none"""
     runs: tuple[Run, ...]
+
+
+class _Strided(torch.autograd.Function):
+    """x[:, :, ::down, ::across], channels-last, and so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: Pair) -> Tensor:
+        ctx.shape, ctx.stride = x.shape, stride
+        return x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        N, C, H, W = ctx.shape
+        dx = _nchw(grad.new_zeros(N, H, W, C))
+        dx[:, :, :: ctx.stride[0], :: ctx.stride[1]] = grad
+        return dx, None
 
 
 class _Gemms(torch.autograd.Function):

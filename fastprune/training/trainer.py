@@ -187,12 +187,12 @@ class Trainer:
         self.gpu_options = options
         if options not in self._ways:
             on_gpu, half = self.device.type == "cuda", _HALF[self.precision]
-            lowers = not on_gpu and half is None and not self._compile
+            eager = not on_gpu and half is None and not self._compile
             network = self._compiled(options)
             scattered = options.gradient_table and uses_triton(self.flat.weight)
             parts = self.model, network, self.flat, self.optimizer, self.scaler, half
             self._ways[options] = {
-                name: Dense(*parts, lowers and name == "dense", scattered) for name in ("plain", "dense")
+                name: Dense(*parts, eager and name == "dense", eager, scattered) for name in ("plain", "dense")
             }
         self._dense = self._ways[options]
         # Unless a training says otherwise.

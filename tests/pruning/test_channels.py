@@ -35,6 +35,7 @@ from fastprune.pruning.channels import (
 from fastprune.pruning.layers import mask_layers
 from fastprune.specs import ModelSpec
 from fastprune.training.flat import FlatParams
+from fastprune.training.lower import lowered
 from fastprune.training.models import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -518,7 +519,9 @@ def stream(groups: tuple[Group, ...]) -> str:
 def test_flat_parameters_take_the_smaller_network():
     model = remove(network(), ranked(network(), 0.5)[1], SIDE)
     flat = FlatParams(model)
-    flat.backward(model(torch.randn(4, 3, SIDE, SIDE)).square().mean())
+    with lowered():  # a shortcut has become so narrow that oneDNN would write past its memory
+        output = model(torch.randn(4, 3, SIDE, SIDE))
+    flat.backward(output.square().mean())
     flat.sgd_step(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     flat.check_aliased()
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastprune.pruning.layers import MaskedConv2d
 from fastprune.training.flat import FlatParams
-from fastprune.training.lower import lowered, pays
+from fastprune.training.lower import lowered, overruns, pays
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -127,6 +127,56 @@ def test_results_are_those_of_float64_and_strides_are_torchs(conv):
         assert (our - right).abs().max() <= 4e-6 * right.abs().max()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    channels=st.tuples(st.integers(1, 7), st.integers(1, 20)),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    stride=st.sampled_from([2, 3, (1, 2), (2, 1), [2, 2], (2,)]),
+    padding=st.sampled_from([0, (0, 0), (0,), "valid"]),
+    batch=st.integers(0, 5),
+    bias=st.booleans(),
+    gemms=st.booleans(),
+    layouts=st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 3).filter(lambda names: "channels-last" in names[:2]),
+)
+def test_what_onednn_overruns_is_computed_without_a_stride(
+    channels, size, stride, padding, batch, bias, gemms, layouts
+):
+    """Torch itself is asked in float64 only: in float32 such a step can end the process."""
+    C, C_out = channels
+    shape = F.conv2d(torch.empty(batch, 1, *size), torch.empty(C_out, 1, 1, 1), None, stride, padding).shape
+    x, weight, grad = (
+        LAYOUTS[name](random(*s, seed=i))
+        for i, (name, s) in enumerate(zip(layouts, [(batch, C, *size), (C_out, C, 1, 1), shape], strict=True))
+    )
+    tensors = x, weight, random(C_out, seed=3) if bias else None, grad
+    exact = results(*(t if t is None else t.double() for t in tensors), stride, padding)
+    with lowered(gemms) as lowering:
+        ours = results(*tensors, stride, padding)
+    assert overruns(weight.shape, stride, padding, 1)
+    for our, right in zip(ours, exact, strict=True):
+        assert our.shape == right.shape
+        torch.testing.assert_close(our.double(), right, rtol=1e-5, atol=1e-5)
+    # Of a single channel or position torch may take both layouts for contiguous, which oneDNN has right.
+    assert lowering.convs == 1 or min(C, math.prod(size)) == 1
+
+
+@pytest.mark.parametrize(
+    ("weight", "how"),
+    [
+        ((8, 8, 1, 1), (2, 0, 1)),  # a whole vector
+        ((8, 4, 1, 1), (1, 0, 1)),
+        ((8, 4, 1, 1), (2, 1, 1)),
+        ((8, 4, 1, 1), (2, "same", 1)),
+        ((8, 4, 1, 1), ((2, -1), 0, 1)),
+        ((8, 4, 3, 1), (2, 0, 1)),
+        ((8, 4, 1, 1), (2, 0, 2)),
+        ((8, 4, 1), (2, 0, 1)),
+    ],
+)
+def test_other_strided_convs_are_not_overrun(weight, how):
+    assert not overruns(weight, *how)
+
+
 def conv_3x3(size: int = 2, channels: int = 64, batch: int = 64, **settings) -> tuple[nn.Conv2d, Tensor]:
     """A conv and its input, channels-last, a conv that pays by default."""
     torch.manual_seed(0)
@@ -218,6 +268,7 @@ def test_transformed_convs_stay_torchs_to_the_bit(transform):
         {"bias": torch.zeros(3)},
         {"bias": torch.zeros(64, dtype=torch.float64)},
         {"weight": torch.zeros(64, 32, 3, 3)},
+        {"weight": torch.zeros(64, 4, 1, 1), "padding": 0, "stride": 2},
         {"weight": torch.zeros(64, 64, 3)},
         {"input": torch.zeros(64, 64)},
         {"input": None},

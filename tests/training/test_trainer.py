@@ -105,6 +105,22 @@ def test_a_masked_run_on_the_device_is_plain_pytorchs(device, monkeypatch):
         assert not torch.signbit(pruned).any()
 
 
+@pytest.mark.parametrize("compute", ["plain", "dense"])
+def test_a_network_whose_shortcut_onednn_overruns_trains_as_contiguous(compute):
+    """Width 4: the shortcut of its second stage has four channels and a stride. Contiguous, oneDNN has it right."""
+    spec = ModelSpec("resnet18", 4, "imagenet", 4)
+    ours, theirs = Trainer(initial_model(Init(spec, 0)), compute=compute), initial_model(Init(spec, 0))
+    g = torch.Generator().manual_seed(1)
+    batch = torch.randn(8, 3, 64, 64, generator=g), torch.arange(8) % 4
+    ours.fit([batch], [batch], SGD, ScheduleSpec(lr=0.1, epochs=1))
+    theirs.train()
+    F.cross_entropy(theirs(batch[0]), batch[1]).backward()
+    for name in ("layer2.0.downsample.0.weight", "layer1.0.conv1.weight"):
+        weight = theirs.get_parameter(name)
+        expected = weight - 0.1 * (weight.grad + SGD.weight_decay * weight)
+        torch.testing.assert_close(ours.model.get_parameter(name), expected, rtol=1e-3, atol=1e-5)
+
+
 def test_imp_in_thirty_lines_of_plain_pytorch_finds_the_same_masks_and_weights():
     ours, initial = trainer(compute="plain"), initial_state()
     mask = Mask.dense(ours.flat.segments)
