@@ -19,6 +19,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
+from ray.util.client import ray as client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import fastprune
@@ -36,6 +37,9 @@ _SEEN_SECONDS = 60.0
 
 _ANSWER_SECONDS = 10.0
 """How long a cluster's address may take to accept a connection."""
+
+_RAYLET_SECONDS = 2.0
+"""How long Ray on a machine whose worker was lost may take to accept a connection."""
 
 _DEATHS_LIMIT = 5
 """After so many deaths of a worker's process in a row while it starts, the run ends."""
@@ -227,7 +231,7 @@ class RayWorker:
             raise error
         machine = self._machine
         self._open()  # Ray starts the process by itself, but it must be given the graph again
-        return Lost(_first_line(error), with_machine=machine not in _alive())
+        return Lost(_first_line(error), with_machine=not _is_up(machine))
 
     def renew(self) -> None:
         # Another actor, not a restart of this one: ray.kill ends an actor for good.
@@ -243,6 +247,18 @@ class RayWorker:
 def _alive() -> set[str]:
     """Ray's ids of the machines of the cluster that are alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def _is_up(machine: str) -> bool:
+    """Whether a machine of the cluster is alive and, where that can be seen from here, its Ray answers."""
+    found = next((node for node in ray.nodes() if node["NodeID"] == machine and node["Alive"]), None)
+    if found is None or client.is_connected():  # through ray:// only the cluster's head is sure to be within reach
+        return found is not None
+    try:  # Ray itself calls a machine that is gone alive for up to half a minute
+        socket.create_connection((found["NodeManagerAddress"], found["NodeManagerPort"]), _RAYLET_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _connect(address: str | None) -> str:

@@ -3,10 +3,12 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -14,6 +16,10 @@ from fastprune.cli.reproduce import main
 from tests.small_figure import NODES, TINY, TRAININGS, command, folders, products, published, results
 
 pytest.importorskip("ray", reason="Ray is not installed")
+
+from ray.exceptions import ActorUnavailableError
+
+from fastprune.study import ray_workers
 
 
 @pytest.fixture(autouse=True)
@@ -160,6 +166,21 @@ def test_a_machine_that_goes_with_many_workers_ends_nothing(small_figure, tmp_pa
     assert "of 2 machines, runs at once: up to 6, each on a CPU core" in done.stdout
     assert results(tmp_path) == results(small_figure)
     assert products(tmp_path / "store") == products(small_figure / "store")
+
+
+def test_a_machine_that_ray_still_calls_alive_is_gone_if_it_does_not_answer(monkeypatch):
+    """Otherwise a node whose worker was lost there twice would have failed."""
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port = there.getsockname()[1]
+        node = {"NodeID": "a", "Alive": True, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+        monkeypatch.setattr(ray_workers.ray, "nodes", lambda: [node])
+        worker = ray_workers.RayWorker(0, mock.MagicMock(), (), mock.MagicMock())
+        worker._machine = "a"
+        error = ActorUnavailableError("connection refused", None)
+        assert not worker.lost(error).with_machine
+    assert worker.lost(error).with_machine
+    worker._machine = "b"
+    assert worker.lost(error).with_machine
 
 
 @pytest.mark.slow
