@@ -244,14 +244,14 @@ class RayWorker:
             ray.kill(self._actor)
 
 
-def _alive() -> set[str]:
-    """Ray's ids of the machines of the cluster that are alive."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def _alive() -> dict[str, dict[str, Any]]:
+    """What Ray says of each machine of the cluster that it calls alive, by Ray's id."""
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def _is_up(machine: str) -> bool:
     """Whether a machine of the cluster is alive and, where that can be seen from here, its Ray answers."""
-    found = next((node for node in ray.nodes() if node["NodeID"] == machine and node["Alive"]), None)
+    found = _alive().get(machine)
     if found is None or client.is_connected():  # through ray:// only the cluster's head is sure to be within reach
         return found is not None
     try:  # Ray itself calls a machine that is gone alive for up to half a minute
