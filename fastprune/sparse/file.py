@@ -1,10 +1,12 @@
 """Files of compiled networks: safetensors with kept weights, the gaps between them, and the program as JSON.
 
-A kept weight's place is the number of pruned weights since the one before it, in storage order (OHWI), as a byte: 0 to
-254 stand before a kept weight; 255 stands for 255 pruned weights without a kept one after them.
+A kept weight's place is the number of pruned weights since the one before it, as a byte: 0 to 254 stand before a kept
+weight; 255 stands for 255 pruned weights without a kept one after them. The order is OHWI for layers that are computed
+from kept weights ("pruned"), and that of the tensor for others, whose zeros only take no space ("pruned flat").
 """
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fastprune.errors import InputError
 from fastprune.files import COMPILED, TENSORS, check_kind, read_tensors, write_atomically, write_tensors
@@ -23,6 +26,7 @@ from fastprune.sparse.program import (
     Linear,
     MaxPool,
     Mean,
+    Name,
     Norm,
     Op,
     Program,
@@ -30,13 +34,29 @@ from fastprune.sparse.program import (
     Torch,
     Value,
     inputs,
+    map_leaves,
+    names,
 )
 
-FORMAT = 1
+FORMAT = 2
+"""1, which is read, too, has no operations of torch."""
 
 _ESCAPE = 255
 
 _OPS: dict[str, Any] = {op.__name__: op for op in (FusedConv, Norm, Relu, Add, MaxPool, Mean, Linear)}
+
+# What torch.export does with sizes and tuples, beside operations of torch.
+_PYTHON: dict[str, Any] = {
+    f.__name__: f
+    for f in (
+        operator.getitem, operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.mod,
+        operator.pow, operator.neg, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+        torch.sym_float, torch.sym_int, torch.sym_ite, torch.sym_max, torch.sym_min, torch.sym_not, torch.sym_sum,
+    )
+}  # fmt: skip
+
+# Arguments of torch's own types, by the name of the type.
+_TYPES: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
 
 @dataclass(frozen=True)
@@ -94,57 +114,85 @@ def decode(codes: np.ndarray) -> np.ndarray:
 
 
 def write(path: str | Path, program: Program, weights: Weights, dtype: torch.dtype) -> None:
-    """Creates or replaces a file. weights: of the program, float32. dtype: float32 or float16, of kept weights and of
-    dense ones with two dimensions or more; other tensors stay float32.
+    """Creates or replaces a file. weights: of the program. dtype: float32 or float16, of kept weights and of dense ones
+    in float32 with two dimensions or more; other tensors stay as they are.
 
-    InputError for another dtype, for a program with operations that run in torch, and if a weight exceeds float16.
+    InputError for another dtype, for a program with operations that are not torch's own, and if a weight exceeds
+    float16.
     """
     path = Path(path)
     if dtype not in (torch.float32, torch.float16):
         raise InputError(f"a compiled network is saved in float32 or float16, not in {dtype}")
-    if any(isinstance(op, Torch) for op in program.ops):
-        what = program.unknown[0] if program.unknown else "an operation"
-        raise InputError(f"{path}: a network with operations that run in torch cannot be saved ({what})")
+    ops = [_plain_op(op) for op in program.ops]
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    flat_shapes: dict[str, tuple[int, ...]] = {}
+
+    def put_kept(name: str, places: np.ndarray, values: np.ndarray) -> None:
+        tensors[f"{name}:gaps"] = torch.from_numpy(encode(places))
+        tensors[f"{name}:kept"] = _cast(name, torch.from_numpy(values), dtype)
+
     for name, weight in weights.items():
         if isinstance(weight, Kept):
-            tensors[f"{name}:gaps"] = torch.from_numpy(encode(weight.places))
-            tensors[f"{name}:kept"] = _cast(name, torch.from_numpy(weight.values), dtype)
+            put_kept(name, weight.places, weight.values)
             shapes[name] = weight.shape
+        elif weight.dtype == torch.float32 and weight.dim() > 1:
+            flat = weight.reshape(-1).numpy()
+            places = np.flatnonzero(flat)
+            if len(encode(places)) + len(places) * dtype.itemsize < len(flat) * dtype.itemsize:
+                put_kept(name, places, flat[places])
+                flat_shapes[name] = tuple(weight.shape)
+            else:
+                tensors[name] = _cast(name, weight, dtype).contiguous()
         else:
-            tensors[name] = _cast(name, weight, dtype if weight.dim() > 1 else torch.float32).contiguous()
+            tensors[name] = weight.contiguous()
     facts = {
         "format": FORMAT,
         "input": _plain(program.input),
         "output": _plain(program.output),
-        "ops": [{"op": type(op).__name__, **_plain(op)} for op in program.ops],
+        "ops": ops,
         "pruned": shapes,
+        "pruned flat": flat_shapes,
+        "constants": list(program.constants),
     }
+    # Constants may share memory, which safetensors refuses.
+    tensors |= {f"{name}:constant": _copy(tensor) for name, tensor in program.constants.items()}
     write_atomically(path, lambda aside: write_tensors(aside, tensors, facts))
 
 
 def read(path: str | Path) -> tuple[Program, dict[str, Tensor | Kept]]:
-    """The program and its weights, float32, of a file that `write` wrote. InputError for a damaged or foreign file."""
+    """The program and its weights, float32, of a file that `write` wrote. InputError for a damaged or foreign file.
+
+    Operations of torch are those of `torch.ops.aten` that change no tensor and open no file.
+    """
     path = Path(path)
     expected = "a compiled network, as compile.py --out NAME.fastprune and CompiledModel.save write it"
     tensors, facts = read_tensors(path, expected)
     check_kind(path, expected, COMPILED, TENSORS)
     try:
-        if facts["format"] != FORMAT:
+        if facts["format"] not in (1, FORMAT):
             raise InputError(f"{path}: written by another version of fastprune (format {facts['format']!r})")
-        program = Program(tuple(map(_op, facts["ops"])), _value(facts["input"]), _value(facts["output"]))
+        constants = {name: tensors.pop(f"{name}:constant") for name in facts.get("constants", [])}
+        program = Program(tuple(map(_op, facts["ops"])), _value(facts["input"]), _value(facts["output"]), constants)
         weights: dict[str, Tensor | Kept] = {}
-        for name, shape in facts["pruned"].items():
+
+        def pop_kept(name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
             gaps, values = tensors.pop(f"{name}:gaps"), tensors.pop(f"{name}:kept")
-            o, kh, kw, i = map(int, shape)
             places = decode(gaps.numpy())
-            weights[name] = kept = Kept((o, kh, kw, i), places, values.float().numpy())
             # Lists of places are written without a check.
-            inside = len(places) == len(values) and (len(places) == 0 or places[-1] < math.prod(kept.shape))
-            if gaps.dtype != torch.uint8 or min(kept.shape) < 1 or not inside:
+            inside = len(places) == len(values) and (len(places) == 0 or places[-1] < math.prod(shape))
+            if gaps.dtype != torch.uint8 or min(shape) < 1 or not inside:
                 raise ValueError(f"{name} has places outside its layer")
-        weights |= {name: tensor.float() for name, tensor in tensors.items()}
+            return places, values.float().numpy()
+
+        for name, shape in facts["pruned"].items():
+            o, kh, kw, i = map(int, shape)
+            weights[name] = Kept((o, kh, kw, i), *pop_kept(name, (o, kh, kw, i)))
+        for name, shape in facts.get("pruned flat", {}).items():
+            places, values = pop_kept(name, tuple(map(int, shape)))
+            weights[name] = weight = torch.zeros(*map(int, shape))
+            weight.view(-1).numpy()[places] = values
+        weights |= {n: tensor.float() if tensor.dtype == torch.float16 else tensor for n, tensor in tensors.items()}
         check(program, weights)
     except InputError:
         raise
@@ -155,8 +203,11 @@ def read(path: str | Path) -> tuple[Program, dict[str, Tensor | Kept]]:
 
 
 def check(program: Program, weights: Weights) -> None:
-    """ValueError unless all values and weights have the shapes that kernels take for granted."""
-    known = {program.input}
+    """ValueError unless all values and weights have the shapes and types that kernels take for granted.
+
+    What an operation in torch gives is known only when it ran: `CompiledModel` checks it before a kernel reads it.
+    """
+    known, tensors = {program.input}, {**program.constants, **weights}
 
     def expect(holds: bool, what: str) -> None:
         if not holds:
@@ -165,6 +216,7 @@ def check(program: Program, weights: Weights) -> None:
     def shape_of(name: str) -> tuple[int, ...]:
         weight = weights[name]
         if isinstance(weight, Tensor):
+            expect(weight.dtype == torch.float32, f"{name} is {weight.dtype}")
             return tuple(weight.shape)
         o, kh, kw, i = weight.shape
         return o, i, kh, kw
@@ -179,11 +231,16 @@ def check(program: Program, weights: Weights) -> None:
 
     expect(len(program.input.shape) == 3, "the input is no image")
     for op in program.ops:
-        assert not isinstance(op, Torch)
         expect(all(value in known for value in inputs(op)) and op.y not in known, f"{op} has unknown values")
-        expect(op.y.batched and min(op.y.shape, default=0) > 0, f"{op} has an empty result")
         expect(op.y.number not in {value.number for value in known}, f"{op} writes a value again")
         known.add(op.y)
+        if isinstance(op, Torch):
+            for read in names(op):
+                expect(isinstance(tensors[read], Tensor), f"{op.name} reads {read}, which is in lists")
+            continue
+        for value in (*inputs(op), op.y):
+            sizes = value.shape
+            expect(value.batched and len(sizes) in (1, 3) and min(sizes) > 0, f"{op} has values that are no maps")
         x, y = op.x.shape, op.y.shape
         match op:
             case FusedConv():
@@ -219,7 +276,79 @@ def check(program: Program, weights: Weights) -> None:
 
 def _op(facts: Mapping[str, Any]) -> Op:
     facts = dict(facts)
-    return _made(_OPS[facts.pop("op")], facts)
+    kind = facts.pop("op")
+    if kind == Torch.__name__:
+        target, args, kwargs = facts["target"], map(_argument, facts["args"]), facts["kwargs"]
+        made = {name: _argument(value) for name, value in kwargs.items()}
+        return Torch(_target(target), tuple(args), made, _value(facts["y"]), str(facts["name"]))
+    return _made(_OPS[kind], facts)
+
+
+def _foreign(what: str) -> InputError:
+    return InputError(f"a .fastprune file cannot hold this network, which needs {what}: write .onnx or .pth")
+
+
+def _may_run(target: Any) -> bool:
+    """Whether an operation is of those that a file may name."""
+    if not isinstance(target, OpOverload) or target.namespace != "aten" or target._schema.is_mutable:
+        return False
+    return all(argument.name != "filename" for argument in target._schema.arguments)
+
+
+def _target(name: str) -> Any:
+    if name in _PYTHON:
+        return _PYTHON[name]
+    space, packet, overload = name.split(".")
+    target = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if space != "aten" or not _may_run(target):
+        raise ValueError(f"torch {torch.__version__} has no operation {name}")
+    return target
+
+
+def _plain_op(op: Op) -> dict[str, Any]:
+    """An operation as JSON. InputError for one of torch that a file cannot hold."""
+    if not isinstance(op, Torch):
+        return {"op": type(op).__name__, **_plain(op)}
+    known = _PYTHON.get(getattr(op.target, "__name__", "")) is op.target
+    if not known and not _may_run(op.target):
+        raise _foreign(f"{op.name}, an operation that is not torch's own")
+    args, kwargs = map_leaves(lambda leaf: _plain_argument(leaf, op), (op.args, op.kwargs))
+    target = op.target.__name__ if known else str(op.target)
+    return {"op": "Torch", "target": target, "args": args, "kwargs": kwargs, "y": _plain(op.y), "name": op.name}
+
+
+def _plain_argument(leaf: Any, op: Torch) -> Any:
+    if leaf is None or isinstance(leaf, bool | int | float | str):
+        return leaf
+    if isinstance(leaf, Value):
+        return {"value": _plain(leaf)}
+    if isinstance(leaf, Name):
+        return {"name": leaf.name}
+    if isinstance(leaf, torch.device):
+        return {"device": str(leaf)}
+    for name, kind in _TYPES.items():
+        if isinstance(leaf, kind):
+            return {name: str(leaf).removeprefix("torch.")}
+    raise _foreign(f"{op.name} with an argument of type {type(leaf).__name__}")
+
+
+def _argument(plain: Any) -> Any:
+    """What `_plain_argument` made JSON of, in lists as tuples."""
+    if isinstance(plain, list):
+        return tuple(map(_argument, plain))
+    if not isinstance(plain, dict):
+        return plain
+    ((kind, what),) = plain.items()
+    if kind == "value":
+        return _value(what)
+    if kind == "name":
+        return Name(str(what))
+    if kind == "device":
+        return torch.device(what)
+    made = getattr(torch, what)
+    if not isinstance(made, _TYPES[kind]):
+        raise TypeError(f"{what!r} is no {kind} of torch")
+    return made
 
 
 def _made(kind: Any, facts: Mapping[str, Any]) -> Any:
@@ -250,15 +379,20 @@ def _field(name: str, value: Any) -> Any:
 def _value(facts: Mapping[str, Any]) -> Value:
     if set(facts) != {"number", "shape"}:
         raise ValueError("a value has unknown fields")
-    return Value(int(facts["number"]), tuple(int(size) for size in facts["shape"]))
+    number, shape = int(facts["number"]), facts["shape"]
+    return Value(number, (), False) if shape is None else Value(number, tuple(int(size) for size in shape))
 
 
 def _plain(record: Any) -> dict[str, Any]:
     """A value or an operation as JSON, without what all values of a file share."""
     if isinstance(record, Value):
-        return {"number": record.number, "shape": record.shape}
+        return {"number": record.number, "shape": record.shape if record.batched else None}
     parts = {f.name: getattr(record, f.name) for f in fields(record)}
     return {name: _plain(part) if is_dataclass(part) else part for name, part in parts.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -50,6 +50,7 @@ from fastprune.sparse.program import (
     inputs,
     lower,
     map_leaves,
+    names,
 )
 
 DENSEST = 0.7
@@ -92,9 +93,12 @@ def compile(model: nn.Module, example: Tensor) -> "CompiledModel":
         except Unsupported as error:
             raise InputError(f"the model cannot be compiled: {error}") from error
         program = fuse(program)
-        weights: dict[str, Tensor | Kept] = {n: t.detach().clone() for n, t in folded.items()}
+        # In the order that `load` gives them, on which bits of operations in torch may depend.
+        contiguous = torch.contiguous_format
+        weights: dict[str, Tensor | Kept] = {n: t.detach().clone(memory_format=contiguous) for n, t in folded.items()}
+    whole = {name for op in program.ops if isinstance(op, Torch) for name in names(op)}  # torch knows no lists
     for op in program.ops:
-        if isinstance(op, FusedConv | Linear):
+        if isinstance(op, FusedConv | Linear) and op.weight not in whole:
             weight = weights[op.weight]
             if isinstance(weight, Tensor) and int(weight.count_nonzero()) <= DENSEST * weight.numel():
                 weights[op.weight] = Kept.of(weight)
@@ -188,7 +192,7 @@ class CompiledModel:
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes a file for `load`. dtype: float32 or float16, of the weights in it.
 
-        InputError where an operation runs in torch because there is no kernel for it, or for another dtype.
+        InputError where an operation runs in torch and is not torch's own (a custom operator), or for another dtype.
         """
         write(path, self.program, self.weights, dtype)
 
@@ -512,6 +516,7 @@ class _Planner:
 
         if isinstance(op, Torch):
             known = {**self.program.constants, **self.weights}
+            by_kernels = any(not isinstance(reader, Torch) for reader in self.readers[op.y])
 
             def leaf(call: _Call, part: Any) -> Any:
                 if isinstance(part, Name):
@@ -520,7 +525,13 @@ class _Planner:
 
             def run(call: _Call) -> Any:
                 args, kwargs = map_leaves(lambda part: leaf(call, part), (op.args, op.kwargs))
-                return op.target(*args, **kwargs)
+                found = op.target(*args, **kwargs)
+                # A file may say something else of the result, and kernels read memory without a check.
+                if by_kernels and (found.dtype != torch.float32 or found.shape != (call.images, *op.y.shape)):
+                    got = f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
+                    expected = ", ".join(map(str, ("B", *op.y.shape)))
+                    raise InputError(f"{op.name} gives {got}, and the program says float32 [{expected}]")
+                return found
         elif isinstance(op, FusedConv) and self.few and self._is_sparse(op):
             flat = self._flat(op)
 

@@ -463,6 +463,9 @@ class _Lowering:
         self._share(node, changed)
         if any(storage == other for other, _ in self.state):  # of a parameter, buffer or constant
             stored = self.state.get(place, "a part of a parameter or buffer")
+            # torch.tensor() in the forward, which changes no number.
+            if target is aten.detach_.default and stored in self.constants:
+                return
             counts = stored.endswith("num_batches_tracked") and target is aten.add_.Tensor and node.args[1] == 1
             if not self.train or not counts:
                 raise Unsupported(_changes(stored))

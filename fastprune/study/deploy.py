@@ -119,8 +119,15 @@ def deploy(network: Network, out: Path, side: int | None = None, half: bool = Fa
         assert size is not None
         return torch.zeros(count, 3, *size)
 
+    in_torch: list[str] = []
+
+    def write_compiled(path: Path) -> None:
+        fast = sparse.compile(model, images(1))
+        fast.save(path, dtype=dtype)
+        in_torch.extend(fast.in_torch)
+
     writers: dict[str, Callable[[Path], Any]] = {
-        ".fastprune": lambda path: _write_compiled(model, images(1), path, dtype),
+        ".fastprune": write_compiled,
         ".pth": lambda path: torch.save(model.state_dict(), path),
         ".onnx": lambda path: _write_onnx(model, images(2), path),
     }
@@ -129,7 +136,8 @@ def deploy(network: Network, out: Path, side: int | None = None, half: bool = Fa
     written = out.stat().st_size
     seen = "" if size is None or out.suffix == ".pth" else f", images of {size[0]} x {size[1]}"
     weighs = f"{written:,} bytes, {written / dense:.1%} of the dense state dict"
-    return f"{out}: {SUFFIXES[out.suffix]}, {network}{seen}; {weighs}"
+    dense_there = f"; torch computes {', '.join(in_torch)}" if in_torch else ""
+    return f"{out}: {SUFFIXES[out.suffix]}, {network}{seen}; {weighs}{dense_there}"
 
 
 def share(network: Network, out: Path, license: str) -> str:
@@ -142,16 +150,6 @@ def share(network: Network, out: Path, license: str) -> str:
     write_folder(out, network.model, about, network.covered)
     upload = f"huggingface-cli upload YOUR-NAME/{out.resolve().name} {shlex.quote(str(out))}"
     return f"{out}/: {network}; read {out}/README.md, then share it: {upload}"
-
-
-def _write_compiled(model: nn.Module, example: Tensor, path: Path, dtype: torch.dtype) -> None:
-    fast = sparse.compile(model, example)
-    if fast.in_torch:
-        what = ", ".join(fast.in_torch)
-        raise InputError(
-            f"a .fastprune file cannot hold this network, which needs torch for {what}: write .onnx or .pth"
-        )
-    fast.save(path, dtype=dtype)
 
 
 def _fitting(tensors: Mapping[str, Tensor], path: Path) -> tuple[ModelSpec, nn.Module]:

@@ -332,6 +332,18 @@ def test_a_compiled_file_holds_the_network_of_a_checkpoint(tmp_path, capsys):
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+def test_a_compiled_file_says_what_torch_computes(pruned, tmp_path, capsys):
+    assert main([str(pruned), "--out", str(tmp_path / "net.fastprune")]) == 0
+    said, size = capsys.readouterr().out, (tmp_path / "net.fastprune").stat().st_size
+    assert re.search(r"; torch computes .*aten\.conv2d \(in groups\)", said)
+    dense = sum(t.numel() * t.element_size() for t in content_of(pruned)["model"].values())
+    assert f"{size:,} bytes, {size / dense:.1%} of the dense state dict; " in said
+    # Half of the conv weights are kept, at five bytes instead of four.
+    assert size < 0.75 * dense
+    found, wanted = logits(sparse.load(tmp_path / "net.fastprune")), logits(expected(pruned))
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 @pytest.mark.slow
 def test_onnx_runtime_computes_the_network_of_a_checkpoint(pruned, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -476,7 +488,6 @@ def test_what_a_checkpoint_lacks_is_one_line_and_leaves_nothing(store, dense, tm
     for name, more, reason in (
         ("old", folder, "has no entry 'about', which a model card needs"),
         ("sizeless", net, "does not say how large its images are: give --size PIXELS"),
-        ("old", net, "cannot hold this network, which needs torch for aten.conv2d (in groups), "),
         ("nameless", pth, "does not say of which model it is ('args' has no 'model')"),
         ("weights", pth, "is no checkpoint of train.py"),
         ("resnet", pth, "is of another architecture than resnet18"),

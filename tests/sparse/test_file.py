@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -97,13 +99,147 @@ def test_pre_activations_and_pools_come_back(tmp_path):
     model = nn.Sequential(
         nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"net: a network with operations that run in torch cannot be saved \(aten\."):
-        compile(model, IMAGES).save(tmp_path / "net")
     model[-1] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4), nn.ReLU())
     model[3].weight.data[:, 1] = 0
     made = compile(model.eval(), IMAGES)
     made.save(tmp_path / "net")
     assert torch.equal(load(tmp_path / "net")(IMAGES), made(IMAGES))
+
+
+class Attention(nn.Module):
+    """Operations of torch with all kinds of arguments: words, lists, types, devices, tuples, sizes and infinity;
+    constants, and buffers of other types than float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 16, 2, stride=2, groups=1)
+        self.mix = nn.Conv2d(16, 16, 3, padding="same", groups=4)
+        self.qkv = nn.Linear(16, 48)
+        self.head = nn.Linear(16, 5)
+        self.bias = nn.Parameter(torch.randn(9))
+        self.register_buffer("where", torch.arange(81).view(9, 9) % 9)
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(F.relu(self.patch(x)))
+        x = x.flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(x).chunk(3, -1)
+        scores = q @ k.transpose(1, 2) * self.scale + self.bias[self.where]
+        later = torch.arange(9, device=x.device)[:, None] < torch.arange(9, dtype=torch.int32)
+        scores = scores.masked_fill(later, -torch.inf).softmax(-1)
+        x = F.gelu(x + scores @ v, approximate="tanh")
+        x = x.reshape(x.shape[0] * 3, 3, 16).sum(1).view(x.shape[0], -1, 16)
+        x = torch.where(x > torch.tensor([0.1, 0.2] * 8), x.to(torch.float64), 0).float()
+        return self.head(x.contiguous(memory_format=torch.contiguous_format).mean(1))
+
+
+def attention(density: float = 0.1) -> nn.Module:
+    torch.manual_seed(0)
+    model = Attention().eval()
+    for layer in (model.mix, model.qkv):
+        layer.weight.data *= torch.rand(layer.weight.shape) < density
+    return model
+
+
+def mobilenet() -> nn.Module:
+    torch.manual_seed(0)
+    model = torchvision.models.mobilenet_v2(num_classes=7, width_mult=0.25).eval()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data *= torch.rand(module.weight.shape) < 0.2
+    return model
+
+
+def concatenated() -> nn.Module:
+    torch.manual_seed(0)
+    model = torchvision.models.DenseNet(8, (2, 3), 8, num_classes=7).eval()
+    return model.to(memory_format=torch.channels_last)
+
+
+def with_lstm() -> nn.Module:
+    """Rows of the image as a sequence."""
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(18, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lstm(x.transpose(1, 2).flatten(2))[1][0][-1]
+
+    torch.manual_seed(0)
+    return Rows().eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "size"), [(attention, 6), (mobilenet, 32), (with_lstm, 6), pytest.param(concatenated, 32, id="densenet")]
+)
+def test_operations_in_torch_come_back(tmp_path, make, size):
+    made = compile(make(), torch.zeros(1, 3, size, size))
+    assert made.in_torch
+    made.save(tmp_path / "net")
+    again = load(tmp_path / "net")
+    assert again.program == made.program
+    assert again.in_torch == made.in_torch
+    for batch in (1, 5, 17):
+        x = torch.randn(batch, 3, size, size)
+        assert torch.equal(again(x), made(x))
+    again.save(tmp_path / "second")
+    assert (tmp_path / "second").read_bytes() == (tmp_path / "net").read_bytes()
+
+
+def test_operations_in_torch_in_float16(tmp_path):
+    model = attention()
+    made = compile(model, torch.zeros(1, 3, 6, 6))
+    made.save(tmp_path / "half", dtype=torch.float16)
+    x = torch.randn(3, 3, 6, 6)
+    # A weight is off by at most 2**-11 of itself; scores of the softmax pass that on about once.
+    assert 0 < (load(tmp_path / "half")(x) - made(x)).abs().max() <= 8 * 2**-11 * made(x).abs().max()
+    tensors, _ = read_tensors(tmp_path / "half")
+    assert {name: tensors[name].dtype for name in ("where", "scale", "bias", "qkv.bias", "qkv.weight:kept")} == {
+        "where": torch.int64, "scale": torch.float32, "bias": torch.float32, "qkv.bias": torch.float32,
+        "qkv.weight:kept": torch.float16,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 0.79, 0.81, 1.0])
+def test_zeros_of_layers_in_torch_take_no_space(tmp_path, density):
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, groups=2), nn.Flatten()).eval()
+    torch.manual_seed(1)
+    weight = model[0].weight
+    weight.data *= torch.rand(weight.shape) < density
+    made = compile(model, torch.zeros(1, 64, 5, 5))
+    made.save(tmp_path / "net")
+    kept = int(weight.count_nonzero())
+    # A kept weight takes five bytes, gaps above 254 one more; a dense one takes four. Metadata take a few kilobytes.
+    least = min(5 * kept + weight.numel() // 255, 4 * weight.numel())
+    assert least - weight.numel() // 255 <= (tmp_path / "net").stat().st_size <= least + 4096
+    x = torch.randn(3, 64, 5, 5)
+    assert torch.equal(load(tmp_path / "net")(x), made(x))
+
+
+@torch.library.custom_op("fastprune_tests::doubled", mutates_args=())
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+@doubled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_operations_of_others_are_refused(tmp_path):
+    class Theirs(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return doubled(x)
+
+    made = compile(Theirs().eval(), IMAGES)
+    assert torch.equal(made(IMAGES), 2 * IMAGES)
+    with pytest.raises(
+        InputError, match=r"needs fastprune_tests\.doubled, an operation that is not torch's own: write"
+    ):
+        made.save(tmp_path / "net")
+    assert not list(tmp_path.iterdir())
 
 
 def dense_bytes(model: nn.Module) -> int:
@@ -281,3 +417,95 @@ def test_files_with_a_right_checksum_and_wrong_content(tmp_path, change):
     change(tensors, facts)
     write_tensors(path, tensors, facts)
     refused(path, "written by another version" if change is wrong_format else "not a compiled network")
+
+
+def put(what: str, value: object):
+    """Puts a value into the first operation of torch."""
+
+    def change(tensors: dict[str, Tensor], facts: dict) -> None:
+        next(op for op in facts["ops"] if op["op"] == "Torch")[what] = value
+
+    change.__name__ = f"{what} {value}"
+    return change
+
+
+def reads_lists(tensors: dict[str, Tensor], facts: dict) -> None:
+    """Torch reads the weight of a layer in lists."""
+    put("args", [{"name": next(iter(facts["pruned"]))}])(tensors, facts)
+
+
+def no_maps(tensors: dict[str, Tensor], facts: dict) -> None:
+    """A kernel reads what torch gives, and what is said to be of no batch."""
+    first = next(op for op in facts["ops"] if op["op"] == "Torch")["y"]
+    for op in facts["ops"]:
+        if op["op"] == "FusedConv" and op["x"]["number"] == first["number"]:
+            op["x"]["shape"] = None
+    first["shape"] = None
+
+
+def integers(tensors: dict[str, Tensor], facts: dict) -> None:
+    name = next(op for op in facts["ops"] if op["op"] == "FusedConv")["bias"]
+    tensors[name] = tensors[name].long()
+
+
+def outside(tensors: dict[str, Tensor], facts: dict) -> None:
+    """One escape more, in a layer that torch computes."""
+    name = next(iter(facts["pruned flat"]))
+    tensors[f"{name}:gaps"] = torch.cat([torch.full((999,), 255, dtype=torch.uint8), tensors[f"{name}:gaps"]])
+
+
+@cache
+def compiled_mobilenet() -> CompiledModel:
+    return compile(mobilenet(), torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("target", "aten.hardtanh_.default"), put("target", "aten.relu.out"), put("target", "aten.no_such.default"),
+        put("target", "aten.from_file.default"), put("target", "aten.save.default"), put("target", "aten.linear"),
+        put("target", "prims.convert_element_type.default"), put("target", "system"), put("target", 3),
+        put("args", [{"name": "no such weight"}]), put("args", [{"dtype": "load"}]),
+        put("args", [{"dtype": "strided"}]), put("args", [{"device": "nowhere"}]), put("args", [{"module": "os"}]),
+        put("args", [{}]), put("args", None),
+        put("args", [{"value": {"number": 12345, "shape": [3]}}]), put("kwargs", [3]), put("y", None),
+        reads_lists, no_maps, integers, outside,
+    ],
+    ids=lambda change: change.__name__,
+)  # fmt: skip
+def test_operations_in_torch_that_no_file_has(tmp_path, change):
+    path = tmp_path / "net"
+    compiled_mobilenet().save(path)
+    tensors, facts = read_tensors(path)
+    facts = json.loads(json.dumps(facts))
+    change(tensors, facts)
+    write_tensors(path, tensors, facts)
+    refused(path, "not a compiled network")
+
+
+@pytest.mark.parametrize(
+    ("give", "got"), [("aten.sum.default", r"float32 \[\]"), ("aten.isnan.default", r"bool \[\d+, 8, 16, 16\]")]
+)
+def test_what_torch_gives_is_checked_before_a_kernel_reads_it(tmp_path, give, got):
+    """One of another shape, one of another type."""
+    path = tmp_path / "net"
+    compiled_mobilenet().save(path)
+    tensors, facts = read_tensors(path)
+    read = {op["x"]["number"] for op in facts["ops"] if op["op"] == "FusedConv" and op["weight"] in facts["pruned"]}
+    first = next(op for op in facts["ops"] if op["op"] == "Torch" and op["y"]["number"] in read)
+    first.update(target=give, args=first["args"][:1], kwargs={})
+    write_tensors(path, tensors, facts)
+    net = load(path)
+    for batch in (1, 20):
+        with pytest.raises(InputError, match=f"gives {got}, and the program says float32"):
+            net(torch.zeros(batch, 3, 32, 32))
+
+
+def test_files_of_format_1(tmp_path):
+    """Without operations of torch."""
+    compiled().save(tmp_path / "net")
+    tensors, facts = read_tensors(tmp_path / "net")
+    assert facts.pop("constants") == []
+    assert facts.pop("pruned flat") == {}
+    write_tensors(tmp_path / "net", tensors, facts | {"format": 1})
+    assert torch.equal(load(tmp_path / "net")(IMAGES), compiled()(IMAGES))

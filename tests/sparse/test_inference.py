@@ -217,6 +217,22 @@ def test_transformer_runs_in_torch():
     check(model, compiled, images(5))
 
 
+def test_a_pruned_weight_that_torch_reads_too():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 8, 3, stride=2)
+            self.twice = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.twice(self.twice(self.first(x).flatten(2).transpose(1, 2)).mean(1))
+
+    torch.manual_seed(1)
+    model = Tied().eval()
+    model.twice.weight.data *= torch.rand(8, 8) < 0.3
+    check(model, compile(model, images(1, 9)), images(5, 9))
+
+
 def test_operations_in_torch_stay_there():
     torch.manual_seed(1)
     dense = pruned(Small(), 1.0)
