@@ -9,8 +9,10 @@ import torch
 
 
 def hardware(device: str) -> str:
-    """What a device of torch is, such as "NVIDIA H100" or "cpu (x86_64)"."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else f"cpu ({platform.machine()})"
+    """What a device of torch is: "NVIDIA H100" or "cpu (x86_64, AVX2)", as rounding depends on a CPU's vectors."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 @dataclass(frozen=True)

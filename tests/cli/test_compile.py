@@ -203,6 +203,9 @@ def test_the_card_says_what_the_store_knows(store, tmp_path):
     assert "| this one | 1 | 144 |" in card
     assert "| with all that led to it | 2 | 288 |" in card
     assert f"compile.py {key} --format huggingface" in card
+    # The vectors decide how sums round.
+    assert node.provenance["device"].endswith(f", {torch.backends.cpu.get_cpu_capability()})")
+    assert node.provenance["device"] in card
     assert node.provenance["host"] not in card.replace(node.provenance["device"], "")
 
 
