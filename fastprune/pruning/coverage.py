@@ -74,8 +74,8 @@ def coverage(
     hook of torch.nn.utils.prune by the name that it has without. Frozen parameters are not covered. A class in `kinds`
     stands for its own parameters of two dimensions and more, "bias" for the biases of all layers of KINDS. ValueError
     for unknown kinds, for a selector that selects none of their weights, and for a weight that is not initialised yet,
-    complex, sharded over processes (DTensor), or computed from other parameters (by weight_norm, spectral_norm or a
-    parametrization).
+    complex, sharded over processes (DTensor, FSDP), or computed from other parameters (by weight_norm, spectral_norm or
+    a parametrization).
     """
     given = [kinds] if isinstance(kinds, (str, type)) else list(kinds)
     classes = _classes([kind for kind in given if kind != "bias"])
@@ -92,7 +92,8 @@ def coverage(
     left: dict[int, None] = {}
     seen: list[str] = []
     for module_name, module in model.named_modules():
-        for own in (*_weights(module, classes), *_biases(module, biased)):
+        biases = tuple(_biases(module, biased))
+        for own in (*_weights(module, classes), *biases):
             full = f"{module_name}.{own}" if module_name else own
             parameter = module._parameters.get(own)
             if parameter is None and id(module._parameters.get(f"{own}_orig")) in hooked:
@@ -110,6 +111,9 @@ def coverage(
                 raise ValueError(f"{full} is not initialised yet: pass a batch through the model first")
             if hasattr(parameter, "device_mesh"):
                 raise ValueError(f"{full} is sharded over processes (DTensor), which a Pruner cannot rank: exclude it")
+            if parameter.dim() < 2 and own not in biases:
+                shape = list(parameter.shape)
+                raise ValueError(f"{full} has the shape {shape}, as shards of FSDP have: a Pruner ranks whole weights")
             if parameter.is_complex():
                 raise ValueError(f"{full} is {parameter.dtype}, expected floats: exclude it")
             wanted[id(parameter)] = None

@@ -375,6 +375,16 @@ def test_sharded_weights_are_refused(gloo):
         coverage(model)
 
 
+def test_shards_of_fsdp_are_refused():
+    """FSDP with use_orig_params leaves a flat part of a weight in its place, or nothing of it."""
+    for shard in (torch.zeros(8), torch.zeros(0)):
+        model = nn.Sequential(nn.Linear(4, 4))
+        model[0].weight = nn.Parameter(shard)
+        with pytest.raises(ValueError, match=rf"^0\.weight has the shape \[{len(shard)}\], as shards"):
+            coverage(model, kinds=["linear", "bias"])
+        assert names(model, kinds="bias") == ["0.bias"]
+
+
 # torch.nn.utils.prune
 
 
