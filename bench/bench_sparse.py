@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
+from torch import nn
 
 from bench.step_cost import Stepper
 from fastprune.kernels.lanes import address, blocks_of
@@ -22,7 +24,8 @@ from fastprune.pruning.masks import Mask
 from fastprune.sparse.conv import Geometry, Plane, SparseConv
 from fastprune.sparse.cost import estimate
 from fastprune.sparse.engine import Sparse, masks
-from fastprune.specs import ModelSpec
+from fastprune.specs import Init, ModelSpec
+from fastprune.training.models import initial_model
 
 TURNS = 5
 BATCH = 64
@@ -116,14 +119,35 @@ def test_convs(name: str, benchmark: Any, capsys: Any) -> None:
             print(f"  density {density:<5}{cells}")
 
 
-@pytest.mark.parametrize(("network", "width"), [("resnet18", 64), ("resnet18", 32), ("resnet50", 64)])
+def built(network: str, width: int) -> nn.Module:
+    """width: 64 for networks that have none of their own; a VGG has a head for small images."""
+    if network.startswith("resnet"):
+        return initial_model(Init(ModelSpec(network, 200, width=width), 0))
+    model = torchvision.models.get_model(network, num_classes=200)
+    if network.startswith("vgg"):
+        model.avgpool = nn.AdaptiveAvgPool2d((2, 2))
+        model.classifier = nn.Sequential(nn.Linear(2048, 512), nn.ReLU(True), nn.Dropout(), nn.Linear(512, 200))
+    return model
+
+
+NETWORKS = [
+    ("resnet18", 64),
+    ("resnet18", 32),
+    ("resnet50", 64),
+    ("vgg11_bn", 64),
+    ("densenet121", 64),
+    ("mobilenet_v2", 64),
+]
+"""The last three leave operations to torch."""
+
+
+@pytest.mark.parametrize(("network", "width"), NETWORKS)
 def test_steps(network: str, width: int, benchmark: Any, capsys: Any) -> None:
     """A training step, 64x64 images: plain, dense and sparse, with the estimates that the choice rests on."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, 64, 64, generator=generator).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 200, (BATCH,), generator=generator)
-    model = ModelSpec(network, 200, width=width)
-    steppers = {way: Stepper(model, way, images, labels) for way in ("plain", "dense", "sparse")}
+    steppers = {way: Stepper(built(network, width), way, images, labels) for way in ("plain", "dense", "sparse")}
     rows = []
 
     def measured() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.find_masks import masks
 from fastprune.figures.style import COLORS, GREY, RC, RED
@@ -28,8 +28,8 @@ WAYS = ("plain", "dense", "sparse")
 class Stepper:
     """Training steps of one network on one batch, computed one way."""
 
-    def __init__(self, model: ModelSpec, way: str, images: Tensor, labels: Tensor) -> None:
-        self.trainer = Trainer(initial_model(Init(model, 0)), compute=way)
+    def __init__(self, model: nn.Module, way: str, images: Tensor, labels: Tensor) -> None:
+        self.trainer = Trainer(model, compute=way)
         self.batch = images, labels
         trainer = self.trainer
         trainer._hyper = {"lr": trainer._lr, "momentum": 0.9, "weight_decay": 1e-4, "nesterov": False}
@@ -62,7 +62,7 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, size, size, generator=generator).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, model.classes, (batch,), generator=generator)
-    steppers = {way: Stepper(model, way, images, labels) for way in WAYS}
+    steppers = {way: Stepper(initial_model(Init(model, 0)), way, images, labels) for way in WAYS}
     rows = []
     for number in rounds:
         mask = masks(path, steppers["plain"].trainer.flat.segments, number)

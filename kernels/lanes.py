@@ -263,6 +263,33 @@ def transposed(context, source, step):
     return lanes(types.int64, types.int64), code
 
 
+@intrinsic
+def transpose_block(context, source, source_step, out, out_step):
+    """Sixteen vectors from addresses source, source + source_step, ... (bytes), as the columns of a matrix, are written
+    as its rows to out, out + out_step, ..."""
+
+    def code(target, b, sig, args):
+        vectors = [
+            b.load(pointer(b, b.add(args[0], b.mul(args[1], ir.Constant(_I64, i))), VECTOR), align=4)
+            for i in range(LANES)
+        ]
+        # In four stages, each of which swaps the halves, quarters ... of sixteen vectors that are off the diagonal.
+        for s in (8, 4, 2, 1):
+            low = ir.Constant(ir.VectorType(_I32, LANES), [n if not n & s else LANES + n - s for n in range(LANES)])
+            high = ir.Constant(ir.VectorType(_I32, LANES), [n + s if not n & s else LANES + n for n in range(LANES)])
+            for i in range(LANES):
+                if not i & s:
+                    one, other = vectors[i], vectors[i + s]
+                    vectors[i] = b.shuffle_vector(one, other, low)
+                    vectors[i + s] = b.shuffle_vector(one, other, high)
+        for i, vector in enumerate(vectors):
+            at = b.add(args[2], b.mul(args[3], ir.Constant(_I64, i)))
+            b.store(vector, pointer(b, at, VECTOR), align=4)
+        return target.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), code
+
+
 def address(array: Tensor | np.ndarray) -> int:
     """The address of the first element of a tensor or an array."""
     return array.data_ptr() if isinstance(array, Tensor) else array.ctypes.data
@@ -289,17 +316,29 @@ def to_lanes(images: Tensor, out: Tensor) -> None:
 
 def from_lanes(value: Tensor, images: int) -> Tensor:
     """The first `images` images of value, float32 [A, C, H, W, 16], as [images, C, H, W], channels-last, new memory."""
-    blocks, c, h, w, _ = value.shape
-    # clone, not reshape alone: for some shapes that is a view.
-    found = value.permute(0, 4, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-    return found.view(blocks * LANES, h, w, c)[:images].permute(0, 3, 1, 2)
+    _, c, h, w, _ = value.shape
+    # The memory of a channels-last tensor, also for shapes whose strides torch would choose otherwise.
+    found = torch.empty(images, h, w, c)
+    _from_lanes(address(value), *(stride * 4 for stride in value.stride()[:4]), images, c, h, w, address(found))
+    return found.permute(0, 3, 1, 2)
+
+
+# Of images with channels innermost, blocks of sixteen images and channels are transposed in registers.
 
 
 @compiled
 def _to_lanes(source, batch, channels, height, width, n, c, h, w, out, block, channel, row, column):
+    whole = channels - channels % 16 if c == 4 else 0
     for a in range((batch + 15) // 16):
         count = min(batch - 16 * a, 16)
-        for k in range(channels):
+        blocked = whole if count == 16 else 0
+        for k in range(0, blocked, 16):
+            for r in range(height):
+                start = source + 16 * a * n + k * c + r * h
+                into = out + a * block + k * channel + r * row
+                for x in range(width):
+                    transpose_block(start + x * w, n, into + x * column, channel)
+        for k in range(blocked, channels):
             for r in range(height):
                 start = source + 16 * a * n + k * c + r * h
                 into = out + a * block + k * channel + r * row
@@ -310,3 +349,25 @@ def _to_lanes(source, batch, channels, height, width, n, c, h, w, out, block, ch
                     store(splat(np.float32(0)), into + x * column)
                     for i in range(count):
                         set_number(number_at(start + i * n + x * w), into + x * column + 4 * i)
+
+
+@compiled
+def _from_lanes(source, block, channel, row, column, images, channels, height, width, out):
+    pixel = 4 * channels
+    image = pixel * height * width
+    for a in range((images + 15) // 16):
+        count = min(images - 16 * a, 16)
+        blocked = channels - channels % 16 if count == 16 else 0
+        for k in range(0, blocked, 16):
+            for r in range(height):
+                start = source + a * block + k * channel + r * row
+                into = out + 16 * a * image + r * width * pixel + 4 * k
+                for x in range(width):
+                    transpose_block(start + x * column, channel, into + x * pixel, image)
+        for k in range(blocked, channels):
+            for r in range(height):
+                start = source + a * block + k * channel + r * row
+                into = out + 16 * a * image + r * width * pixel + 4 * k
+                for x in range(width):
+                    for i in range(count):
+                        set_number(number_at(start + x * column + 4 * i), into + i * image + x * pixel)

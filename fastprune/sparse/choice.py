@@ -76,24 +76,30 @@ class Chooser:
 def program_of(model: nn.Module, flat: "Flat", images: Tensor) -> "Program | str":
     """The fused training program of a model with masks, or why the sparse engine cannot train it."""
     from fastprune.kernels.lanes import BYTES
-    from fastprune.sparse.program import Conv, Torch, Unsupported, fuse, inputs, lower, names
+    from fastprune.sparse.program import Conv, Torch, Unsupported, aten, fuse, inputs, islands, lower, names
 
     try:
         program = fuse(lower(model, images, train=True))
+        islands(program)
     except Unsupported as error:
         return str(error)
-    if program.unknown:
-        return f"the sparse engine does not know {program.unknown[0]}"
-    if any(isinstance(op, Torch) for op in program.ops) or len(program.output.shape) != 1:
+    if len(program.output.shape) != 1:
         return "the sparse engine does not know the shape of the output"
     used = [name for op in program.ops for name in names(op)]
     for name, p in model.named_parameters():
         if p.requires_grad and used.count(name) != 1:
             return f"{name} is used {used.count(name)} times in the forward"
-    covered = {s.name for s in flat.segments}
+    covered = {s.name: s.shape for s in flat.segments}
     for op in program.ops:
         if isinstance(op, Conv) and op.weight not in covered:
             return f"{op.weight} has no mask"
+        if isinstance(op, Torch):
+            # Its counter of batches would stand still.
+            if op.target is aten.batch_norm.default and op.args[3] is not None and op.args[5]:
+                return f"the sparse engine does not know {op.name}"
+            for name in names(op):
+                if len(covered.get(name, (0, 0))) not in (2, 4):
+                    return f"the sparse engine does not know masks of {len(covered[name])} dimensions ({name})"
         for shape in (v.shape for v in (*inputs(op), op.y)):
             # Lists have offsets of 32 bits; a border of 8 is more than any kernel here needs.
             if len(shape) == 3 and (shape[0] + 1) * (shape[1] + 16) * (shape[2] + 16) * BYTES >= 2**31:

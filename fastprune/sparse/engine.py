@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprune.kernels import Segment, masked_sgd_
-from fastprune.sparse.program import Program
+from fastprune.sparse.program import Program, Torch
 from fastprune.sparse.tape import Tape
 
 
@@ -53,8 +53,8 @@ def masks(flat: Flat) -> dict[str, np.ndarray]:
 class Sparse:
     """A network's training step on kept weights alone, on a CPU in float32.
 
-    program: fused, of the model in training mode, without operations that run in torch. It uses every covered weight,
-    each once. The number of threads is torch's at `pull`; results do not depend on it.
+    program: fused, of the model in training mode; with operations of torch, those of its islands. It uses every covered
+    weight, each once. The number of threads is torch's at `pull`; results do not depend on it.
     """
 
     name = "sparse"
@@ -109,9 +109,11 @@ class Sparse:
         self._flat.momentum.index_copy_(0, self._kept, self._momentum[:count])
         self._ahead = False
 
-    def takes(self, images: Tensor) -> bool:
-        """Whether the program is for images of this size, [B, C, H, W]."""
-        return self.program.input.shape == tuple(images.shape[1:])
+    def takes(self, images: Tensor, train: bool = True) -> bool:
+        """Whether the program is for images of this size, [B, C, H, W]. Operations of torch, such as dropout, are those
+        of training alone."""
+        known = self.program.input.shape == tuple(images.shape[1:])
+        return known and (train or not any(isinstance(op, Torch) for op in self.program.ops))
 
     @torch.no_grad()
     def _forward(self, images: Tensor, train: bool) -> Tensor:

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import logging
+import operator
 import pickle
 import random
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -709,6 +711,57 @@ def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
 def _leaves(tree: Any) -> list[Any]:
     found: list[Any] = []
     map_leaves(found.append, tree)
+    return found
+
+
+@dataclass(frozen=True)
+class Island:
+    """Operations of torch that follow one another, in training.
+
+    reads: the values that they take from other operations, but for sizes. gives: those of theirs that others read, all
+    maps or vectors. names: the parameters, buffers and constants that they read. Each once.
+    """
+
+    ops: tuple[Torch, ...]
+    reads: tuple[Value, ...]
+    gives: tuple[Value, ...]
+    names: tuple[str, ...]
+
+
+def is_size(op: Op) -> bool:
+    """Whether an operation computes with sizes alone: its result is a number."""
+    if not isinstance(op, Torch):
+        return False
+    is_python = not isinstance(op.target, OpOverload) and op.target is not operator.getitem
+    return is_python or op.name.startswith("aten.sym_")
+
+
+def islands(program: Program) -> list[Op | Island]:
+    """The operations of a program in order, those of torch in islands. Unsupported where another operation reads a
+    result of torch that is neither maps nor a vector nor a size."""
+    sizes = {op.y for op in program.ops if is_size(op)}
+
+    def read(op: Op) -> list[Value]:
+        # The size of a value in lanes is known without it.
+        of_size = isinstance(op, Torch) and op.name == "aten.sym_size"
+        return [v for v in inputs(op) if v not in sizes and not (of_size and v.batched)]
+
+    found: list[Op | Island] = []
+    for _, group in groupby(program.ops, lambda op: isinstance(op, Torch)):
+        every = list(group)
+        ops = tuple(op for op in every if isinstance(op, Torch))
+        if not ops:
+            found += every
+            continue
+        made = {op.y: op for op in ops}
+        reads = dict.fromkeys(v for op in ops for v in read(op) if v not in made)
+        others = [v for op in program.ops if op.y not in made for v in read(op)] + [program.output]
+        gives = dict.fromkeys(v for v in others if v in made)
+        for value in gives:
+            if not value.batched or len(value.shape) not in (1, 3):
+                raise Unsupported(f"the sparse engine does not know {made[value].name} before other layers")
+        used = dict.fromkeys(name for op in ops for name in names(op))
+        found.append(Island(ops, tuple(reads), tuple(gives), tuple(used)))
     return found
 
 

@@ -1,7 +1,8 @@
 """The training tape: a program's operations, forward and backward, in the sparse layout.
 
 Values and gradients live in planes (`conv.Plane`) that are made once and reused at every step. Convolutions read and
-write kept weights alone, one vector for the whole network; all other parameters are the module's own.
+write kept weights alone, one vector for the whole network; all other parameters are the module's own. What no kernel
+computes is left to torch and its autograd, between two conversions.
 """
 
 from collections import defaultdict
@@ -20,11 +21,28 @@ from fastprune.kernels.lanes import BYTES, address, blocks_of, from_lanes, to_la
 from fastprune.sparse import planes
 from fastprune.sparse.conv import Geometry, Plane, SparseConv
 from fastprune.sparse.planes import Buffer, Threads, plane_of
-from fastprune.sparse.program import Add, Conv, Linear, MaxPool, Mean, Norm, Program, Relu, Value, inputs
+from fastprune.sparse.program import (
+    Add,
+    Conv,
+    Island,
+    Linear,
+    MaxPool,
+    Mean,
+    Name,
+    Norm,
+    Program,
+    Relu,
+    Torch,
+    Value,
+    inputs,
+    is_size,
+    islands,
+    map_leaves,
+)
 
 
 class Tape:
-    """Forward and backward of a program.
+    """Forward and backward of a program, of which torch computes the islands; of such a program in training only.
 
     parameters: the module's parameters and buffers by name; running statistics are updated in place. gradients: by
     name, where gradients of parameters that are not in `keep` are written. keep: masks of convs and linear layers,
@@ -40,7 +58,8 @@ class Tape:
         keep: Mapping[str, np.ndarray],
         threads: int = 1,
     ) -> None:
-        self.program, self.parameters, self.gradients = program, parameters, gradients
+        self.program, self.gradients = program, gradients
+        self.parameters = {**program.constants, **parameters}
         self.threads = Threads(threads)
         self.spans: dict[str, slice] = {}
         end = 0
@@ -57,22 +76,29 @@ class Tape:
         self._planes, self._gradient_planes = {}, {}
         consumers: dict[int, list[Any]] = defaultdict(list)
         for op in program.ops:
-            consumers[inputs(op)[0].number].append(op)
+            if isinstance(op, Conv):
+                consumers[op.x.number].append(op)
         values = [program.input, *(op.y for op in program.ops)]
         for v in values:
-            border = max((Geometry.of_op(op).border for op in consumers[v.number] if isinstance(op, Conv)), default=0)
+            if not v.batched or len(v.shape) not in (1, 3):  # within an island
+                continue
+            border = max((Geometry.of_op(op).border for op in consumers[v.number]), default=0)
             self._planes[v.number] = plane_of(v.shape, border)
             made = producers.get(v.number)
             border = Geometry.of_op(made).gradient_border if isinstance(made, Conv) else 0
             self._gradient_planes[v.number] = plane_of(v.shape, border)
-        self._ops: list[_Op] = [self._lowered(op, keep) for op in program.ops]
+        self.sizes: dict[Value, Any] = {}  # numbers that islands gave in this step
+        self._ops: list[_Op] = [self._lowered(part, keep) for part in islands(program)]
         read = [v for op in program.ops for v in inputs(op)] + [program.output]
         for conv, norm in pairwise(self._ops):
-            alone = read.count(conv.op.y) == 1
-            if alone and isinstance(conv, _Weighted) and isinstance(norm, _Norm) and norm.op.x == conv.op.y:
+            if not isinstance(conv, _Weighted) or not isinstance(norm, _Norm):
+                continue
+            if norm.op.x == conv.op.y and read.count(conv.op.y) == 1:
                 conv.norm, norm.conv = norm, proxy(conv)  # not a circle, either
 
     def _lowered(self, op: Any, keep: Mapping[str, np.ndarray]) -> "_Op":
+        if isinstance(op, Island):
+            return _Island(self, op, keep)
         if isinstance(op, Conv | Linear) and op.weight in keep:
             return _Weighted(self, op, keep[op.weight])
         return {Linear: _Linear, Norm: _Norm, Relu: _Relu, Add: _Add, MaxPool: _MaxPool, Mean: _Mean}[type(op)](
@@ -104,13 +130,12 @@ class Tape:
         self._grads: dict[int, Buffer] = {}
         to_lanes(_as_maps(gradient), self.gradient(self.program.output)[0].interior(self.blocks))
         for op in reversed(self._ops):
-            found = self._grads.pop(op.op.y.number, None)
-            if found is None:  # nothing that the loss depends on
-                op.no_gradient()
-                continue
-            op.backward(found)
-            if found not in self._grads.values():
-                self._free[found.plane].append(found)
+            op.pull_back()
+
+    def release(self, gradient: Buffer) -> None:
+        """Frees the memory of a value's gradient, unless it has become another's."""
+        if gradient not in self._grads.values():
+            self._free[gradient.plane].append(gradient)
 
     def batch(self, value: Buffer) -> Tensor:
         """A value as float32 [B, F] or [B, C, H, W], new memory."""
@@ -180,6 +205,15 @@ class _Op:
 
     def forward(self) -> None:
         raise NotImplementedError
+
+    def pull_back(self) -> None:
+        """Takes the gradient of y from the tape, and passes it on."""
+        found = self.tape._grads.pop(self.op.y.number, None)
+        if found is None:  # nothing that the loss depends on
+            self.no_gradient()
+            return
+        self.backward(found)
+        self.tape.release(found)
 
     def backward(self, g: Buffer) -> None:
         raise NotImplementedError
@@ -476,3 +510,96 @@ class _Linear(_Op):
         if add:
             back += tape.batch(into)
         to_lanes(_as_maps(back), into.interior(tape.blocks))
+
+
+class _Island(_Op):
+    """Operations of torch, by its autograd. Weights with masks are made dense in each step."""
+
+    def __init__(self, tape: Tape, op: Island, keep: Mapping[str, np.ndarray]) -> None:
+        super().__init__(tape, op)
+        self._kept = {name: torch.from_numpy(keep[name]) for name in op.names if name in keep}
+        self._learn = [name for name in op.names if name in self._kept or name in tape.gradients]
+
+    def _known(self) -> dict[str, Tensor]:
+        """Parameters, buffers and constants by name; those that are trained are leaves that require a gradient."""
+        tape, found = self.tape, {}
+        for name in self.op.names:
+            tensor = tape.parameters[name].detach()
+            if name in self._kept:
+                dense = torch.zeros(self._kept[name].shape)
+                dense[self._kept[name]] = tape.values[tape.spans[name]]
+                tensor = dense.permute(0, 3, 1, 2) if tensor.dim() == 4 else dense.flatten(1)
+            found[name] = tensor.requires_grad_() if name in self._learn else tensor
+        return found
+
+    def _of_torch(self, value: Value, buffer: Buffer) -> Tensor:
+        return from_lanes(buffer.interior(self.tape.blocks), self.tape.images).view(-1, *value.shape)
+
+    @_one_thread()
+    @torch.enable_grad()
+    def forward(self) -> None:
+        tape = self.tape
+        assert tape.train, "operations of torch are those of training"
+        values: dict[Value, Any] = {}
+        for value in self.op.reads:
+            values[value] = self._of_torch(value, tape.value(value)).requires_grad_(tape.needs_gradient(value))
+        known = self._known()
+
+        def argument(leaf: Any) -> Any:
+            if isinstance(leaf, Name):
+                return known[leaf.name]
+            return (tape.sizes if leaf in tape.sizes else values)[leaf] if isinstance(leaf, Value) else leaf
+
+        for op in self.op.ops:
+            if is_size(op):
+                tape.sizes[op.y] = self._size(op, argument)
+            else:
+                values[op.y] = op.target(*map_leaves(argument, op.args), **map_leaves(argument, op.kwargs))
+        for value in self.op.gives:
+            found = values[value].detach()
+            assert found.dtype == torch.float32
+            assert found.shape == (tape.images, *value.shape)
+            to_lanes(_as_maps(found), tape.value(value).interior(tape.blocks))
+        self._leaves = [*(values[v] for v in self.op.reads if values[v].requires_grad), *map(known.get, self._learn)]
+        self._results = [values[value] for value in self.op.gives]
+
+    def _size(self, op: Torch, argument: Callable[[Any], Any]) -> Any:
+        # Of a value in lanes, which need not be converted for that.
+        if op.name == "aten.sym_size":
+            value, dimension = op.args
+            if isinstance(value, Value) and value.batched:
+                return (self.tape.images, *value.shape)[dimension]
+        return op.target(*map_leaves(argument, op.args), **map_leaves(argument, op.kwargs))
+
+    @_one_thread()
+    def pull_back(self) -> None:
+        tape = self.tape
+        given: list[tuple[Tensor, Tensor]] = []
+        for value, result in zip(self.op.gives, self._results, strict=True):
+            gradient = tape._grads.pop(value.number, None)
+            if gradient is not None:
+                if result.requires_grad:
+                    given.append((result, self._of_torch(value, gradient)))
+                tape.release(gradient)
+        found: list[Tensor | None] = [None] * len(self._leaves)
+        if given and self._leaves:
+            results, gradients = zip(*given, strict=True)
+            found = list(torch.autograd.grad(results, self._leaves, gradients, allow_unused=True))
+        self._leaves, self._results = [], []
+        learnt = found[len(found) - len(self._learn) :]
+        for value, back in zip((v for v in self.op.reads if tape.needs_gradient(v)), found, strict=False):
+            if back is not None:
+                into, add = tape.gradient(value)
+                back = _as_maps(back)
+                to_lanes(
+                    back + self._of_torch(value, into).view(back.shape) if add else back, into.interior(tape.blocks)
+                )
+        for name, gradient in zip(self._learn, learnt, strict=True):
+            if name not in self._kept:
+                into = tape.gradients[name]
+                into.zero_() if gradient is None else into.copy_(gradient)
+            elif gradient is None:
+                tape.kept_gradients[tape.spans[name]] = 0
+            else:
+                stored = gradient.permute(0, 2, 3, 1) if gradient.dim() == 4 else gradient[:, None, None]
+                tape.kept_gradients[tape.spans[name]] = stored[self._kept[name]]

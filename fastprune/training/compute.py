@@ -22,8 +22,8 @@ class Compute(Protocol):
 
     name: str
 
-    def takes(self, images: Tensor) -> bool:
-        """Whether it computes for images of this size."""
+    def takes(self, images: Tensor, train: bool = True) -> bool:
+        """Whether it computes for images of this size, in training or evaluation."""
 
     def logits(self, images: Tensor, train: bool) -> Tensor:
         """The network's output for images float32 [B, 3, H, W], channels-last."""
@@ -105,7 +105,7 @@ class Dense:
         self._counters = BatchCounters(model)
         self._without: set[torch.Size] = set()  # shapes of images for which all convs are torch's
 
-    def takes(self, images: Tensor) -> bool:
+    def takes(self, images: Tensor, train: bool = True) -> bool:
         return True
 
     def logits(self, images: Tensor, train: bool) -> Tensor:

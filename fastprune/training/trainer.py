@@ -663,7 +663,7 @@ class Trainer:
 
     def _eval_step(self, images: Tensor, labels: Tensor) -> None:
         compute = self._now()
-        if not compute.takes(images):  # weights are in the flat parameters: an epoch has ended
+        if not compute.takes(images, train=False):  # weights are in the flat parameters: an epoch has ended
             compute = self._densely
         logits = self._checked(compute.logits(images, False), labels)
         # Without label smoothing: validation losses are comparable among runs that smooth differently.

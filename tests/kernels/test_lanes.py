@@ -105,12 +105,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("border", [0, 1, 3])
+@pytest.mark.parametrize("channels", [3, 16, 37])
 @pytest.mark.parametrize("batch", [1, 15, 16, 17, 33])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_images_go_in_and_come_back(layout, batch, border):
-    x = LAYOUTS[layout](torch.randn(batch, 3, 5, 2, generator=torch.Generator().manual_seed(batch)))
+def test_images_go_in_and_come_back(layout, batch, channels, border):
+    x = LAYOUTS[layout](torch.randn(batch, channels, 5, 2, generator=torch.Generator().manual_seed(batch)))
     blocks = L.blocks_of(batch)
-    lanes = torch.full((blocks, 3, 5 + 2 * border, 2 + 2 * border, 16), NAN)
+    lanes = torch.full((blocks, channels, 5 + 2 * border, 2 + 2 * border, 16), NAN)
     L.to_lanes(x, lanes)
     inner = lanes[:, :, border : border + 5, border : border + 2]
     assert_same_bits(L.from_lanes(inner, batch), x)

@@ -17,7 +17,22 @@ from torch import Tensor, nn
 
 from fastprune.sparse.conv import tile_vectors
 from fastprune.sparse.planes import Threads
-from fastprune.sparse.program import Add, Conv, Linear, MaxPool, Mean, Norm, Program, Relu, Value, fuse, lower
+from fastprune.sparse.program import (
+    Add,
+    Conv,
+    Linear,
+    MaxPool,
+    Mean,
+    Name,
+    Norm,
+    Program,
+    Relu,
+    Torch,
+    Value,
+    fuse,
+    lower,
+    map_leaves,
+)
 from fastprune.sparse.tape import Tape
 from fastprune.specs import ModelSpec
 from fastprune.training.models import build
@@ -83,6 +98,30 @@ class Ends(nn.Module):
         return self.conv3(x.relu() + y).mean((2, 3))
 
 
+class Mixed(nn.Module):
+    """What torch computes between layers with kernels: a grouped conv with a mask, layers with weights and without,
+    several results, a frozen weight, a constant, sizes; a gradient that comes from both sides, and one that ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.grouped, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, groups=4, bias=False), nn.BatchNorm2d(8)
+        self.gate, self.scale = nn.Linear(16, 16), nn.Parameter(torch.ones(16, 1, 1))
+        self.frozen = nn.Parameter(torch.full((16, 1, 1), 0.5), requires_grad=False)
+        self.conv2, self.hidden = nn.Conv2d(16, 6, 3, padding=1), nn.Linear(24, 24, bias=False)
+        self.norm3, self.fc = nn.BatchNorm1d(24, track_running_stats=False), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.size(0)
+        x = F.silu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.grouped(x)).relu()
+        x = torch.cat((x, y), 1)
+        x = x * torch.sigmoid(self.gate(x.mean((2, 3))))[:, :, None, None] * self.scale + self.frozen
+        y = F.gelu(self.conv2(x)) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).view(6, 1, 1)
+        x = F.adaptive_avg_pool2d(y + x.detach()[:, :6], (2, 2)).view(batch, -1)
+        return self.fc(self.norm3(self.hidden(x)).tanh())
+
+
 def resnet(name: str, width: int, stem: str = "imagenet") -> nn.Module:
     return build(ModelSpec(name, 4, stem, width))
 
@@ -93,9 +132,10 @@ MODELS = {
     "plain": Plain,
     "shared": Shared,
     "ends": Ends,
+    "mixed": Mixed,
 }
 SIZES = {"resnet18": 32, "cifar stem": 32}
-COVERED = {"plain": {"hidden.weight"}}
+COVERED = {"plain": {"hidden.weight"}, "mixed": {"hidden.weight"}}
 """Linear layers with masks."""
 
 
@@ -185,6 +225,7 @@ class Run:
         by a hundredth: all else can then be compared exactly. A choice may differ where both values are about equal.
         """
         known = dict(self.exact.named_parameters()) | dict(self.exact.named_buffers())
+        known |= {name: tensor.double() for name, tensor in self.program.constants.items()}
         values = {self.program.input.number: x}
 
         def of(name: str | None) -> Tensor | None:
@@ -209,7 +250,17 @@ class Run:
             )
 
         op: Any
+
+        def argument(leaf: Any) -> Any:
+            return (
+                known[leaf.name] if isinstance(leaf, Name) else values[leaf.number] if isinstance(leaf, Value) else leaf
+            )
+
         for op in self.program.ops:
+            if isinstance(op, Torch):
+                args, kwargs = map_leaves(argument, (op.args, op.kwargs))
+                values[op.y.number] = op.target(*args, **kwargs)
+                continue
             x = values[op.x.number]
             match op:
                 case Conv():
@@ -253,6 +304,9 @@ class Run:
             assert not around.any()
 
     def evaluate(self, images: int) -> None:
+        """Where torch computes nothing: its operations are those of training."""
+        if any(isinstance(op, Torch) for op in self.program.ops):
+            return
         x, _ = self.batch(images)
         with torch.no_grad():
             exact = self.exact.eval()(x.double())
