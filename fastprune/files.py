@@ -34,7 +34,7 @@ UNSET = "0" * 64
 _HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library: a damaged length must not fill the memory
 
 _BITS = {
-    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8},
+    **{"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "BOOL": 8, "C64": 64},
     **{f"{sign}{bits}": bits for sign in "IU" for bits in (8, 16, 32, 64)},
 }
 

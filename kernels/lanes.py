@@ -305,6 +305,7 @@ def to_lanes(images: Tensor, out: Tensor) -> None:
 
     A = ceil(B / 16); lanes beyond B become +0; the border is not written.
     """
+    images = images.resolve_neg()  # torch may leave a minus for later
     batch, channels, height, width = images.shape
     border = (out.shape[2] - height) // 2
     size = images.element_size()

@@ -3,7 +3,7 @@
 # The rest of the room is imported on use, since numba takes a second: dense and short trainings do not wait for it.
 
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ class Chooser:
 
     def __init__(self, model: nn.Module, flat: "Flat") -> None:
         self._model, self._flat = model, flat
-        self._programs: dict[tuple[int, ...], Program | str] = {}
-        self._made: tuple[tuple[int, ...], Sparse] | None = None
+        self._programs: dict[Any, Program | str] = {}
+        self._made: tuple[Any, Sparse] | None = None
 
     def choose(self, images: Tensor, batch: int, steps: float = inf, *, forced: bool = False) -> "Sparse | str":
         """The engine for a training on such `images`, or in words why it computes densely.
@@ -47,12 +47,13 @@ class Chooser:
         if images.dim() != 4 or images.dtype != torch.float32:
             return f"batches of {images.dim()} dimensions in {str(images.dtype).removeprefix('torch.')}"
         from fastprune.sparse.cost import SECONDS_TO_START, estimate
-        from fastprune.sparse.engine import Sparse, masks
+        from fastprune.sparse.engine import Sparse, masks, settings
 
-        shape = tuple(images.shape[1:])
-        if shape not in self._programs:
-            self._programs[shape] = program_of(self._model, self._flat, images)
-        program = self._programs[shape]
+        # A program has numbers of the model in it, such as the rate of a dropout.
+        known = tuple(images.shape[1:]), settings(self._model)
+        if known not in self._programs:
+            self._programs[known] = program_of(self._model, self._flat, images)
+        program = self._programs[known]
         if isinstance(program, str):
             return program
         if not forced:
@@ -61,9 +62,9 @@ class Chooser:
                 return cheaper
             if (dense - sparse) * steps / 1000 < SECONDS_TO_START:
                 return f"a training of {steps:.0f} steps is too short"
-        if self._made is None or self._made[0] != shape:
+        if self._made is None or self._made[0] != known:
             self.close()
-            self._made = shape, Sparse(self._model, self._flat, program)
+            self._made = known, Sparse(self._model, self._flat, program)
         return self._made[1]
 
     def close(self) -> None:
@@ -90,16 +91,16 @@ def program_of(model: nn.Module, flat: "Flat", images: Tensor) -> "Program | str
         if p.requires_grad and used.count(name) != 1:
             return f"{name} is used {used.count(name)} times in the forward"
     covered = {s.name: s.shape for s in flat.segments}
+    for name, sizes in covered.items():
+        if len(sizes) not in (2, 4):
+            return f"the sparse engine does not know masks of {len(sizes)} dimensions ({name})"
     for op in program.ops:
         if isinstance(op, Conv) and op.weight not in covered:
             return f"{op.weight} has no mask"
-        if isinstance(op, Torch):
-            # Its counter of batches would stand still.
-            if op.target is aten.batch_norm.default and op.args[3] is not None and op.args[5]:
-                return f"the sparse engine does not know {op.name}"
-            for name in names(op):
-                if len(covered.get(name, (0, 0))) not in (2, 4):
-                    return f"the sparse engine does not know masks of {len(covered[name])} dimensions ({name})"
+        # Its counter of batches would stand still.
+        is_norm = isinstance(op, Torch) and op.target is aten.batch_norm.default
+        if isinstance(op, Torch) and is_norm and op.args[3] is not None and op.args[5]:
+            return f"the sparse engine does not know {op.name}"
         for shape in (v.shape for v in (*inputs(op), op.y)):
             # Lists have offsets of 32 bits; a border of 8 is more than any kernel here needs.
             if len(shape) == 3 and (shape[0] + 1) * (shape[1] + 16) * (shape[2] + 16) * BYTES >= 2**31:

@@ -50,6 +50,17 @@ def masks(flat: Flat) -> dict[str, np.ndarray]:
     return found
 
 
+def settings(model: nn.Module) -> tuple[Any, ...]:
+    """The numbers and words that a model's modules hold, such as the rate of a dropout, but for whether they train."""
+    kinds = bool | int | float | str | tuple
+    return tuple(
+        (name, key, repr(value))
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, kinds) and key != "training"
+    )
+
+
 class Sparse:
     """A network's training step on kept weights alone, on a CPU in float32.
 
@@ -65,6 +76,9 @@ class Sparse:
         self._tape: Tape | None = None
         self._logits: Tensor | None = None
         self._ahead = False  # whether steps were taken that the flat parameters do not know
+        self._in_torch = any(isinstance(op, Torch) for op in program.ops)
+        self._settings = settings(model)
+        self._same: bool | None = None  # whether they are those of the program; None where they may have changed
 
     @property
     def tape(self) -> Tape:
@@ -102,6 +116,7 @@ class Sparse:
     def push(self) -> None:
         """Writes kept weights and momentum back; pruned ones are +0 there already. After a push without a step since,
         the flat parameters are newer, or as new: nothing is written."""
+        self._same = None
         if not self._ahead:
             return
         count = len(self._kept)
@@ -111,9 +126,13 @@ class Sparse:
 
     def takes(self, images: Tensor, train: bool = True) -> bool:
         """Whether the program is for images of this size, [B, C, H, W]. Operations of torch, such as dropout, are those
-        of training alone."""
+        of training alone, and of the model as it was."""
         known = self.program.input.shape == tuple(images.shape[1:])
-        return known and (train or not any(isinstance(op, Torch) for op in self.program.ops))
+        if not known or not self._in_torch:
+            return known
+        if self._same is None:
+            self._same = settings(self._model) == self._settings
+        return train and self._same
 
     @torch.no_grad()
     def _forward(self, images: Tensor, train: bool) -> Tensor:

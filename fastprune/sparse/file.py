@@ -55,6 +55,19 @@ _PYTHON: dict[str, Any] = {
     )
 }  # fmt: skip
 
+# What torch.export leaves of modules, although it is not public.
+_INTERNAL = {
+    "_conj", "_convolution", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_log_softmax", "_native_multi_head_attention",
+    "_neg_view", "_softmax", "_to_copy", "_transformer_encoder_layer_fwd", "_trilinear", "_unsafe_view", "_weight_norm",
+}  # fmt: skip
+
+_RESULTS = {"Tensor", "List[Tensor]", "int", "float", "bool", "number"}
+
+_DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool, torch.uint8, torch.int8,
+    torch.int16, torch.int32, torch.int64,
+}  # fmt: skip
+
 # Arguments of torch's own types, by the name of the type.
 _TYPES: dict[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
 
@@ -115,10 +128,10 @@ def decode(codes: np.ndarray) -> np.ndarray:
 
 def write(path: str | Path, program: Program, weights: Weights, dtype: torch.dtype) -> None:
     """Creates or replaces a file. weights: of the program. dtype: float32 or float16, of kept weights and of dense ones
-    in float32 with two dimensions or more; other tensors stay as they are.
+    in float32 with two dimensions or more; other tensors stay as they are. A zero of those is +0 in the file.
 
-    InputError for another dtype, for a program with operations that are not torch's own, and if a weight exceeds
-    float16.
+    InputError for another dtype, for a program with operations that are not public ones of torch, for tensors of a type
+    or name that a file cannot hold, and if a weight exceeds float16.
     """
     path = Path(path)
     if dtype not in (torch.float32, torch.float16):
@@ -127,6 +140,12 @@ def write(path: str | Path, program: Program, weights: Weights, dtype: torch.dty
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     flat_shapes: dict[str, tuple[int, ...]] = {}
+
+    for name, tensor in (*program.constants.items(), *((n, t) for n, t in weights.items() if isinstance(t, Tensor))):
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
+            raise _foreign(f"{name} in {tensor.dtype}, {tensor.layout}")
+    if odd := next((name for name in (*program.constants, *weights) if ":" in name), None):
+        raise _foreign(f"a tensor by the name {odd}")
 
     def put_kept(name: str, places: np.ndarray, values: np.ndarray) -> None:
         tensors[f"{name}:gaps"] = torch.from_numpy(encode(places))
@@ -163,7 +182,8 @@ def write(path: str | Path, program: Program, weights: Weights, dtype: torch.dty
 def read(path: str | Path) -> tuple[Program, dict[str, Tensor | Kept]]:
     """The program and its weights, float32, of a file that `write` wrote. InputError for a damaged or foreign file.
 
-    Operations of torch are those of `torch.ops.aten` that change no tensor and open no file.
+    Operations of torch are public ones that by their schema change no tensor, and open no file. That keeps accidents
+    out; it is no protection from a file that was made to do harm.
     """
     path = Path(path)
     expected = "a compiled network, as compile.py --out NAME.fastprune and CompiledModel.save write it"
@@ -240,7 +260,10 @@ def check(program: Program, weights: Weights) -> None:
             continue
         for value in (*inputs(op), op.y):
             sizes = value.shape
-            expect(value.batched and len(sizes) in (1, 3) and min(sizes) > 0, f"{op} has values that are no maps")
+            expect(
+                value.batched and value.plain and len(sizes) in (1, 3) and min(sizes) > 0,
+                f"{op} has values that are no maps",
+            )
         x, y = op.x.shape, op.y.shape
         match op:
             case FusedConv():
@@ -289,8 +312,13 @@ def _foreign(what: str) -> InputError:
 
 
 def _may_run(target: Any) -> bool:
-    """Whether an operation is of those that a file may name."""
+    """Whether a file may name an operation: a public one of torch that gives tensors or numbers, by its schema changes
+    nothing, and opens no file."""
     if not isinstance(target, OpOverload) or target.namespace != "aten" or target._schema.is_mutable:
+        return False
+    name = target._schema.name.removeprefix("aten::")
+    results = {str(result.type) for result in target._schema.returns}
+    if (name.startswith("_") and name not in _INTERNAL) or not results or not results <= _RESULTS:
         return False
     return all(argument.name != "filename" for argument in target._schema.arguments)
 
@@ -311,7 +339,7 @@ def _plain_op(op: Op) -> dict[str, Any]:
         return {"op": type(op).__name__, **_plain(op)}
     known = _PYTHON.get(getattr(op.target, "__name__", "")) is op.target
     if not known and not _may_run(op.target):
-        raise _foreign(f"{op.name}, an operation that is not torch's own")
+        raise _foreign(f"{op.name}, which is no public operation of torch")
     args, kwargs = map_leaves(lambda leaf: _plain_argument(leaf, op), (op.args, op.kwargs))
     target = op.target.__name__ if known else str(op.target)
     return {"op": "Torch", "target": target, "args": args, "kwargs": kwargs, "y": _plain(op.y), "name": op.name}
@@ -377,16 +405,19 @@ def _field(name: str, value: Any) -> Any:
 
 
 def _value(facts: Mapping[str, Any]) -> Value:
-    if set(facts) != {"number", "shape"}:
+    if not {"number", "shape"} <= set(facts) <= {"number", "shape", "plain"}:
         raise ValueError("a value has unknown fields")
     number, shape = int(facts["number"]), facts["shape"]
-    return Value(number, (), False) if shape is None else Value(number, tuple(int(size) for size in shape))
+    if shape is None:
+        return Value(number, (), False)
+    return Value(number, tuple(int(size) for size in shape), plain=bool(facts.get("plain", True)))
 
 
 def _plain(record: Any) -> dict[str, Any]:
     """A value or an operation as JSON, without what all values of a file share."""
     if isinstance(record, Value):
-        return {"number": record.number, "shape": record.shape if record.batched else None}
+        shape = record.shape if record.batched else None
+        return {"number": record.number, "shape": shape} | ({} if record.plain else {"plain": False})
     parts = {f.name: getattr(record, f.name) for f in fields(record)}
     return {name: _plain(part) if is_dataclass(part) else part for name, part in parts.items()}
 

@@ -117,6 +117,19 @@ def _require_tensor(images: object, what: str) -> None:
     raise TypeError(f"{what} float32 [B, C, H, W], a tensor, not {kind_of(images)}{mend}")
 
 
+def _require(found: Any, shape: tuple[int, ...], what: str) -> None:
+    """InputError unless it is a tensor as kernels read it. A file may say something else of what torch gives."""
+    if not isinstance(found, Tensor):
+        got = type(found).__name__
+    elif found.device.type == "cpu" and found.layout == torch.strided and found.dtype == torch.float32:
+        if found.shape == shape:
+            return
+        got = f"the shape {list(found.shape)}"
+    else:
+        got = f"{str(found.dtype).removeprefix('torch.')} in {found.layout} on {found.device}"
+    raise InputError(f"{what} gives {got}, and the program says float32 {list(shape)}")
+
+
 def load(path: str | Path) -> "CompiledModel":
     """The network in a file that `CompiledModel.save` wrote. InputError for a damaged or foreign file."""
     return CompiledModel(*read(path))
@@ -526,11 +539,9 @@ class _Planner:
             def run(call: _Call) -> Any:
                 args, kwargs = map_leaves(lambda part: leaf(call, part), (op.args, op.kwargs))
                 found = op.target(*args, **kwargs)
-                # A file may say something else of the result, and kernels read memory without a check.
-                if by_kernels and (found.dtype != torch.float32 or found.shape != (call.images, *op.y.shape)):
-                    got = f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
-                    expected = ", ".join(map(str, ("B", *op.y.shape)))
-                    raise InputError(f"{op.name} gives {got}, and the program says float32 [{expected}]")
+                if by_kernels:
+                    _require(found, (call.images, *op.y.shape), op.name)
+                    found = found.resolve_neg()  # torch may leave a minus for later
                 return found
         elif isinstance(op, FusedConv) and self.few and self._is_sparse(op):
             flat = self._flat(op)

@@ -35,12 +35,14 @@ class Value:
     """An intermediate result. shape: without the batch dimension, (C, H, W) or (F,) for operations other than Torch.
 
     batched: False for a result of torch that is no tensor with the batch first (a weight computed in the forward, a
-    tuple, a number); its shape is () then. Only operations of torch read such values.
+    tuple, a number); its shape is () then. plain: whether it has the images' dtype, if it is batched. Only operations
+    of torch read values that are not both.
     """
 
     number: int
     shape: tuple[int, ...]
     batched: bool = True
+    plain: bool = True
 
 
 @dataclass(frozen=True)
@@ -400,7 +402,7 @@ class _Lowering:
         if isinstance(traced, Tensor) and traced.dim() > 0 and str(traced.shape[0]) == self.batch:
             rest = tuple(traced.shape[1:])
             if all(isinstance(size, int) for size in rest):
-                return Value(self.count - 1, rest)
+                return Value(self.count - 1, rest, plain=traced.dtype == self.dtype)
         return Value(self.count - 1, (), batched=False)
 
     def _place(self, node: fx.Node) -> Place:
@@ -409,7 +411,14 @@ class _Lowering:
             raise Unsupported(f"the forward uses tensors of layout {traced.layout}")
         storage = traced.untyped_storage()._cdata
         # Sizes may be symbols, whose comparison would add conditions to the export.
-        part = (traced.dtype, str(tuple(traced.shape)), str(traced.stride()), str(traced.storage_offset()))
+        part: tuple[Any, ...] = (
+            traced.dtype,
+            str(tuple(traced.shape)),
+            str(traced.stride()),
+            str(traced.storage_offset()),
+        )
+        # torch may leave a minus and a conjugation for later: then the same memory is not the same numbers.
+        part = (*part, traced.is_neg(), traced.is_conj())
         return self.same.get(storage, storage), part
 
     def _share(self, node: fx.Node, source: fx.Node) -> None:
@@ -758,7 +767,7 @@ def islands(program: Program) -> list[Op | Island]:
         others = [v for op in program.ops if op.y not in made for v in read(op)] + [program.output]
         gives = dict.fromkeys(v for v in others if v in made)
         for value in gives:
-            if not value.batched or len(value.shape) not in (1, 3):
+            if not value.batched or not value.plain or len(value.shape) not in (1, 3):
                 raise Unsupported(f"the sparse engine does not know {made[value].name} before other layers")
         used = dict.fromkeys(name for op in ops for name in names(op))
         found.append(Island(ops, tuple(reads), tuple(gives), tuple(used)))

@@ -415,8 +415,8 @@ def test_a_checkpoints_card_runs_and_says_what_it_cost(
     assert config["pretrained_cfg"]["crop_pct"] == 0.9
     assert config["density"] == 0.5
     # An epoch is 24 images: two epochs of this training, which was resumed, after one of the dense training.
-    assert re.search(r"^\| this one \| 1 \| 48 \| [\d.]+ s \| cpu \(\w+\) \|$", card, re.MULTILINE)
-    assert re.search(r"^\| with all that led to it \| 2 \| 72 \| [\d.]+ s \| cpu \(\w+\) \|$", card, re.MULTILINE)
+    assert re.search(r"^\| this one \| 1 \| 48 \| [\d.]+ s \| cpu \(\w+, \w+\) \|$", card, re.MULTILINE)
+    assert re.search(r"^\| with all that led to it \| 2 \| 72 \| [\d.]+ s \| cpu \(\w+, \w+\) \|$", card, re.MULTILINE)
     begun = [*arguments(photos, dense.parent, "--epochs", "1")], sparse_args, [*sparse_args, "--resume", str(pruned)]
     export = ["compile.py", str(pruned), *ema, "--format", "huggingface", "--license", "mit", "--out", "net"]
     commands = [*(["train.py", *given] for given in begun), export]

@@ -73,6 +73,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         g = torch.Generator().manual_seed(1000 * self.seed + self.epoch)
+        torch.manual_seed(self.epoch)  # for dropout
         for size in self.sizes:
             labels = torch.randint(4, (size,), generator=g)
             images = torch.randn(size, 3, self.image, self.image, generator=g)
@@ -98,7 +99,6 @@ def trainer(
 
 
 def fit(t: Trainer, **other) -> list:
-    torch.manual_seed(0)  # for dropout
     return t.fit(TRAIN, VAL, SGD, other.pop("schedule", SCHEDULE), **other)
 
 
@@ -132,10 +132,7 @@ def test_a_training_is_the_plain_one(make, nesterov):
     """Dropout included, which draws as in torch."""
     optimizer = OptimizerSpec(16, 0.9, 1e-3, nesterov, 0.1)
     both = [trainer(compute, make=make) for compute in ("sparse", "plain")]
-    histories = []
-    for t in both:
-        torch.manual_seed(0)
-        histories.append(t.fit(TRAIN, VAL, optimizer, SCHEDULE))
+    histories = [t.fit(TRAIN, VAL, optimizer, SCHEDULE) for t in both]
     assert [t.computed for t in both] == ["sparse", "plain"]
     for ours, theirs in zip(*histories, strict=True):
         assert ours.train_loss == pytest.approx(theirs.train_loss, rel=1e-4)
@@ -143,6 +140,21 @@ def test_a_training_is_the_plain_one(make, nesterov):
         assert ours.lr == theirs.lr
     check_alike(*both)
     check_pruned(both[0])
+
+
+def test_a_rate_of_dropout_that_changes_counts_as_in_a_plain_training():
+    losses = []
+    for compute in ("sparse", "plain"):
+        t = trainer(compute, make=Varied)
+
+        def change(metrics, t=t) -> None:
+            t.model.drop.p = 0.8 - metrics.epoch / 4
+
+        losses += [[m.train_loss for m in fit(t, on_epoch=change)]]
+        t.model.drop.p = 0.0  # between trainings, too
+        losses[-1] += [m.train_loss for m in fit(t)]
+        assert t.computed == compute
+    assert losses[0] == pytest.approx(losses[1], rel=3e-3)
 
 
 def test_clipping_other_decays_and_a_moving_average_are_the_plain_ones():
@@ -412,12 +424,13 @@ def test_an_interrupt_while_lists_are_made_leaves_the_weights(monkeypatch):
 # Resuming, threads, processes
 
 
-def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit():
-    whole, states = trainer(), []
+@pytest.mark.parametrize("make", [Net, Varied])
+def test_a_resumed_training_is_the_uninterrupted_one_to_the_bit(make):
+    whole, states = trainer(make=make), []
     history = fit(whole, on_epoch=lambda m: states.append(whole.state()))
     mask = Mask(whole.flat.mask.clone(), whole.flat.segments)
     torch.manual_seed(7)
-    resumed = Trainer(Net(), compute="sparse")
+    resumed = Trainer(make(), compute="sparse")
     resumed.load_state(states[0])
     resumed.set_mask(mask)
     rest = fit(resumed, start=1)
@@ -551,6 +564,19 @@ class Tokens(nn.Module):
         return self.fc((tokens * x.mean((2, 3))[:, :, None]).sum(2))
 
 
+class Signs(nn.Module):
+    """What torch gives are maps, but not of numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.other, self.fc = nn.Conv2d(3, 9, 3, padding=1), nn.Conv2d(9, 9, 1), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        positive = x > 0
+        return self.fc((self.other(x) * positive).mean((2, 3)))
+
+
 class Sequence(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -581,6 +607,7 @@ class PerPixel(nn.Module):
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "batch norm of vectors": (Counted, r"does not know aten.batch_norm \(not of maps\)"),
     "tokens": (Tokens, "does not know aten.softmax before other layers"),
+    "signs": (Signs, "does not know aten.gt before other layers"),
     "sequences": (Sequence, r"does not know masks of 3 dimensions \(conv.weight\)"),
     "used twice": (Twice, "conv.weight is used 2 times in the forward"),
     "per pixel": (PerPixel, "does not know the shape of the output"),
@@ -595,6 +622,12 @@ def test_what_the_engine_does_not_know(what):
         fit(t)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("compute='sparse' is not possible here: ")
+
+
+def test_pruned_biases_are_not_known():
+    t = trainer(kinds=("conv", "bias"))
+    with pytest.raises(ValueError, match=r"does not know masks of 1 dimensions \(conv2.bias\)"):
+        fit(t)
 
 
 def test_auto_computes_densely_what_the_engine_does_not_know(monkeypatch):

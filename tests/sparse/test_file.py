@@ -236,7 +236,7 @@ def test_operations_of_others_are_refused(tmp_path):
     made = compile(Theirs().eval(), IMAGES)
     assert torch.equal(made(IMAGES), 2 * IMAGES)
     with pytest.raises(
-        InputError, match=r"needs fastprune_tests\.doubled, an operation that is not torch's own: write"
+        InputError, match=r"needs fastprune_tests\.doubled, which is no public operation of torch: write"
     ):
         made.save(tmp_path / "net")
     assert not list(tmp_path.iterdir())
@@ -434,13 +434,27 @@ def reads_lists(tensors: dict[str, Tensor], facts: dict) -> None:
     put("args", [{"name": next(iter(facts["pruned"]))}])(tensors, facts)
 
 
+def first_before_a_kernel(facts: dict) -> dict:
+    """The first operation of torch whose result a conv over kept weights reads."""
+    read = {op["x"]["number"] for op in facts["ops"] if op["op"] == "FusedConv" and op["weight"] in facts["pruned"]}
+    return next(op for op in facts["ops"] if op["op"] == "Torch" and op["y"]["number"] in read)
+
+
+def change_value(facts: object, number: int, **changes: object) -> None:
+    """Of a value, wherever it stands."""
+    for part in facts.values() if isinstance(facts, dict) else facts if isinstance(facts, list) else ():
+        change_value(part, number, **changes)
+    if isinstance(facts, dict) and facts.get("number") == number:
+        facts.update(changes)
+
+
 def no_maps(tensors: dict[str, Tensor], facts: dict) -> None:
-    """A kernel reads what torch gives, and what is said to be of no batch."""
-    first = next(op for op in facts["ops"] if op["op"] == "Torch")["y"]
-    for op in facts["ops"]:
-        if op["op"] == "FusedConv" and op["x"]["number"] == first["number"]:
-            op["x"]["shape"] = None
-    first["shape"] = None
+    """A kernel reads what is said to be no map."""
+    change_value(facts, first_before_a_kernel(facts)["y"]["number"], shape=None)
+
+
+def no_floats(tensors: dict[str, Tensor], facts: dict) -> None:
+    change_value(facts, first_before_a_kernel(facts)["y"]["number"], plain=False)
 
 
 def integers(tensors: dict[str, Tensor], facts: dict) -> None:
@@ -463,13 +477,16 @@ def compiled_mobilenet() -> CompiledModel:
     "change",
     [
         put("target", "aten.hardtanh_.default"), put("target", "aten.relu.out"), put("target", "aten.no_such.default"),
-        put("target", "aten.from_file.default"), put("target", "aten.save.default"), put("target", "aten.linear"),
+        put("target", "aten.from_file.default"), put("target", "aten.save.default"),
+        put("target", "aten.manual_seed.default"), put("target", "aten._no_grad_embedding_renorm_.default"),
+        put("target", "aten._sparse_coo_tensor_unsafe.default"), put("target", "aten.set_grad_enabled.default"),
+        put("target", "aten.linear"),
         put("target", "prims.convert_element_type.default"), put("target", "system"), put("target", 3),
         put("args", [{"name": "no such weight"}]), put("args", [{"dtype": "load"}]),
         put("args", [{"dtype": "strided"}]), put("args", [{"device": "nowhere"}]), put("args", [{"module": "os"}]),
         put("args", [{}]), put("args", None),
         put("args", [{"value": {"number": 12345, "shape": [3]}}]), put("kwargs", [3]), put("y", None),
-        reads_lists, no_maps, integers, outside,
+        reads_lists, no_maps, no_floats, integers, outside,
     ],
     ids=lambda change: change.__name__,
 )  # fmt: skip
@@ -484,21 +501,66 @@ def test_operations_in_torch_that_no_file_has(tmp_path, change):
 
 
 @pytest.mark.parametrize(
-    ("give", "got"), [("aten.sum.default", r"float32 \[\]"), ("aten.isnan.default", r"bool \[\d+, 8, 16, 16\]")]
+    ("give", "kwargs", "got"),
+    [
+        ("aten.sum.default", {}, r"the shape \[\]"),
+        ("aten.isnan.default", {}, r"bool in torch\.strided on cpu"),
+        ("aten.empty_like.default", {"device": {"device": "meta"}}, r"float32 in torch\.strided on meta"),
+        ("aten.unbind.int", {}, "tuple|list"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else "",
 )
-def test_what_torch_gives_is_checked_before_a_kernel_reads_it(tmp_path, give, got):
-    """One of another shape, one of another type."""
+def test_what_torch_gives_is_checked_before_a_kernel_reads_it(tmp_path, give, kwargs, got):
     path = tmp_path / "net"
     compiled_mobilenet().save(path)
     tensors, facts = read_tensors(path)
-    read = {op["x"]["number"] for op in facts["ops"] if op["op"] == "FusedConv" and op["weight"] in facts["pruned"]}
-    first = next(op for op in facts["ops"] if op["op"] == "Torch" and op["y"]["number"] in read)
-    first.update(target=give, args=first["args"][:1], kwargs={})
+    first = first_before_a_kernel(facts)
+    first.update(target=give, args=first["args"][:1], kwargs=kwargs)
     write_tensors(path, tensors, facts)
     net = load(path)
     for batch in (1, 20):
-        with pytest.raises(InputError, match=f"gives {got}, and the program says float32"):
+        with pytest.raises(InputError, match=f"gives ({got}), and the program says float32"):
             net(torch.zeros(batch, 3, 32, 32))
+
+
+class Turned(nn.Module):
+    """A complex buffer, as of rotary embeddings; a minus that torch leaves for later; a result in float64."""
+
+    def __init__(self, turns: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("turns", turns)
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.view_as_real(torch.complex(x, x) * self.turns)[..., 1].float()
+        return self.conv(torch.fft.fft2(x).conj().imag).mean((2, 3)).double()
+
+
+def test_complex_numbers(tmp_path):
+    torch.manual_seed(0)
+    model = Turned(torch.polar(torch.ones(6), torch.arange(6.0))).eval()
+    model.conv.weight.data *= torch.rand(model.conv.weight.shape) < 0.5
+    made = compile(model, torch.zeros(1, 3, 6, 6))
+    made.save(tmp_path / "net")
+    for batch in (1, 17):
+        x = torch.randn(batch, 3, 6, 6)
+        assert torch.equal(load(tmp_path / "net")(x), made(x))
+        assert (made(x) - model(x)).abs().max() <= 1e-5 * model(x).abs().max()
+    with pytest.raises(InputError, match=r"turns in torch\.complex128"):
+        compile(Turned(model.turns.to(torch.complex128)).eval(), torch.zeros(1, 3, 6, 6)).save(tmp_path / "net")
+
+
+def test_names_that_a_file_uses_itself(tmp_path):
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.ParameterDict({"w": torch.zeros(4, 4), "w:kept": torch.ones(4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.flatten(1)[:, :4] @ self.weights["w"]).sin() * self.weights["w:kept"]
+
+    with pytest.raises(InputError, match=r"a tensor by the name weights\.w:kept"):
+        compile(Named().eval(), torch.zeros(1, 3, 6, 6)).save(tmp_path / "net")
 
 
 def test_files_of_format_1(tmp_path):
