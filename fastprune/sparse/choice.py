@@ -18,6 +18,9 @@ _DENSEST = 0.75
 _FEWEST = 200
 """Nor is a training of fewer steps."""
 
+_MOST = 16
+"""Programs that are kept, for models whose numbers change all the time."""
+
 
 class Chooser:
     """Chooses for one model's trainings, one after another; keeps its programs and its last engine."""
@@ -52,6 +55,8 @@ class Chooser:
         # A program has numbers of the model in it, such as the rate of a dropout.
         known = tuple(images.shape[1:]), settings(self._model)
         if known not in self._programs:
+            if len(self._programs) == _MOST:
+                self._programs.clear()
             self._programs[known] = program_of(self._model, self._flat, images)
         program = self._programs[known]
         if isinstance(program, str):
