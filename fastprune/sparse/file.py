@@ -175,7 +175,8 @@ def write(path: str | Path, program: Program, weights: Weights, dtype: torch.dty
         "constants": list(program.constants),
     }
     # Constants may share memory, which safetensors refuses.
-    tensors |= {f"{name}:constant": _copy(tensor) for name, tensor in program.constants.items()}
+    for name, tensor in program.constants.items():
+        tensors[f"{name}:constant"] = tensor.detach().clone(memory_format=torch.contiguous_format)
     write_atomically(path, lambda aside: write_tensors(aside, tensors, facts))
 
 
@@ -420,10 +421,6 @@ def _plain(record: Any) -> dict[str, Any]:
         return {"number": record.number, "shape": shape} | ({} if record.plain else {"plain": False})
     parts = {f.name: getattr(record, f.name) for f in fields(record)}
     return {name: _plain(part) if is_dataclass(part) else part for name, part in parts.items()}
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -205,7 +205,7 @@ class CompiledModel:
     def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes a file for `load`. dtype: float32 or float16, of the weights in it.
 
-        InputError where an operation runs in torch and is not torch's own (a custom operator), or for another dtype.
+        InputError where an operation in torch or a tensor is none that a file can hold, or for another dtype.
         """
         write(path, self.program, self.weights, dtype)
 

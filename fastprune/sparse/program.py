@@ -411,14 +411,9 @@ class _Lowering:
             raise Unsupported(f"the forward uses tensors of layout {traced.layout}")
         storage = traced.untyped_storage()._cdata
         # Sizes may be symbols, whose comparison would add conditions to the export.
-        part: tuple[Any, ...] = (
-            traced.dtype,
-            str(tuple(traced.shape)),
-            str(traced.stride()),
-            str(traced.storage_offset()),
-        )
+        where = map(str, (tuple(traced.shape), traced.stride(), traced.storage_offset()))
         # torch may leave a minus and a conjugation for later: then the same memory is not the same numbers.
-        part = (*part, traced.is_neg(), traced.is_conj())
+        part = (traced.dtype, *where, traced.is_neg(), traced.is_conj())
         return self.same.get(storage, storage), part
 
     def _share(self, node: fx.Node, source: fx.Node) -> None:

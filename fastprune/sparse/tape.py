@@ -590,10 +590,8 @@ class _Island(_Op):
         for value, back in zip((v for v in self.op.reads if tape.needs_gradient(v)), found, strict=False):
             if back is not None:
                 into, add = tape.gradient(value)
-                back = _as_maps(back)
-                to_lanes(
-                    back + self._of_torch(value, into).view(back.shape) if add else back, into.interior(tape.blocks)
-                )
+                back = back + self._of_torch(value, into) if add else back
+                to_lanes(_as_maps(back), into.interior(tape.blocks))
         for name, gradient in zip(self._learn, learnt, strict=True):
             if name not in self._kept:
                 into = tape.gradients[name]

@@ -1,6 +1,7 @@
 """Files of compiled networks: exact, small, and refused in one line if anything is wrong with them."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -289,6 +290,16 @@ def refused(path: Path, match: str = "missing, corrupt or foreign|not one of fas
     assert str(path) in str(caught.value)
 
 
+def changed(path: Path, made: CompiledModel, change: Callable[[dict[str, Tensor], dict], None]) -> Path:
+    """A file of the network with changed content and a right checksum."""
+    made.save(path)
+    tensors, facts = read_tensors(path)
+    facts = json.loads(json.dumps(facts))
+    change(tensors, facts)
+    write_tensors(path, tensors, facts)
+    return path
+
+
 def test_damaged_files(tmp_path):
     path = tmp_path / "net"
     refused(path, "missing")
@@ -410,13 +421,10 @@ def no_output(tensors: dict[str, Tensor], facts: dict) -> None:
     ],
 )  # fmt: skip
 def test_files_with_a_right_checksum_and_wrong_content(tmp_path, change):
-    path = tmp_path / "net"
-    compiled().save(path)
-    tensors, facts = read_tensors(path)
-    facts = json.loads(json.dumps(facts))
-    change(tensors, facts)
-    write_tensors(path, tensors, facts)
-    refused(path, "written by another version" if change is wrong_format else "not a compiled network")
+    refused(
+        changed(tmp_path / "net", compiled(), change),
+        "written by another version" if change is wrong_format else "not a compiled network",
+    )
 
 
 def put(what: str, value: object):
@@ -491,13 +499,7 @@ def compiled_mobilenet() -> CompiledModel:
     ids=lambda change: change.__name__,
 )  # fmt: skip
 def test_operations_in_torch_that_no_file_has(tmp_path, change):
-    path = tmp_path / "net"
-    compiled_mobilenet().save(path)
-    tensors, facts = read_tensors(path)
-    facts = json.loads(json.dumps(facts))
-    change(tensors, facts)
-    write_tensors(path, tensors, facts)
-    refused(path, "not a compiled network")
+    refused(changed(tmp_path / "net", compiled_mobilenet(), change), "not a compiled network")
 
 
 @pytest.mark.parametrize(
@@ -511,13 +513,12 @@ def test_operations_in_torch_that_no_file_has(tmp_path, change):
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_what_torch_gives_is_checked_before_a_kernel_reads_it(tmp_path, give, kwargs, got):
-    path = tmp_path / "net"
-    compiled_mobilenet().save(path)
-    tensors, facts = read_tensors(path)
-    first = first_before_a_kernel(facts)
-    first.update(target=give, args=first["args"][:1], kwargs=kwargs)
-    write_tensors(path, tensors, facts)
-    net = load(path)
+
+    def change(_: dict[str, Tensor], facts: dict) -> None:
+        first = first_before_a_kernel(facts)
+        first.update(target=give, args=first["args"][:1], kwargs=kwargs)
+
+    net = load(changed(tmp_path / "net", compiled_mobilenet(), change))
     for batch in (1, 20):
         with pytest.raises(InputError, match=f"gives ({got}), and the program says float32"):
             net(torch.zeros(batch, 3, 32, 32))
