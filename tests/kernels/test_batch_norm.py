@@ -73,14 +73,32 @@ def results(operation, maps, channels, residual=False, relu=True, branches=1, de
     return {name: t.cpu() for name, t in zip(NAMES, found, strict=False)}
 
 
+def rounded_mean(exact, maps, channels):
+    """By name, what a mean rounded to float32 may change: to first order, the most of any channel.
+
+    The rounding is d = 2^-24 |mean|, and every x - mean is off by it. So y is off by d rstd |weight|, dweight by
+    d rstd |dbias|, and dx, which is rstd weight (g - dbias / n - (x - mean) rstd dweight / n), by its last term's two
+    factors: d rstd |weight| (rstd |dweight| + |x - mean| rstd^2 |dbias|) / n. Few rows that are alike make it large.
+    """
+    x, weight = maps[0].double(), channels[0].double().abs()
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    n, rstd = x.numel() // x.shape[1], (var + 1e-5).rsqrt()
+    d, far = 2**-24 * mean.abs() * rstd, rstd * (x - mean[:, None, None]).abs().amax((0, 2, 3))
+    dweight, dbias = (exact[name].abs() for name in ("dweight", "dbias"))
+    dx = d * weight * rstd * (dweight + far * dbias) / n
+    return {name: t.max() for name, t in {"y": d * weight, "dweight": d * dbias, "dx": dx}.items()}
+
+
 def assert_as_exact(got, reference, maps, channels, **options):
-    """For float32: error against float64 at most twice that of the reference in float32, and 4e-6 of the largest."""
+    """For float32: error against float64 at most twice that of the reference in float32, 4e-6 of the largest, and what
+    the rounding of the mean explains."""
     exact = results(reference, [t.double() for t in maps], [t.double() for t in channels], **options)
     plain = results(reference, maps, channels, **options)
+    of_mean = rounded_mean(exact, maps, channels)
     assert [*got] == [*exact]
     for name in got:
         error, allowed = ((t[name].double() - exact[name]).abs().max() for t in (got, plain))
-        assert error <= 2 * allowed + 4e-6 * exact[name].abs().max(), (name, options)
+        assert error <= 2 * allowed + 4e-6 * exact[name].abs().max() + of_mean.get(name, 0), (name, options)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -124,6 +142,7 @@ shapes = st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 6), st.
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(shape=shapes, case=st.sampled_from([*CASES, None]), mean=st.sampled_from([0.0, 100.0]))
+@hypothesis.example(shape=(1, 11, 1, 3), case=(False, False, 1), mean=100.0)  # the mean's rounding is most of dx's error
 def test_of_any_shape(shape, case, mean, device, on_triton):
     hypothesis.assume(shape[0] * shape[2] * shape[3] > 2)
     operation, reference = batch_norm_pool, batch_norm_pool_reference

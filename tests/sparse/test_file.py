@@ -113,6 +113,7 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.where: Tensor
         self.patch = nn.Conv2d(3, 16, 2, stride=2, groups=1)
         self.mix = nn.Conv2d(16, 16, 3, padding="same", groups=4)
         self.qkv = nn.Linear(16, 48)
@@ -529,6 +530,7 @@ class Turned(nn.Module):
 
     def __init__(self, turns: Tensor) -> None:
         super().__init__()
+        self.turns: Tensor
         self.register_buffer("turns", turns)
         self.conv = nn.Conv2d(3, 4, 3)
 
