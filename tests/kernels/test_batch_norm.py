@@ -142,7 +142,8 @@ shapes = st.tuples(st.integers(1, 5), st.integers(1, 20), st.integers(1, 6), st.
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(shape=shapes, case=st.sampled_from([*CASES, None]), mean=st.sampled_from([0.0, 100.0]))
-@hypothesis.example(shape=(1, 11, 1, 3), case=(False, False, 1), mean=100.0)  # the mean's rounding is most of dx's error
+# Here the rounding of the mean is most of dx's error.
+@hypothesis.example(shape=(1, 11, 1, 3), case=(False, False, 1), mean=100.0)
 def test_of_any_shape(shape, case, mean, device, on_triton):
     hypothesis.assume(shape[0] * shape[2] * shape[3] > 2)
     operation, reference = batch_norm_pool, batch_norm_pool_reference
