@@ -403,11 +403,15 @@ def _summary(
 
 
 def _computed_on(figure: _Figure, store: RunStore) -> dict[str, Any]:
-    """The devices that trained the figure's networks, in this call or an earlier one, and how many trainings computed
-    in which way and with which GPU options; empty where none is recorded."""
+    """The devices that trained the figure's networks, in this call or an earlier one, their number of threads if it was
+    the same for all, and how many trainings computed in which way and with which GPU options; empty where none is
+    recorded."""
     there = [store.node(n)["provenance"] for n in figure.graph.trainings if store.has(n)]
     names = sorted({str(made["device"]) for made in there if "device" in made})
     found: dict[str, Any] = {"device": ", ".join(names)} if names else {}
+    # That of this process, which only draws, says nothing of them.
+    if threads := {made["threads"] for made in there if "threads" in made}:
+        found["threads"] = threads.pop() if len(threads) == 1 else None
     for what in ("compute", "gpu_options"):
         if ways := Counter(filter(None, (computed(made, what) for made in there))):
             found[what] = dict(sorted(ways.items()))

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastprune.cli.reproduce import main
 from fastprune.cli.store import main as store_main
@@ -62,6 +63,14 @@ def test_what_a_run_leaves(finished):
     assert summary["environment"]["compute"] == {"dense": small_figure.TRAININGS}  # too short to be sparse
     assert {c["verdict"] for c in summary["claims"]} == {"undecided"}
     assert [c["id"] for c in summary["claims"]] == [c.id for c in A2.claims_of(preset(A2.protocol, "smoke"))]
+
+
+def test_threads_are_those_of_the_trainings(finished, tmp_path, monkeypatch):
+    """And not those of the process that draws, which has as many as torch chose."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert main([*TINY, *folders(tmp_path, finished / "store")]) == 0
+    assert json.loads((tmp_path / "out/A2/summary.json").read_text())["environment"]["threads"] == 1
 
 
 def test_the_resident_loader_gives_the_same_figure(finished, tmp_path, capsys, monkeypatch):
