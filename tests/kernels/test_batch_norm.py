@@ -83,10 +83,10 @@ def rounded_mean(exact, maps, channels):
     x, weight = maps[0].double(), channels[0].double().abs()
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     n, rstd = x.numel() // x.shape[1], (var + 1e-5).rsqrt()
-    d, far = 2**-24 * mean.abs() * rstd, rstd * (x - mean[:, None, None]).abs().amax((0, 2, 3))
+    d, far = 2**-24 * mean.abs(), (x - mean[:, None, None]).abs().amax((0, 2, 3))
     dweight, dbias = (exact[name].abs() for name in ("dweight", "dbias"))
-    dx = d * weight * rstd * (dweight + far * dbias) / n
-    return {name: t.max() for name, t in {"y": d * weight, "dweight": d * dbias, "dx": dx}.items()}
+    dx = d * rstd * weight * (rstd * dweight + far * rstd.square() * dbias) / n
+    return {name: t.max() for name, t in {"y": d * rstd * weight, "dweight": d * rstd * dbias, "dx": dx}.items()}
 
 
 def assert_as_exact(got, reference, maps, channels, **options):
