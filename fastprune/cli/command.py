@@ -1,6 +1,7 @@
 """What all commands share: exit codes, one-line errors, signals, output streams."""
 
 import argparse
+import contextlib
 import difflib
 import io
 import itertools
@@ -9,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -120,6 +121,7 @@ def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
 
     Other exit codes: 2 for InputError and OSError, reported in one line on stderr; 130 for SIGINT, SIGTERM and SIGHUP,
     with the argument of the KeyboardInterrupt as explanation, else `then`; 0 for a closed stdout, as of `... | head`.
+    An interrupt that arrives while Python runs a finalizer, and ignores exceptions, is raised again after it.
     Installs handlers for SIGTERM and SIGHUP if called from the main thread. Characters that the encoding of stdout
     lacks are printed as `?`.
     """
@@ -131,7 +133,8 @@ def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        code = work()
+        with _no_interrupt_is_lost():
+            code = work()
         # Here, so that a full disk or a closed pipe is caught below and not at the interpreter's exit.
         sys.stdout.flush()
         return code
@@ -151,6 +154,32 @@ def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
     except KeyboardInterrupt as stop:
         print(": ".join(filter(None, [name, "interrupted", *map(printable, stop.args or [then])])), file=sys.stderr)
         return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+    """Raises an interrupt again that Python ignored, as any exception in a finalizer or a weakref's callback."""
+    # Imports and the garbage collector run these all the time, and a run that misses its Ctrl-C goes on for hours.
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread
+        yield
+        return
+    again: list[threading.Timer] = []
+
+    def ignored(what: Any, /) -> None:
+        if not issubclass(what.exc_type, KeyboardInterrupt):
+            hook(what)
+            return
+        # Later, as here it would be ignored again. A signal, as it also ends a wait that another thread cannot end.
+        again.append(threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signal.SIGTERM]))
+        again[-1].start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, ignored
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        for timer in again:
+            timer.cancel()
 
 
 def _leave_stdout() -> None:

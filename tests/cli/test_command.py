@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,52 @@ def test_what_schedulers_and_closed_terminals_send_interrupts(number, capsys):
 def test_under_nohup_a_closed_terminal_is_nothing():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert run_command("x.py", lambda: os.kill(os.getpid(), signal.SIGHUP) or 0) == DONE
+
+
+class Finalized:
+    """Runs `then` in its finalizer, where Python ignores exceptions."""
+
+    def __init__(self, then):
+        self.then = then
+
+    def __del__(self):
+        self.then()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["finalizer", "callback of a weakref"])
+def test_an_interrupt_that_python_ignores_is_raised_again(number, where, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    hook, began = sys.unraisablehook, time.monotonic()
+
+    def work() -> int:
+        if where == "finalizer":
+            Finalized(lambda: signal.raise_signal(number))
+        else:
+            gone = Finalized(lambda: None)
+            called = weakref.ref(gone, lambda _: signal.raise_signal(number))
+            del gone
+            assert called() is None
+        threading.Event().wait(30)
+        return DONE
+
+    assert run_command("x.py", work) == INTERRUPTED
+    assert time.monotonic() - began < 20
+    assert capsys.readouterr().err == "x.py: interrupted\n"
+    assert sys.unraisablehook is hook
+
+
+def test_an_interrupt_that_comes_as_the_work_ends_changes_nothing(capsys):
+    assert run_command("x.py", lambda: Finalized(lambda: signal.raise_signal(signal.SIGTERM)) and 0) == DONE
+    time.sleep(0.2)  # longer than it takes to raise one again
+    assert capsys.readouterr().err == ""
+
+
+def test_what_else_a_finalizer_raises_is_shown_as_ever(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: shown.append(what.exc_type))
+    assert run_command("x.py", lambda: Finalized(lambda: 1 // 0) and 0) == DONE
+    assert shown == [ZeroDivisionError]
 
 
 def child(code: str, **environment: str) -> subprocess.Popen[bytes]:
