@@ -58,7 +58,7 @@ class Machine:
         calls.write_text("")
         base = {"PATH": str(self.bin), "CALLS": str(calls), "PROBE": str(self.bin / "probe")}
         command = [str(self.repo / "scripts/setup.sh"), *arguments]
-        done = subprocess.run(command, env=base | env, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(command, env=base | env, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stderr.splitlines()
 
     def calls(self, program: str = "") -> list[str]:

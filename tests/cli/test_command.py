@@ -23,7 +23,7 @@ from fastprune.errors import InputError
 
 @pytest.fixture(autouse=True)
 def _handlers_stay():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -134,7 +134,7 @@ def child(code: str, **environment: str) -> subprocess.Popen[bytes]:
 
 
 def test_an_output_that_lacks_a_character_shows_a_mark():
-    out, err = child("lambda: print('0.5 ± 0.1')", PYTHONIOENCODING="ascii").communicate(timeout=200)
+    out, err = child("lambda: print('0.5 ± 0.1')", PYTHONIOENCODING="ascii").communicate(timeout=60)
     assert (out, err) == (b"0.5 ? 0.1\n", b"")
 
 
@@ -142,7 +142,7 @@ def test_a_reader_who_has_seen_enough_ends_it_in_peace():
     with child("lambda: [print(i) for i in range(10**6)] and 0") as process:
         process.stdout.readline()
         process.stdout.close()
-        assert (process.stderr.read(), process.wait(200)) == (b"", 0)
+        assert (process.stderr.read(), process.wait(60)) == (b"", 0)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -212,7 +212,7 @@ def test_a_home_folder_is_where_the_data_is_looked_for(tmp_path, monkeypatch, ca
 
 
 def python_m(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=200)
+    return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize("name", ["fastprune", "fastprune.cli"])

@@ -231,7 +231,7 @@ def hears_interrupts() -> None:
 def said_until_its_end(process: subprocess.Popen) -> str:
     """What it wrote to stderr. Fails, with all of it, if the process goes on for long."""
     try:
-        return process.communicate(timeout=200)[1]
+        return process.communicate(timeout=60)[1]
     except subprocess.TimeoutExpired:
         process.kill()
         pytest.fail(f"it goes on, having said: {process.communicate()[1]}")

@@ -162,7 +162,7 @@ def test_of_several_processes_the_first_wins_and_all_read_the_same(tmp_path):
     children = [context.Process(target=race, args=(str(tmp_path), n, barrier, said)) for n in range(2)]
     for child in children:
         child.start()
-    found = {said.get(timeout=200) for _ in children}
+    found = {said.get(timeout=60) for _ in children}
     for child in children:
         child.join()
     assert len(found) == 1
