@@ -125,15 +125,10 @@ def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
     Installs handlers for SIGTERM and SIGHUP if called from the main thread. Characters that the encoding of stdout
     lacks are printed as `?`.
     """
-    # Schedulers send SIGTERM before they kill, and a terminal sends SIGHUP when it is closed: time for a checkpoint.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _interrupt)
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it stays ignored
-            signal.signal(signal.SIGHUP, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
-        with _no_interrupt_is_lost():
+        with _interrupts():
             code = work()
         # Here, so that a full disk or a closed pipe is caught below and not at the interpreter's exit.
         sys.stdout.flush()
@@ -157,12 +152,17 @@ def run_command(name: str, work: Callable[[], int], then: str = "") -> int:
 
 
 @contextlib.contextmanager
-def _no_interrupt_is_lost() -> Iterator[None]:
-    """Raises an interrupt again that Python ignored, as any exception in a finalizer or a weakref's callback."""
-    # Imports and the garbage collector run these all the time, and a run that misses its Ctrl-C goes on for hours.
+def _interrupts() -> Iterator[None]:
+    """Makes SIGTERM and SIGHUP interrupts too, and raises those again that Python ignores, as it does any exception in
+    a finalizer or a weakref's callback."""
     if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread
         yield
         return
+    # Schedulers send SIGTERM before they kill, and a terminal sends SIGHUP when it is closed: time for a checkpoint.
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it stays ignored
+        signal.signal(signal.SIGHUP, _interrupt)
+    # Imports and the garbage collector run finalizers all the time, and a run that misses its Ctrl-C goes on for hours.
     again: list[threading.Timer] = []
 
     def ignored(what: Any, /) -> None:
