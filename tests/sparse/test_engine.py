@@ -179,9 +179,10 @@ def test_a_resnet_and_layers_of_all_kinds():
         made.prune(0.8)
         both.append(made)
     images = Batches(image=32)
-    losses = [[m.train_loss for m in t.fit(images, images, SGD, ScheduleSpec(0.02, 2))] for t in both]
-    # Weights are not compared: layers with maps of one position see five numbers a channel in each third batch.
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    # Layers with maps of one position see five numbers a channel in each third batch, so rounding grows with the rate:
+    # 0.02 has parted the losses by 1e-3 on one CPU, 0.005 by 1e-7. Weights are not compared.
+    losses = [[m.train_loss for m in t.fit(images, images, SGD, ScheduleSpec(0.005, 2))] for t in both]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     check_pruned(both[0])
 
 
